@@ -1,0 +1,17 @@
+//! countersign stands beside a container registry, signs what is pushed, and verifies it before it runs.
+//!
+//! One push, one direction:
+//!
+//! ```text
+//! intake > event > queue.push                                                  answers 202
+//! queue.pull > pipeline > rule > subject > signature.prepare > witness > kms.sign
+//!            > signature.assemble > verify > registry.write > ledger > ack
+//! ```
+//!
+//! Each stage takes the type the last one made, and each type has one constructor, so that no road leads to a key
+//! that does not start at bytes which the configured registry served and which we hashed.
+
+pub mod clock;
+pub mod event;
+pub mod oci;
+pub mod outcome;
