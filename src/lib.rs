@@ -13,5 +13,6 @@
 
 pub mod clock;
 pub mod event;
+pub mod kms;
 pub mod oci;
 pub mod outcome;

@@ -1,1 +1,149 @@
+//! A durable queue: bytes in, deliveries out.
+//!
+//! It does not know what the bytes mean. What it promises, whichever backend keeps it:
+//!
+//! - [`Queue::push`] returns once the message would survive a crash of this process and of the machine.
+//! - A message is delivered until it is settled: at least once, and again after a crash, a dropped [`Delivery`] or a retry.
+//! - Messages of equal [`PartitionKey`] are delivered one at a time. Their order is not promised.
+//! - A buried message (a dead letter) stays until it is replayed or discarded; listing loses none.
+//!
+//! `tests/contract.rs` holds every backend to this.
 
+mod delivery;
+
+use std::{fmt, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use jiff::Timestamp;
+
+pub use delivery::{Delivery, Settle};
+
+/// What is kept: opaque bytes, and how to address and read them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Unique among all messages ever pushed: the caller makes it (a UUID). Dead letters are addressed by it.
+    pub id: String,
+    /// What the body is, as a media type. Not looked at.
+    pub content_type: String,
+    /// Messages of equal keys are never in two hands at once.
+    pub key: PartitionKey,
+    pub body: Bytes,
+}
+
+/// What must not be handled twice at once.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PartitionKey(pub String);
+
+/// Why a message was buried.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Burial {
+    /// A word that can be filtered by: `denied`, `gave_up`, `poison`.
+    pub kind: String,
+    /// A sentence or more for the administrator: what happened and what to do.
+    pub reason: String,
+}
+
+/// A buried message as it is listed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadLetter {
+    pub message: Message,
+    pub burial: Burial,
+    /// When it was pushed first.
+    pub pushed_at: Timestamp,
+    pub buried_at: Timestamp,
+    /// Deliveries that were counted before it was buried.
+    pub attempts: u32,
+}
+
+/// How to hand a message back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retry {
+    /// Not delivered again before this much time has passed.
+    pub after: Duration,
+    /// Whether this try and the wait use up the message's patience ([`Delivery::attempts`], [`Delivery::waited`]). Being
+    /// asked to slow down does not.
+    pub counted: bool,
+    /// Why, for whoever looks at the queue.
+    pub reason: String,
+}
+
+/// What is in the queue now, and what ever came in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Messages ever pushed into this queue: durable, survives restarts.
+    pub pushed_total: u64,
+    /// Dead letters ever discarded: durable.
+    pub discarded_total: u64,
+    /// Could be delivered now (those behind an equal key included).
+    pub ready: u64,
+    /// Handed back, and not due yet.
+    pub waiting: u64,
+    /// In somebody's hands, unsettled.
+    pub in_flight: u64,
+    /// Buried.
+    pub dead: u64,
+    /// When the oldest message that is neither settled nor buried was pushed.
+    pub oldest: Option<Timestamp>,
+}
+
+impl Stats {
+    /// Everything that will still be handled.
+    #[must_use]
+    pub fn queued(&self) -> u64 {
+        self.ready + self.waiting + self.in_flight
+    }
+}
+
+/// Why the queue did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nothing was lost, nothing was accepted: full disk, broker gone. May pass.
+    #[error("the queue cannot take or give messages now: {what}")]
+    Unavailable {
+        what: String,
+        #[source]
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    /// Another process has the queue open.
+    #[error("{path} is in use by another process{}", holder.map(|pid| format!(" (pid {pid})")).unwrap_or_default())]
+    InUse { path: String, holder: Option<u32> },
+    /// The store cannot be read as a queue of this version, and was left as it is.
+    #[error("{path} cannot be opened as a queue: {what}")]
+    Unreadable {
+        path: String,
+        what: String,
+        #[source]
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    /// A message with this id is in the queue already: it was not pushed again.
+    #[error("a message with id {0} is in the queue already")]
+    Duplicate(String),
+    /// Closed by us.
+    #[error("the queue is closed")]
+    Closed,
+}
+
+/// A backend.
+#[async_trait]
+pub trait Queue: Send + Sync + fmt::Debug {
+    /// Returns once all the messages would survive a crash. All of them are kept, or none.
+    async fn push(&self, messages: Vec<Message>) -> Result<(), Error>;
+
+    /// Waits for the next delivery; cancel-safe. `None` after [`Queue::close`].
+    async fn pull(&self) -> Result<Option<Delivery>, Error>;
+
+    async fn stats(&self) -> Result<Stats, Error>;
+
+    /// Dead letters, oldest burial first, at most `limit`, beginning after the one with id `after`.
+    async fn dead_letters(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>, Error>;
+
+    /// Puts a dead letter back, with its patience renewed. False if there is none with this id.
+    async fn replay(&self, id: &str) -> Result<bool, Error>;
+
+    /// Drops a dead letter for good. False if there is none with this id.
+    async fn discard(&self, id: &str) -> Result<bool, Error>;
+
+    /// Stops deliveries: pending and later [`Queue::pull`]s give `None`. What is in hand can still be settled; pushes fail.
+    async fn close(&self);
+}
