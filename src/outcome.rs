@@ -83,6 +83,8 @@ pub enum Skip {
     NotFound,
     /// The manifest is a signature, attestation, SBOM or another referrer.
     Attachment,
+    /// The digest is not SHA-256, which is all that the signature formats' readers find.
+    UnsupportedDigest,
 }
 
 impl Skip {
@@ -100,6 +102,7 @@ impl Skip {
             Self::Superseded => "superseded",
             Self::NotFound => "not_found",
             Self::Attachment => "attachment",
+            Self::UnsupportedDigest => "unsupported_digest",
         }
     }
 
@@ -119,6 +122,7 @@ impl Skip {
             Self::Superseded => "the tag names another digest by now, whose push has its own event",
             Self::NotFound => "the registry does not have this manifest",
             Self::Attachment => "the manifest is itself a signature, attestation, SBOM or other referrer",
+            Self::UnsupportedDigest => "the digest is not SHA-256, and no verifier finds signatures for other digests",
         }
     }
 }
