@@ -14,5 +14,6 @@
 pub mod clock;
 pub mod event;
 pub mod kms;
+pub mod ledger;
 pub mod oci;
 pub mod outcome;
