@@ -14,6 +14,7 @@
 pub mod clock;
 pub mod event;
 pub mod kms;
+pub mod ledger;
 pub mod oci;
 pub mod outcome;
 pub mod rule;
