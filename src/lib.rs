@@ -17,4 +17,5 @@ pub mod kms;
 pub mod ledger;
 pub mod oci;
 pub mod outcome;
+pub mod registry;
 pub mod rule;
