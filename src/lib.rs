@@ -13,6 +13,8 @@
 
 pub mod clock;
 pub mod event;
+pub mod http;
+pub mod intake;
 pub mod kms;
 pub mod ledger;
 pub mod oci;
