@@ -4,7 +4,6 @@
 //! retry on 503 and on nothing else that is of use, so that an authenticated body is never answered with 4xx: what is
 //! no event is queued as it is, under [`event::QUARANTINE_CONTENT_TYPE`], and the pipeline makes a dead letter of it.
 
-mod attachment;
 mod auth;
 mod counters;
 pub mod distribution;

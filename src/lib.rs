@@ -11,6 +11,7 @@
 //! Each stage takes the type the last one made, and each type has one constructor, so that no road leads to a key
 //! that does not start at bytes which the configured registry served and which we hashed.
 
+pub mod attachment;
 pub mod clock;
 pub mod event;
 pub mod http;
@@ -21,3 +22,4 @@ pub mod oci;
 pub mod outcome;
 pub mod registry;
 pub mod rule;
+pub mod subject;

@@ -13,10 +13,8 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-use super::{
-    attachment,
-    entry::{Entry, Ignored, LONGEST_TEXT, Parsed, Push, Refusal},
-};
+use super::entry::{Entry, Ignored, LONGEST_TEXT, Parsed, Push, Refusal};
+use crate::attachment;
 use crate::oci::{Digest, Tag, media_type};
 
 /// More events than a relay has reason to put into one envelope.
