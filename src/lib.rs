@@ -16,3 +16,4 @@ pub mod event;
 pub mod kms;
 pub mod oci;
 pub mod outcome;
+pub mod witness;
