@@ -23,3 +23,4 @@ pub mod outcome;
 pub mod registry;
 pub mod rule;
 pub mod subject;
+pub mod witness;
