@@ -12,6 +12,7 @@
 //! that does not start at bytes which the configured registry served and which we hashed.
 
 pub mod clock;
+pub mod config;
 pub mod event;
 pub mod kms;
 pub mod oci;
