@@ -13,6 +13,7 @@
 
 pub mod attachment;
 pub mod clock;
+pub mod config;
 pub mod event;
 pub mod http;
 pub mod intake;
