@@ -17,3 +17,4 @@ pub mod kms;
 pub mod ledger;
 pub mod oci;
 pub mod outcome;
+pub mod telemetry;
