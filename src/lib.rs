@@ -24,4 +24,5 @@ pub mod outcome;
 pub mod registry;
 pub mod rule;
 pub mod subject;
+pub mod telemetry;
 pub mod witness;

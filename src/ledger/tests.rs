@@ -9,10 +9,6 @@ fn clock() -> (Clock, ManualClock) {
     Clock::manual(START.parse().unwrap())
 }
 
-fn ledger(folder: &tempfile::TempDir) -> Ledger {
-    Ledger::open(&folder.path().join("ledger.db"), Clock::system()).unwrap()
-}
-
 fn event(n: u32) -> PushEvent {
     PushEvent {
         id: format!("sender-{n}"),
