@@ -238,7 +238,7 @@ impl Registry {
             },
             Some(Challenge::Bearer { realm, service, scope }) => {
                 let service = Arc::new(Service { realm: self.realm(grant, &realm)?, name: service });
-                let scope = scope.or_else(|| grant.scope());
+                let scope = scope.as_deref().map(in_order).filter(|scope| !scope.is_empty()).or_else(|| grant.scope());
                 if let Authorization::Bearer(token) = shown {
                     // A token that was made for this very call lacks the right; another one would lack it too.
                     if token.asked >= since && token.scope == scope {
@@ -364,6 +364,19 @@ impl Registry {
         let life = Duration::from_secs_f64(life);
         Ok(Token { header, scope, asked, renew: asked + life - LEAD.min(life / 4) })
     }
+}
+
+/// A scope with its actions sorted: distribution names them in an order that changes from answer to answer.
+fn in_order(scope: &str) -> String {
+    let sorted = |part: &str| match part.rsplit_once(':') {
+        Some((resource, actions)) => {
+            let mut actions: Vec<_> = actions.split(',').collect();
+            actions.sort_unstable();
+            format!("{resource}:{}", actions.join(","))
+        }
+        None => part.to_owned(),
+    };
+    scope.split_ascii_whitespace().map(sorted).collect::<Vec<_>>().join(" ")
 }
 
 /// `scheme secret` as a header that no `Debug` shows. None if the secret has characters that no header can carry.
