@@ -33,7 +33,7 @@ pub use self::{
     problem::{Place, Problem, Problems, Severity, in_full},
     queue::{Backend, Queue, Retry},
     registry::{Login, Registry},
-    rule::{Format, Rule, SignatureType, Trigger, check_rule_against_key},
+    rule::{Rule, check_rule_against_key},
     schema::schema,
     scope::Scope,
     secret::Secret,

@@ -12,6 +12,7 @@ mod sqlite;
 use std::{collections::BTreeMap, fmt, path::Path, path::PathBuf, sync::Arc};
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::Clock,
@@ -131,7 +132,7 @@ pub struct Conclusion {
 }
 
 /// What is known of an event. Only the message's id always is: a poison body says nothing else.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EventFacts {
     /// The queue's id.
     pub message_id: String,
@@ -187,7 +188,7 @@ impl EventFacts {
 }
 
 /// What one rule made of an event.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleOutcome {
     pub rule: String,
     pub outcome: Outcome,
@@ -206,7 +207,8 @@ pub struct SignatureResult {
     pub state: SignatureState,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum SignatureState {
     /// Written by us, read back and verified.
     Written,
@@ -214,6 +216,18 @@ pub enum SignatureState {
     Found,
     /// The key or the registry failed, with this error. The key may have signed all the same.
     Failed(String),
+}
+
+impl SignatureState {
+    /// The word for output.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Written => "written",
+            Self::Found => "found",
+            Self::Failed(_) => "failed",
+        }
+    }
 }
 
 /// How events ended: each counts once, under its latest outcome. Events that are retried count nowhere.
@@ -247,7 +261,7 @@ pub struct StoryQuery {
 }
 
 /// One event, and what became of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EventRecord {
     pub event: EventFacts,
     pub outcome: Outcome,
@@ -259,7 +273,7 @@ pub struct EventRecord {
 }
 
 /// One signature that a key was asked for, or that was found.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SignatureRecord {
     pub message_id: String,
     pub rule: String,
@@ -276,7 +290,7 @@ pub struct SignatureRecord {
 }
 
 /// That a key was asked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Asked {
     pub key: String,
     pub algorithm: Algorithm,

@@ -31,7 +31,8 @@ pub trait Classify {
 }
 
 /// What became of one (event, rule).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Outcome {
     /// At least one new signature was written, read back and verified.
     Signed,

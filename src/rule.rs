@@ -57,6 +57,28 @@ pub enum Trigger {
     Manual,
 }
 
+impl SignatureType {
+    /// The word in the configuration.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::Simple => "simple",
+        }
+    }
+}
+
+impl Trigger {
+    /// The word in the configuration.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Automatic => "automatic",
+            Self::Manual => "manual",
+        }
+    }
+}
+
 /// A set of repositories: a namespace with all below it, or a glob over the whole repository name.
 #[derive(Clone)]
 pub enum Scope {

@@ -52,6 +52,19 @@ impl Subject {
         self.size
     }
 
+    /// One that no registry served, for tests of what is done with it.
+    #[cfg(test)]
+    pub(crate) fn in_test(reference: &str, content: &[u8]) -> Self {
+        let crate::oci::Reference { registry, repository, .. } = reference.parse().unwrap();
+        Self {
+            registry,
+            repository,
+            digest: Digest::of(content),
+            media_type: media_type::OCI_MANIFEST.into(),
+            size: content.len() as u64,
+        }
+    }
+
     fn new(registry: &Registry, repository: &Repository, manifest: &Manifest) -> Self {
         Self {
             registry: registry.name().clone(),
