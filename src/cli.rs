@@ -181,3 +181,8 @@ pub struct SelectionAction {
     #[arg(long)]
     pub dry_run: bool,
 }
+
+/// What was asked cannot be meant: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
