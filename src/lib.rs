@@ -16,5 +16,6 @@ pub mod event;
 pub mod http;
 pub mod intake;
 pub mod kms;
+pub mod lifecycle;
 pub mod oci;
 pub mod outcome;
