@@ -168,8 +168,13 @@ impl Intake {
             );
             return Answer::Unavailable;
         }
-        for refusal in &refusals {
-            warn!(source = door.name, error = refusal as &dyn Error, "a notification is kept as a dead letter");
+        if let Some(first) = refusals.first() {
+            warn!(
+                source = door.name,
+                dead_letters = refusals.len(),
+                error = first as &dyn Error,
+                "a notification, or some of its events, could not be read and is kept as dead letters"
+            );
         }
         door.counters.settled(taken, &ignored, &refusals);
         Answer::Accepted { taken, ignored: ignored.len(), quarantined: refusals.len() }

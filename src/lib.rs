@@ -20,6 +20,7 @@ pub mod http;
 pub mod intake;
 pub mod kms;
 pub mod ledger;
+pub mod lifecycle;
 pub mod oci;
 pub mod outcome;
 pub mod pipeline;

@@ -22,11 +22,11 @@ pub(super) struct Accepted(Vec<[u8; 32]>);
 impl Accepted {
     pub(super) fn of(auth: &Auth) -> Self {
         Self(match auth {
-            Auth::Bearer { tokens } => tokens
-                .iter()
-                .filter(|token| !token.expose_secret().is_empty())
-                .map(|token| bearer(token.expose_secret()))
-                .collect(),
+            // An empty secret is none, whoever let it through.
+            Auth::Bearer { tokens } => {
+                tokens.iter().map(SecretString::expose_secret).filter(|token| !token.is_empty()).map(bearer).collect()
+            }
+            Auth::Basic { password, .. } if password.expose_secret().is_empty() => Vec::new(),
             Auth::Basic { username, password } => {
                 vec![basic(&[username.as_bytes(), b":", password.expose_secret().as_bytes()])]
             }
@@ -123,6 +123,8 @@ mod tests {
             assert!(!opens(&auth, &header(text)), "{text}");
         }
         assert!(!opens(&auth, "Basic %%%"));
+        let unset = Auth::Basic { username: "registry".into(), password: "".into() };
+        assert!(!opens(&unset, &header("registry:")));
         assert!(!opens(&auth, "Bearer registry:se:cret"));
     }
 

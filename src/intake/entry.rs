@@ -28,7 +28,7 @@ pub struct Push {
     pub digest: Digest,
     /// When the registry says that it was pushed, if it says so readably.
     pub pushed_at: Option<Timestamp>,
-    /// Untrusted text of at most [`LONGEST_TEXT`] bytes.
+    /// Untrusted text of at most 256 bytes.
     pub actor: Option<String>,
 }
 

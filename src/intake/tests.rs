@@ -212,6 +212,17 @@ async fn an_unauthenticated_body_is_not_read() {
 }
 
 #[tokio::test]
+async fn a_body_that_does_not_arrive_is_no_event_and_is_counted() {
+    let queue = Shelf::ready();
+    let intake = intake(&queue);
+    let chunks = [Ok(Bytes::from_static(b"{")), Err(std::io::Error::other("connection reset"))];
+    let request = request("/events/main", "token", Body::from_stream(futures::stream::iter(chunks)));
+    assert_eq!(answer(router(Arc::clone(&intake)), request).await.0, StatusCode::BAD_REQUEST);
+    assert!(queue.pushes().is_empty());
+    assert_eq!(count(&intake, "intake_refused", &[("source", "main"), ("reason", "body")]), 1);
+}
+
+#[tokio::test]
 async fn sources_are_replaced_between_two_requests_and_counters_go_on() {
     let queue = Shelf::ready();
     let intake = intake(&queue);
