@@ -22,6 +22,8 @@ use tokio::sync::oneshot;
 use super::Error;
 use crate::clock::Clock;
 
+#[cfg(test)]
+pub(super) use read::{SIGNATURES, story_sql};
 pub(super) use read::{signatures, story, sums};
 pub(super) use write::Work;
 
@@ -191,9 +193,13 @@ enum State {
 }
 
 fn state(connection: &Connection) -> rusqlite::Result<State> {
-    let application: i32 = connection.pragma_query_value(None, "application_id", |row| row.get(0))?;
-    let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    let objects: i64 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
+    // In one statement, so that they are of one moment: another process may be creating it.
+    let (application, version, objects): (i32, i64, i64) = connection.query_row(
+        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema)
+           FROM pragma_application_id, pragma_user_version",
+        [],
+        |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+    )?;
     Ok(match (application, version, objects) {
         (APPLICATION_ID, version, _) => State::Ours(version),
         (0, 0, 0) => State::Empty,

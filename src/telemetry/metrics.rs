@@ -312,7 +312,12 @@ impl Collector for Standing {
 
         let mut to = Exposition(encoder);
         to.one("events_received", "Events ever taken in", &ConstCounter::new(queue.pushed_total))?;
-        to.each("events", "Events that ended, by how", outcomes, ConstCounter::new)?;
+        to.each(
+            "events",
+            "Events by their latest outcome: one that is replayed leaves its old one",
+            outcomes,
+            ConstCounter::new,
+        )?;
         to.each("events_skipped", "Events of which nothing was signed, by why", reasons, ConstCounter::new)?;
         to.one("events_discarded", "Dead letters that were discarded", &ConstCounter::new(queue.discarded_total))?;
         to.one("events_queued", "Events that are still to be handled", &ConstGauge::new(queue.queued()))?;

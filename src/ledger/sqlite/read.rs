@@ -16,7 +16,7 @@ const MOST_SIGNATURES: u32 = 1000;
 
 pub(in crate::ledger) fn sums(connection: &Connection) -> rusqlite::Result<Sums> {
     let mut sums = Sums::default();
-    let mut tally = connection.prepare_cached("SELECT outcome, reason, events FROM tally")?;
+    let mut tally = connection.prepare_cached("SELECT outcome, reason, events FROM tally WHERE events > 0")?;
     let mut rows = tally.query([])?;
     while let Some(row) = rows.next()? {
         let (outcome, reason): (String, String) = (row.get("outcome")?, row.get("reason")?);
@@ -46,7 +46,7 @@ pub(in crate::ledger) fn story(connection: &Connection, query: &StoryQuery) -> r
 
 /// An index answers each of the questions. Which, is not left to the planner: it cannot know that a digest tells more
 /// than a repository.
-pub(super) fn story_sql(query: &StoryQuery) -> String {
+pub(in crate::ledger) fn story_sql(query: &StoryQuery) -> String {
     let index = if query.digest.is_some() { "event_by_digest" } else { "event_by_tag" };
     let tag = if query.tag.is_some() { "tag = :tag" } else { ":tag IS NULL" };
     let digest = if query.digest.is_some() { "digest = :digest" } else { ":digest IS NULL" };
@@ -86,7 +86,7 @@ fn event(row: &Row<'_>) -> rusqlite::Result<EventRecord> {
     })
 }
 
-pub(super) const SIGNATURES: &str = "
+pub(in crate::ledger) const SIGNATURES: &str = "
     SELECT message, (SELECT text FROM word WHERE word.id = rule) AS rule,
            (SELECT text FROM word WHERE word.id = witness) AS witness, (SELECT text FROM word WHERE word.id = format) AS format,
            (SELECT text FROM word WHERE word.id = repository) AS repository, digest, reference, payload,
