@@ -6,7 +6,7 @@ use std::{collections::HashMap, fs, path::Path, sync::Arc};
 
 use anyhow::{Context as _, anyhow};
 use futures::future::join_all;
-use queue::embedded::{Embedded, Options};
+use queue::{Embedded, Options};
 use tracing::{error, warn};
 
 use crate::{
@@ -139,7 +139,7 @@ pub type Unopened = (config::Witness, witness::Error);
 pub async fn open_witnesses(config: &Config, clock: &Clock) -> anyhow::Result<(HashMap<String, Arc<Witness>>, Vec<Unopened>)> {
     let pins = state_folder(config).join("witnesses");
     fs::create_dir_all(&pins).with_context(|| format!("{}: cannot be created", pins.display()))?;
-    let opened = join_all(config.witnesses.iter().map(|witness| async {
+    let opened = join_all(config.witnesses.iter().map(|witness| async move {
         let settings = witness_settings(config, witness)?;
         anyhow::Ok((witness, Witness::open(&settings, clock.clone()).await))
     }))

@@ -67,6 +67,14 @@ pub const DEFAULT_TOML: &str = include_str!("../config/default.toml");
 /// Ten thousand rules are four megabytes.
 const LARGEST_FILE: u64 = 16 << 20;
 
+/// Reads a length of time as the configuration has it: `500ms`, `30s`, `10m`, `24h`.
+///
+/// # Errors
+/// A sentence that shows how one is written.
+pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
+    units::duration(text).ok_or_else(|| format!("{text:?} is no length of time: write 500ms, 30s, 10m or 24h"))
+}
+
 impl Config {
     /// Reads a file, and the secrets that it refers to. The problems returned beside the configuration are warnings.
     pub fn load(path: &Path) -> Result<(Self, Vec<Problem>), Problems> {

@@ -12,7 +12,9 @@
 //! that does not start at bytes which the configured registry served and which we hashed.
 
 pub mod admin;
+pub mod app;
 pub mod attachment;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod event;

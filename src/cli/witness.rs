@@ -45,7 +45,7 @@ async fn list(config: &Config, clock: &Clock, output: Output) -> anyhow::Result<
             description: witness.description.clone(),
             key: witness.key.to_string(),
             spec: key.as_ref().map(|key| key.spec().to_string()),
-            fingerprint: key.as_ref().map(crate::kms::PublicKey::fingerprint),
+            fingerprint: key.as_ref().map(|key| key.fingerprint().to_owned()),
             error,
         });
     }
