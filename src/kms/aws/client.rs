@@ -1,5 +1,8 @@
 use std::{
-    sync::atomic::{AtomicI64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
     time::Duration,
 };
 
@@ -24,7 +27,7 @@ use crate::{
 /// Speaks to one KMS endpoint: awsJson 1.1 over HTTP, requests signed by Signature Version 4.
 #[derive(Debug)]
 pub(super) struct Client {
-    uri: KeyUri,
+    uri: Arc<KeyUri>,
     place: Place,
     http: reqwest::Client,
     credentials: Provider,
@@ -82,11 +85,11 @@ impl Client {
             http = http.no_proxy();
         }
         let http = http.build().map_err(|error| Error::Misconfigured {
-            key: Box::new(uri.clone()),
+            key: Arc::new(uri.clone()),
             what: format!("no connection to a KMS can be set up here: {error}"),
         })?;
         let credentials = Provider::new(environment.clone());
-        Ok(Self { uri: uri.clone(), place, http, credentials, clock, ahead: AtomicI64::new(0) })
+        Ok(Self { uri: Arc::new(uri.clone()), place, http, credentials, clock, ahead: AtomicI64::new(0) })
     }
 
     pub(super) fn key_uri(&self) -> &KeyUri {
@@ -94,8 +97,8 @@ impl Client {
     }
 
     /// The reference as errors hold it.
-    pub(super) fn uri(&self) -> Box<KeyUri> {
-        Box::new(self.uri.clone())
+    pub(super) fn uri(&self) -> Arc<KeyUri> {
+        Arc::clone(&self.uri)
     }
 
     pub(super) fn bad(&self, what: impl Into<String>) -> Error {
@@ -125,19 +128,18 @@ impl Client {
                     renewed = true;
                     tracing::info!(key = %self.uri, what = fault.what, "the KMS no longer takes the credentials: reading them anew");
                     credentials = self.credentials.renewed(&credentials).await.map_err(no_credentials)?;
-                    continue;
                 }
-                Class::Clock if !time_set && self.set_time(&answer.headers) => {
-                    time_set = true;
-                    continue;
-                }
+                Class::Clock if !time_set && self.set_time(&answer.headers) => time_set = true,
                 _ => return Err(self.failed(operation, fault, &credentials)),
             }
         }
     }
 
     async fn send(&self, credentials: &Credentials, operation: Operation, body: Bytes) -> Result<Answer, Error> {
-        let unreachable = |error: reqwest::Error| Error::Unreachable { key: self.uri(), source: Box::new(error) };
+        let unreachable = |error: reqwest::Error| {
+            let at = self.place.endpoint.to_string();
+            Error::Unreachable { key: self.uri(), at, source: Box::new(error.without_url()) }
+        };
         let url = self.place.endpoint.as_str();
         let signed = signed_headers(credentials, &self.place.region, self.now(), url, operation.target(), &body);
         let headers = signed.map_err(|error| Error::Credentials {

@@ -2,7 +2,9 @@ use std::{fmt, sync::Arc};
 
 /// The environment variables, so that tests can say what they are.
 #[derive(Clone)]
-pub(super) struct Environment(Arc<dyn Fn(&str) -> Option<String> + Send + Sync>);
+pub(super) struct Environment(Arc<Lookup>);
+
+type Lookup = dyn Fn(&str) -> Option<String> + Send + Sync;
 
 impl Environment {
     pub(super) fn system() -> Self {

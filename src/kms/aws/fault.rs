@@ -24,7 +24,7 @@ pub(super) enum Class {
     /// The signature is not the one that the secret key makes.
     BadCredentials,
     Denied,
-    /// The state of the key forbids it. Some states pass: DescribeKey tells.
+    /// The state of the key forbids it. Some states pass: `DescribeKey` tells.
     InvalidState,
     KeyUnusable,
     NotFound,

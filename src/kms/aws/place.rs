@@ -1,4 +1,4 @@
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use reqwest::Url;
 
@@ -17,7 +17,7 @@ impl Place {
     /// `AWS_ENDPOINT_URL_KMS`, `AWS_ENDPOINT_URL`, the region's public one.
     pub(super) fn of(uri: &KeyUri, environment: &Environment) -> Result<Self, Error> {
         let KeyUri::AwsKms { endpoint, key, region } = uri else { unreachable!("kms::open chose by the kind of URI") };
-        let misconfigured = |what: String| Error::Misconfigured { key: Box::new(uri.clone()), what };
+        let misconfigured = |what: String| Error::Misconfigured { key: Arc::new(uri.clone()), what };
         let region = region_of_arn(key)
             .map(str::to_owned)
             .or_else(|| region.clone())
@@ -28,18 +28,16 @@ impl Place {
         if !is_region(&region) {
             return Err(misconfigured(format!("{region:?} is no region: add ?region=REGION to it, or correct AWS_REGION")));
         }
-        let endpoint = match endpoint {
-            Some(endpoint) => endpoint_url(endpoint).map_err(|what| misconfigured(what.to_owned()))?,
-            None => {
-                match ["AWS_ENDPOINT_URL_KMS", "AWS_ENDPOINT_URL"].iter().find_map(|name| Some((name, environment.get(name)?))) {
-                    // The value is not repeated: it may hold a password.
-                    Some((name, url)) => endpoint_url(&url).map_err(|what| misconfigured(format!("{name}: {what}")))?,
-                    None => {
-                        let domain = if region.starts_with("cn-") { "amazonaws.com.cn" } else { "amazonaws.com" };
-                        let url = format!("https://kms.{region}.{domain}/");
-                        url.parse().expect("a region holds nothing that a host name may not")
-                    }
-                }
+        let named =
+            ["AWS_ENDPOINT_URL_KMS", "AWS_ENDPOINT_URL"].into_iter().find_map(|name| Some((name, environment.get(name)?)));
+        let endpoint = match (endpoint, named) {
+            (Some(endpoint), _) => endpoint_url(endpoint).map_err(|what| misconfigured(what.to_owned()))?,
+            // The value is not repeated: it may hold a password.
+            (None, Some((name, url))) => endpoint_url(&url).map_err(|what| misconfigured(format!("{name}: {what}")))?,
+            (None, None) => {
+                let domain = if region.starts_with("cn-") { "amazonaws.com.cn" } else { "amazonaws.com" };
+                let url = format!("https://kms.{region}.{domain}/");
+                url.parse().expect("a region holds nothing that a host name may not")
             }
         };
         Ok(Self { endpoint, region })
