@@ -37,7 +37,7 @@ fn event(host: &str, repository: &str, tag: Option<&str>, digest: &str) -> Value
         "timestamp": "2026-06-01T12:00:00.000000000Z",
         "action": "push",
         "target": target,
-        "request": {"id": "1", "addr": "192.2.1:1234", "host": host, "method": "PUT", "useragent": "docker/28"},
+        "request": {"id": "1", "addr": "192.0.2.1:1234", "host": host, "method": "PUT", "useragent": "docker/28"},
         "actor": {},
         "source": {"addr": host, "instanceID": "1"},
     }]})
