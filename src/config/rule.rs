@@ -1,0 +1,263 @@
+use jiff::Timestamp;
+
+use crate::{
+    kms::Algorithm,
+    oci::RegistryName,
+    rule::{SignatureType, Trigger},
+    signature::Format,
+};
+
+use super::{
+    names::{self, PLAIN},
+    problem::Place,
+    reader::{Section, Value, optional},
+    registry,
+    scope::{SCOPE, Scope, TAG_PATTERN, scope, tag_pattern},
+    shape::{Choice, Key, Kind, Table, Word},
+};
+
+/// Which images are signed, by whom, and how.
+#[derive(Debug, Clone)]
+pub struct Rule {
+    pub name: String,
+    /// None: every configured registry.
+    pub registry: Option<RegistryName>,
+    pub scope: Scope,
+    /// Never holds all of `scope`.
+    pub exclude: Vec<Scope>,
+    /// Patterns in globset's syntax, of which one must hold the tag; empty: every tag.
+    pub tags: Vec<String>,
+    /// Images pushed before this are not signed.
+    pub created: Option<Timestamp>,
+    /// One of [`super::Config::witnesses`], by name.
+    pub witness: String,
+    pub algorithm: Algorithm,
+    pub signature_type: SignatureType,
+    pub trigger: Trigger,
+    /// At least one, each once; every one can be verified with `algorithm`.
+    pub formats: Vec<Format>,
+    /// Whether images pushed by digest alone are signed as well.
+    pub untagged: bool,
+    pub enabled: bool,
+    /// Where its section begins, for messages about it.
+    pub place: Place,
+}
+
+pub(crate) static TABLE: Table = Table {
+    title: "[[rule]]",
+    doc: "Which images are signed, by whom, and how. Several rules may match one push; each signs.",
+    keys: &[
+        Key::required("name", Kind::Text(&PLAIN), "\"production\"", "What logs, metrics and people call it."),
+        Key::optional(
+            "registry",
+            Kind::Text(&registry::NAME),
+            "\"registry.example.com\"",
+            "The [[registry]] that it is about. Every one, if absent.",
+        ),
+        Key::required(
+            "scope",
+            Kind::Text(&SCOPE),
+            "\"production\"",
+            "The repositories that it is about: a namespace with all below it, or a pattern for whole names in which * stays \
+             within a segment and ** crosses them.",
+        ),
+        Key::defaulted(
+            "exclude",
+            Kind::List(&Kind::Text(&SCOPE)),
+            "[]",
+            "Repositories that it is not about, although `scope` holds them; written as `scope` is.",
+        ),
+        Key::optional(
+            "tags",
+            Kind::List(&Kind::Text(&TAG_PATTERN)),
+            "[\"v*\", \"latest\"]",
+            "Only images pushed under one of these tags, which may be patterns. All, if absent.",
+        ),
+        Key::optional("created", Kind::Time, "2026-11-21T09:00:00Z", "Images pushed before this are not signed."),
+        Key::required("witness", Kind::Text(&PLAIN), "\"release\"", "The [[witness]] that signs."),
+        Key::required(
+            "algorithm",
+            Kind::Choice(&ALGORITHM),
+            "\"ECDSA_SHA_256\"",
+            "How its key signs. RSA keys sign with RSA_PKCS1_SHA_256 and P-256 keys with ECDSA_SHA_256.",
+        ),
+        Key::defaulted("signature_type", Kind::Choice(&SIGNATURE_TYPE), "\"default\"", "What the signature says."),
+        Key::defaulted("trigger", Kind::Choice(&TRIGGER), "\"automatic\"", "When it signs."),
+        Key::defaulted(
+            "formats",
+            Kind::List(&Kind::Choice(&FORMAT)),
+            "[\"cosign\"]",
+            "How the signature is written, and so who can verify it.",
+        ),
+        Key::defaulted(
+            "untagged",
+            Kind::Flag,
+            "false",
+            "Whether images that are pushed by digest alone are signed as well, such as the platforms of an index.",
+        ),
+        Key::defaulted("enabled", Kind::Flag, "true", "Whether it signs at all."),
+    ],
+};
+
+static ALGORITHM: Choice = Choice {
+    words: &[
+        Word { text: "RSA_PKCS1_SHA_256", doc: "RSASSA-PKCS1-v1_5, for RSA keys." },
+        Word { text: "RSA_PSS_SHA_256", doc: "RSASSA-PSS. No verifier of cosign signatures accepts it." },
+        Word { text: "ECDSA_SHA_256", doc: "ECDSA, for P-256 keys." },
+    ],
+    later: &[],
+};
+
+static SIGNATURE_TYPE: Choice = Choice {
+    words: &[
+        Word { text: "default", doc: "The digest and the tag that it was pushed under." },
+        Word { text: "simple", doc: "The digest alone, for images that are replicated under other tags." },
+    ],
+    later: &[],
+};
+
+static TRIGGER: Choice = Choice {
+    words: &[
+        Word { text: "automatic", doc: "On every push." },
+        Word { text: "manual", doc: "Only by the command `countersign sign`." },
+    ],
+    later: &[],
+};
+
+static FORMAT: Choice = Choice {
+    words: &[Word { text: "cosign", doc: "Simple signing under the .sig tag, which nearly every verifier reads." }],
+    later: &["bundle", "notation"],
+};
+
+pub(crate) fn read(section: &Section<'_>) -> Option<Rule> {
+    let name = section.value("name").and_then(|value| value.parse(names::plain));
+    let registry = section.value("registry").map(|value| {
+        let name = value.parse(registry::registry_name)?;
+        section.report.names.registries.check(&value, name.as_str());
+        Some(name)
+    });
+    let scope_value = section.value("scope").and_then(|value| value.parse(|text| scope(section.report, text)));
+    let exclude = section.value("exclude").and_then(|value| exclude(&value, scope_value.as_ref()));
+    let tags = section.value("tags").map(|value| tags(&value));
+    let created = section.value("created").map(|value| value.time());
+    let witness = section.value("witness").and_then(|value| {
+        let name = value.parse(names::plain)?;
+        section.report.names.witnesses.check(&value, &name);
+        Some(name)
+    });
+    let formats = section.value("formats").and_then(|value| formats(&value));
+    let algorithm = section.value("algorithm").and_then(|value| {
+        // In the order of the declared words.
+        let algorithm = value.choice(Algorithm::ALL)?;
+        check_formats(&value, algorithm, formats.as_deref().unwrap_or_default());
+        Some(algorithm)
+    });
+    let signature_type =
+        section.value("signature_type").and_then(|value| value.choice([SignatureType::Default, SignatureType::Simple]));
+    let trigger = section.value("trigger").and_then(|value| value.choice([Trigger::Automatic, Trigger::Manual]));
+    let untagged = section.value("untagged").and_then(|value| value.flag());
+    let enabled = section.value("enabled").and_then(|value| value.flag());
+    let registry = optional(registry)?;
+    if trigger == Some(Trigger::Automatic) && enabled == Some(true) {
+        report_no_events(section, registry.as_ref());
+    }
+    Some(Rule {
+        name: name?,
+        registry,
+        scope: scope_value?,
+        exclude: exclude?,
+        tags: tags.unwrap_or_else(|| Some(Vec::new()))?,
+        created: optional(created)?,
+        witness: witness?,
+        algorithm: algorithm?,
+        signature_type: signature_type?,
+        trigger: trigger?,
+        formats: formats?,
+        untagged: untagged?,
+        enabled: enabled?,
+        place: section.report.place(&section.span),
+    })
+}
+
+/// Why a rule cannot be satisfied with a key of this spec (`RSA_2048`, `ECC_NIST_P256`, `EC_P256` …), and the cure; to be
+/// asked once the witness's key is open.
+///
+/// # Errors
+/// The message is ready to be printed, with the rule's place in it.
+pub fn check_rule_against_key(rule: &Rule, spec: &str) -> Result<(), String> {
+    let spec = spec.to_ascii_uppercase();
+    let is_rsa = spec.starts_with("RSA");
+    let is_p256 = spec.contains("P256") || spec.contains("P-256");
+    let cure = match rule.algorithm {
+        Algorithm::RsaPkcs1Sha256 | Algorithm::RsaPssSha256 if is_rsa => return Ok(()),
+        Algorithm::EcdsaSha256 if is_p256 => return Ok(()),
+        _ if is_p256 => format!("write algorithm = \"{}\"", Algorithm::EcdsaSha256),
+        _ if is_rsa => format!("write algorithm = \"{}\"", Algorithm::RsaPkcs1Sha256),
+        _ => "use a key of RSA_2048, RSA_3072, RSA_4096 or P-256: not all verifiers accept others".to_owned(),
+    };
+    Err(format!(
+        "{}: rule \"{}\" signs with {}, and the key of its witness \"{}\" is {spec}: {cure}",
+        rule.place, rule.name, rule.algorithm, rule.witness
+    ))
+}
+
+fn exclude(value: &Value<'_>, scope_value: Option<&Scope>) -> Option<Vec<Scope>> {
+    value.each(|element| {
+        let excluded = element.parse(|text| scope(element.report, text))?;
+        if Some(&excluded) == scope_value || excluded.as_str() == "**" {
+            let help = "remove it, or write enabled = false".to_owned();
+            element.report.error(element.span.clone(), "this rule never matches: `exclude` holds all of its scope", help);
+        }
+        Some(excluded)
+    })
+}
+
+fn tags(value: &Value<'_>) -> Option<Vec<String>> {
+    let tags = value.each(|element| element.parse(tag_pattern))?;
+    if tags.is_empty() {
+        let help = "leave `tags` out to sign every tag, or write enabled = false".to_owned();
+        value.report.error(value.span.clone(), "this rule never matches: `tags` is empty", help);
+    }
+    Some(tags)
+}
+
+fn formats(value: &Value<'_>) -> Option<Vec<Format>> {
+    let mut formats = value.each(|element| element.choice([Format::Cosign]))?;
+    if formats.is_empty() {
+        let help = "write formats = [\"cosign\"], or enabled = false".to_owned();
+        value.report.error(value.span.clone(), "this rule signs nothing: `formats` is empty", help);
+    }
+    let mut seen = std::collections::HashSet::new();
+    formats.retain(|format| seen.insert(*format));
+    Some(formats)
+}
+
+/// `formats.md` section 0: what no verifier of a format would accept is not signed.
+fn check_formats(value: &Value<'_>, algorithm: Algorithm, formats: &[Format]) {
+    for format in formats {
+        match (format, algorithm) {
+            (Format::Cosign, Algorithm::RsaPkcs1Sha256 | Algorithm::EcdsaSha256) => {}
+            (Format::Cosign, Algorithm::RsaPssSha256) => value.report.error(
+                value.span.clone(),
+                "no verifier would accept this: cosign, skopeo, podman and Kyverno take RSA signatures in the format \"cosign\" \
+                 with PKCS#1 v1.5 padding only",
+                "write algorithm = \"RSA_PKCS1_SHA_256\"; the same RSA key signs it, if its KMS lets it".to_owned(),
+            ),
+        }
+    }
+}
+
+fn report_no_events(section: &Section<'_>, registry: Option<&RegistryName>) {
+    let (message, help) = match registry {
+        Some(registry) if !section.report.names.has_source_for(registry) => (
+            format!("nothing tells this rule of pushes: no [[source]] is for {registry}"),
+            "add a [[source]] for it, or write trigger = \"manual\"",
+        ),
+        None if section.report.names.sources.is_empty() => (
+            "nothing tells this rule of pushes: there is no [[source]]".to_owned(),
+            "add a [[source]], or write trigger = \"manual\"",
+        ),
+        _ => return,
+    };
+    section.report.absent_warning(section.span.clone(), message, help.to_owned());
+}

@@ -1,0 +1,101 @@
+//! The JSON Schema that editors check and complete a configuration with, from the declarations.
+
+use serde_json::{Map, Value, json};
+use toml::de::DeValue;
+
+use super::{
+    ROOT,
+    shape::{Grammar, Key, Kind, Presence, Table},
+    units,
+};
+
+/// The JSON Schema (draft 2020-12) of a configuration file. It is never narrower than what is read: what a schema cannot say,
+/// such as whether a reference resolves, only reading the file finds out.
+#[must_use]
+pub fn schema() -> Value {
+    let mut schema = table(&ROOT);
+    let members = schema.as_object_mut().expect("a table's schema is an object");
+    members.insert("$schema".to_owned(), json!("https://json-schema.org/draft/2020-12/schema"));
+    members.insert("title".to_owned(), json!("countersign"));
+    schema
+}
+
+fn table(shape: &Table) -> Value {
+    let properties: Map<String, Value> = shape.current_keys().map(|key| (key.name.to_owned(), property(key))).collect();
+    let required: Vec<_> = shape.current_keys().filter(|key| key.presence == Presence::Required).map(|key| key.name).collect();
+    json!({
+        "type": "object",
+        "description": shape.doc,
+        "properties": properties,
+        "required": required,
+        "additionalProperties": false,
+    })
+}
+
+fn property(key: &Key) -> Value {
+    let mut schema = kind(&key.kind);
+    let members = schema.as_object_mut().expect("every kind's schema is an object");
+    let mut description = vec![key.doc.to_owned()];
+    if let Kind::Choice(choice) | Kind::List(Kind::Choice(choice)) = &key.kind {
+        description.extend(choice.words.iter().map(|word| format!("\"{}\": {}", word.text, word.doc)));
+    }
+    members.insert("description".to_owned(), description.join("\n\n").into());
+    match (&key.kind, key.presence) {
+        // Their members have their own.
+        (Kind::Tables(_), _) | (Kind::Table(_), Presence::Defaulted) => {}
+        (_, Presence::Defaulted) => {
+            members.insert("default".to_owned(), as_json(key.example));
+        }
+        _ => {
+            members.insert("examples".to_owned(), json!([as_json(key.example)]));
+        }
+    }
+    schema
+}
+
+fn kind(kind: &Kind) -> Value {
+    match kind {
+        Kind::Text(Grammar { pattern: None, .. }) => json!({ "type": "string" }),
+        Kind::Text(Grammar { pattern: Some(pattern), .. }) => json!({ "type": "string", "pattern": pattern }),
+        Kind::Flag => json!({ "type": "boolean" }),
+        Kind::Count { least, most } => json!({ "type": "integer", "minimum": least, "maximum": most }),
+        Kind::Duration { .. } => json!({ "type": "string", "pattern": units::DURATION_PATTERN }),
+        Kind::Size { .. } => json!({ "type": "string", "pattern": units::SIZE_PATTERN }),
+        Kind::Time => json!({ "type": "string", "format": "date-time" }),
+        Kind::Path => json!({ "type": "string", "minLength": 1 }),
+        Kind::Secret => secret(),
+        Kind::Choice(choice) => json!({ "enum": choice.words.iter().map(|word| word.text).collect::<Vec<_>>() }),
+        Kind::List(element) => json!({ "type": "array", "items": self::kind(element) }),
+        Kind::Table(shape) => table(shape),
+        Kind::Tables(shape) => json!({ "type": "array", "items": table(shape) }),
+    }
+}
+
+/// A reference with exactly one member, or the secret itself.
+fn secret() -> Value {
+    let mut reference = table(&super::secret::REFERENCE);
+    let members = reference.as_object_mut().expect("a table's schema is an object");
+    members.insert("minProperties".to_owned(), json!(1));
+    members.insert("maxProperties".to_owned(), json!(1));
+    json!({ "anyOf": [reference, { "type": "string", "minLength": 1 }] })
+}
+
+/// A declared example in JSON; times become texts, as `"format": "date-time"` has them.
+fn as_json(example: &str) -> Value {
+    let value = DeValue::parse(example).expect("a test reads every example");
+    to_json(value.get_ref())
+}
+
+fn to_json(value: &DeValue<'_>) -> Value {
+    match value {
+        DeValue::String(text) => text.as_ref().into(),
+        DeValue::Integer(number) => number.as_str().parse::<i64>().map_or(Value::Null, Value::from),
+        DeValue::Float(number) => number.as_str().parse::<f64>().map_or(Value::Null, Value::from),
+        DeValue::Boolean(flag) => (*flag).into(),
+        DeValue::Datetime(time) => time.to_string().into(),
+        DeValue::Array(array) => array.iter().map(|element| to_json(element.get_ref())).collect(),
+        DeValue::Table(table) => {
+            table.iter().map(|(key, value)| (key.get_ref().to_string(), to_json(value.get_ref()))).collect::<Map<_, _>>().into()
+        }
+    }
+}

@@ -1,0 +1,130 @@
+use std::fmt;
+
+use secrecy::{ExposeSecret as _, SecretString};
+use toml::de::DeValue;
+
+use super::{
+    outside::Unreadable,
+    reader::{Value, Wrong, cut},
+    shape::{ANY_TEXT, Key, Kind, Table},
+};
+
+/// A password, token or private key from the configuration. It is wiped when dropped, and `Debug` prints `<redacted>`.
+#[derive(Clone)]
+pub struct Secret(SecretString);
+
+impl Secret {
+    #[must_use]
+    pub fn new(text: String) -> Self {
+        Self(text.into())
+    }
+
+    /// The secret itself, for the one place that sends or compares it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        self.0.expose_secret()
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("<redacted>")
+    }
+}
+
+/// Where a secret is, if it is not written out.
+pub(crate) static REFERENCE: Table = Table {
+    title: "a secret",
+    doc: "Where a secret is.",
+    keys: &[
+        Key::optional(
+            "file",
+            Kind::Path,
+            "\"/run/secrets/password\"",
+            "The file that holds the secret and nothing else; a line break at its end is not part of it.",
+        ),
+        Key::optional("env", Kind::Text(&ANY_TEXT), "\"PASSWORD\"", "The environment variable that holds the secret."),
+    ],
+};
+
+/// Reads a secret from where the configuration says that it is. Nothing of what was written or read is ever reported.
+pub(crate) fn read(value: &Value<'_>) -> Option<Secret> {
+    let name = value.key.name;
+    match value.toml() {
+        DeValue::String(text) => {
+            value.report.hide(value.span.clone());
+            let message = format!("`{name}` stands in the configuration file itself");
+            let help = format!("keep it in a file of its own: {name} = {{ file = \"/run/secrets/{name}\" }}");
+            value.report.warning(value.span.clone(), message, help);
+            whole(value, text.as_ref().to_owned(), "it")
+        }
+        DeValue::Table(_) => {
+            let section = value.section(&REFERENCE)?;
+            match (section.value("file"), section.value("env")) {
+                (Some(file), None) => from_file(&file),
+                (None, Some(env)) => from_env(&env),
+                (Some(_), Some(second)) => second
+                    .wrong(Wrong::new(format!("`{name}` is in a file or in a variable, not in both"), "remove one of the two")),
+                (None, None) => value.wrong(Wrong::new(
+                    format!("`{name}` does not say where the secret is"),
+                    format!("write {name} = {{ file = \"…\" }} or {name} = {{ env = \"…\" }}"),
+                )),
+            }
+        }
+        _ => {
+            value.report.hide(value.span.clone());
+            value.mismatch()
+        }
+    }
+}
+
+fn from_file(value: &Value<'_>) -> Option<Secret> {
+    // Far above any password, token or private key.
+    const LARGEST: u64 = 64 << 10;
+    let path = value.path()?;
+    let shown = cut(&path.display().to_string());
+    let contents = match value.report.outside.read(&path, LARGEST) {
+        Ok(contents) => contents,
+        Err(error) => {
+            let help = match error {
+                Unreadable::Missing => "relative paths are relative to the folder of this configuration file",
+                Unreadable::NotAFile => "name a regular file, or a link to one",
+                Unreadable::TooLarge(_) => "the file holds the secret and nothing else",
+                Unreadable::Io(_) => "the user that countersign runs as must be able to read it",
+            };
+            return value.wrong(Wrong::new(format!("{shown}: {error}"), help));
+        }
+    };
+    if contents.world_readable {
+        let help = format!("chmod o-r {shown}");
+        value.report.warning(
+            value.span.clone(),
+            format!("{shown} holds a secret, and every user of this machine may read it"),
+            help,
+        );
+    }
+    let Ok(text) = String::from_utf8(contents.bytes) else {
+        return value.wrong(Wrong::new(format!("{shown} is no text"), "the file holds the secret as UTF-8 text"));
+    };
+    whole(value, text.trim_end_matches(['\r', '\n']).to_owned(), &shown)
+}
+
+fn from_env(value: &Value<'_>) -> Option<Secret> {
+    let variable = value.text()?;
+    let shown = cut(&variable);
+    match value.report.outside.env(&variable) {
+        Some(text) => whole(value, text, &format!("the environment variable {shown}")),
+        None => value.wrong(Wrong::new(
+            format!("the environment variable {shown} is not set, or is no text"),
+            "set it where countersign is started, or keep the secret in a file: { file = \"…\" }",
+        )),
+    }
+}
+
+/// An empty secret protects nothing: most often a variable or file that was prepared and never filled.
+fn whole(value: &Value<'_>, text: String, what: &str) -> Option<Secret> {
+    if text.is_empty() {
+        return value.wrong(Wrong::new(format!("{what} is empty"), "an empty secret protects nothing: fill it in"));
+    }
+    Some(Secret::new(text))
+}

@@ -1,0 +1,162 @@
+use crate::oci::RegistryName;
+
+use super::{
+    Secret,
+    names::{self, PLAIN},
+    reader::{Section, Value, Wrong},
+    registry::{self, Login},
+    shape::{ANY_TEXT, Choice, Key, Kind, Table, Word},
+};
+
+/// A door that push events come in by: `POST /events/{name}`.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// Safe as one segment of a path.
+    pub name: String,
+    pub kind: SourceKind,
+    /// The registry that its events are about, whatever they say; one of [`super::Config::registries`].
+    pub registry: RegistryName,
+    pub auth: SourceAuth,
+}
+
+/// What sends the events, and so what they look like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SourceKind {
+    /// CNCF distribution (docker-registry) 2.8 and 3.x.
+    Distribution,
+}
+
+impl SourceKind {
+    /// The word in the configuration.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Distribution => "distribution",
+        }
+    }
+}
+
+/// How a sender shows that it may send.
+#[derive(Debug, Clone)]
+pub enum SourceAuth {
+    /// `Authorization: Bearer TOKEN`.
+    Bearer {
+        token: Secret,
+        /// Counts beside `token` while senders are moved over to it.
+        token_old: Option<Secret>,
+    },
+    /// `Authorization: Basic …` (RFC 7617).
+    Basic(Login),
+}
+
+pub(crate) static TABLE: Table = Table {
+    title: "[[source]]",
+    doc: "A door that push events come in by: POST /events/NAME.",
+    keys: &[
+        Key::required("name", Kind::Text(&PLAIN), "\"main\"", "The last part of the path that events are posted to."),
+        Key::required("kind", Kind::Choice(&KIND), "\"distribution\"", "What sends the events, and so what they look like."),
+        Key::required(
+            "registry",
+            Kind::Text(&registry::NAME),
+            "\"registry.example.com\"",
+            "The [[registry]] that its events are about. A host inside an event is never contacted.",
+        ),
+        Key::optional(
+            "token",
+            Kind::Secret,
+            "{ file = \"/run/secrets/webhook\" }",
+            "What senders show as \"Authorization: Bearer TOKEN\". A source has this or `basic`.",
+        ),
+        Key::optional(
+            "token_old",
+            Kind::Secret,
+            "{ file = \"/run/secrets/webhook-old\" }",
+            "A token that counts as well, while senders are moved over to the new one.",
+        ),
+        Key::optional(
+            "basic",
+            Kind::Table(&BASIC),
+            "{ username = \"registry\", password = { file = \"/run/secrets/webhook\" } }",
+            "What senders show as HTTP basic authentication, if they cannot send a token.",
+        ),
+        Key::later("hmac"),
+    ],
+};
+
+static KIND: Choice = Choice {
+    words: &[Word { text: "distribution", doc: "CNCF distribution (docker-registry) 2.8 and 3.x." }],
+    later: &["harbor", "zot", "acr", "quay", "dockerhub", "ecr", "gar", "gitlab", "github", "gitea", "nexus", "artifactory"],
+};
+
+static BASIC: Table = Table {
+    title: "`basic`",
+    doc: "A user name and its password.",
+    keys: &[
+        Key::required("username", Kind::Text(&ANY_TEXT), "\"registry\"", "The user name that senders show."),
+        Key::required("password", Kind::Secret, "{ file = \"/run/secrets/webhook\" }", "The password that senders show."),
+    ],
+};
+
+pub(crate) fn read(section: &Section<'_>) -> Option<Source> {
+    let name = section.value("name").and_then(|value| value.parse(names::plain));
+    let kind = section.value("kind").and_then(|value| value.choice([SourceKind::Distribution]));
+    let registry = section.value("registry").and_then(|value| {
+        let name = value.parse(registry::registry_name)?;
+        section.report.names.registries.check(&value, name.as_str());
+        Some(name)
+    });
+    let auth = auth(section);
+    Some(Source { name: name?, kind: kind?, registry: registry?, auth: auth? })
+}
+
+fn auth(section: &Section<'_>) -> Option<SourceAuth> {
+    let token = section.value("token").map(|value| bearer(&value));
+    let token_old = section.value("token_old").map(|value| bearer(&value));
+    let basic = section.value("basic").map(|value| value.table().as_ref().and_then(basic));
+    match (token, token_old, basic) {
+        (Some(token), None, None) => Some(SourceAuth::Bearer { token: token?, token_old: None }),
+        (Some(token), Some(token_old), None) => Some(SourceAuth::Bearer { token: token?, token_old: Some(token_old?) }),
+        (None, None, Some(basic)) => basic.map(SourceAuth::Basic),
+        (None, Some(_), None) => {
+            let at = section.written("token_old").unwrap_or_else(|| section.span.clone());
+            section.report.absent(at, "`token_old` without `token`", "name it `token`: nothing takes its place yet".to_owned());
+            None
+        }
+        (_, _, Some(_)) => {
+            let at = section.written("basic").unwrap_or_else(|| section.span.clone());
+            section.report.error(at, "a source has `token` or `basic`, not both", "keep what its senders use".to_owned());
+            None
+        }
+        (None, None, None) => {
+            let message = "[[source]] has no `token` and no `basic`: anybody could send events";
+            let help = "add one, and give its senders the same: token = { file = \"/run/secrets/webhook\" }";
+            section.report.absent(section.span.clone(), message, help.to_owned());
+            None
+        }
+    }
+}
+
+/// A token is one header value, and must not be guessed.
+fn bearer(value: &Value<'_>) -> Option<Secret> {
+    const SHORT: usize = 16;
+    let token = value.secret()?;
+    if !token.expose().bytes().all(|b| b.is_ascii_graphic()) {
+        let help = "use letters, digits and punctuation of ASCII, without spaces: openssl rand -hex 32 makes a good one";
+        return value.wrong(Wrong::new("this token cannot be sent in a header", help));
+    }
+    if token.expose().len() < SHORT {
+        let help = "openssl rand -hex 32 makes a good one".to_owned();
+        value.report.warning(
+            value.span.clone(),
+            format!("this token has fewer than {SHORT} characters, and could be guessed"),
+            help,
+        );
+    }
+    Some(token)
+}
+
+fn basic(section: &Section<'_>) -> Option<Login> {
+    let username = section.value("username").and_then(|value| value.parse(registry::username));
+    let password = section.value("password").and_then(|value| value.secret());
+    Some(Login { username: username?, password: password? })
+}

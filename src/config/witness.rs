@@ -1,0 +1,160 @@
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+
+use crate::kms::KeyUri;
+
+use super::{
+    names::{self, PLAIN},
+    problem::Place,
+    reader::{Section, Wrong, optional},
+    shape::{ANY_TEXT, Grammar, Key, Kind, Table},
+};
+
+/// A named signing identity.
+#[derive(Debug, Clone)]
+pub struct Witness {
+    pub name: String,
+    /// For people; may be empty.
+    pub description: String,
+    /// The key that signs.
+    pub key: KeyUri,
+    /// PEM (SPKI): what the key's public half must be. None: the KMS is asked, and believed.
+    pub public_key: Option<PathBuf>,
+    /// Further public keys whose signatures count.
+    pub verify: Vec<FormerKey>,
+    /// None: as fast as the KMS allows.
+    pub rate: Option<Rate>,
+    /// Where its section begins, for messages about it.
+    pub place: Place,
+}
+
+/// A public key that signed before, or that signs elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FormerKey {
+    /// PEM (SPKI).
+    pub key: PathBuf,
+    /// From then on its signatures do not count any more: the end of a rotation.
+    pub until: Option<Timestamp>,
+    /// From then on somebody else may have signed with it.
+    pub revoked: Option<Timestamp>,
+    /// Why it was revoked, for people.
+    pub reason: Option<String>,
+}
+
+/// A witness's share of its KMS's quota: a token bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate {
+    /// Signatures.
+    pub per_second: u32,
+    /// Signatures that may be made at once after a pause.
+    pub burst: u32,
+}
+
+pub(crate) static TABLE: Table = Table {
+    title: "[[witness]]",
+    doc: "A named signing identity: one asymmetric key in one KMS.",
+    keys: &[
+        Key::required("name", Kind::Text(&PLAIN), "\"release\"", "What rules and people call it."),
+        Key::optional(
+            "description",
+            Kind::Text(&ANY_TEXT),
+            "\"Signs everything that production may run\"",
+            "What its signature means, for people.",
+        ),
+        Key::required(
+            "key",
+            Kind::Text(&KEY_URI),
+            "\"awskms:///alias/image-signing?region=eu-west-1\"",
+            "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, or file:///path/key.pem for a key on this machine.",
+        ),
+        Key::optional(
+            "public_key",
+            Kind::Path,
+            "\"release.pub.pem\"",
+            "The public key that it must turn out to have, as PEM. Whatever the KMS says, if absent.",
+        ),
+        Key::optional(
+            "verify",
+            Kind::Tables(&VERIFY),
+            "[{ key = \"release-2025.pub.pem\", until = 2027-03-01T00:00:00Z }]",
+            "Further public keys whose signatures count: rotation by overlap, revocation by date.",
+        ),
+        Key::optional(
+            "rate",
+            Kind::Table(&RATE),
+            "{ per_second = 100, burst = 200 }",
+            "This witness's share of the KMS's quota. As fast as the KMS allows, if absent.",
+        ),
+    ],
+};
+
+static KEY_URI: Grammar = Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms)://") };
+
+static VERIFY: Table = Table {
+    title: "`verify`",
+    doc: "A public key that signed before, or that signs elsewhere.",
+    keys: &[
+        Key::required("key", Kind::Path, "\"release-2025.pub.pem\"", "The public key, as PEM."),
+        Key::optional("until", Kind::Time, "2027-03-01T00:00:00Z", "From then on its signatures do not count any more."),
+        Key::optional("revoked", Kind::Time, "2026-12-24T03:00:00Z", "From then on somebody else may have signed with it."),
+        Key::optional("reason", Kind::Text(&ANY_TEXT), "\"found in a build log\"", "Why it was revoked, for people."),
+    ],
+};
+
+static RATE: Table = Table {
+    title: "`rate`",
+    doc: "How often a key is used.",
+    keys: &[
+        Key::required("per_second", Kind::Count { least: 1, most: 1_000_000 }, "100", "Signatures a second."),
+        Key::optional(
+            "burst",
+            Kind::Count { least: 1, most: 1_000_000 },
+            "200",
+            "Signatures that may be made at once after a pause. As many as `per_second`, if absent.",
+        ),
+    ],
+};
+
+pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
+    let name = section.value("name").and_then(|value| value.parse(names::plain));
+    let description = section.value("description").map(|value| value.text());
+    let key = section.value("key").and_then(|value| value.parse(key_uri));
+    let public_key = section.value("public_key").map(|value| value.readable_file());
+    let verify = section.value("verify").map(|value| value.each_table(former_key));
+    let rate = section.value("rate").map(|value| value.table().as_ref().and_then(rate));
+    Some(Witness {
+        name: name?,
+        description: description.unwrap_or_else(|| Some(String::new()))?,
+        key: key?,
+        public_key: optional(public_key)?,
+        verify: verify.unwrap_or_else(|| Some(Vec::new()))?,
+        rate: optional(rate)?,
+        place: section.report.place(&section.span),
+    })
+}
+
+fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
+    text.parse().map_err(|error: crate::kms::UriError| {
+        Wrong::new(error.to_string(), "file:///etc/countersign/key.pem, or awskms:///alias/NAME?region=REGION")
+    })
+}
+
+fn former_key(section: &Section<'_>) -> Option<FormerKey> {
+    let key = section.value("key").and_then(|value| value.readable_file());
+    let until = section.value("until").map(|value| value.time());
+    let revoked = section.value("revoked").map(|value| value.time());
+    let reason = section.value("reason").map(|value| value.text());
+    if reason.is_some() && revoked.is_none() {
+        let message = "`reason` without `revoked`: this key's signatures still count";
+        let help = "add revoked = and the time from which they do not".to_owned();
+        section.report.absent_warning(section.value_span("reason"), message, help);
+    }
+    Some(FormerKey { key: key?, until: optional(until)?, revoked: optional(revoked)?, reason: optional(reason)? })
+}
+
+fn rate(section: &Section<'_>) -> Option<Rate> {
+    let per_second = section.value("per_second").and_then(|value| value.count());
+    let burst = section.value("burst").map(|value| value.count());
+    Some(Rate { per_second: per_second?, burst: optional(burst)?.or(per_second)? })
+}
