@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::process::Signal;
+use serde_json::Value;
 use tempfile::TempDir;
 
 pub use client::Client;
 
-use crate::process::{Process, free_port, http_client, scratch, tool};
+use crate::process::{Process, eventually, free_port, http_client, scratch, tool};
 
 /// Who is told of pushes, and how stubbornly.
 #[derive(Debug, Clone)]
@@ -68,6 +69,7 @@ pub struct Request {
 #[derive(Debug)]
 pub struct Registry {
     port: u16,
+    debug_port: u16,
     folder: TempDir,
     options: Options,
     process: Option<Process>,
@@ -80,7 +82,7 @@ impl Registry {
     }
 
     pub async fn start_with(options: Options) -> Result<Self> {
-        let mut registry = Self { port: free_port()?, folder: scratch()?, options, process: None };
+        let mut registry = Self { port: free_port()?, debug_port: free_port()?, folder: scratch()?, options, process: None };
         registry.write_config()?;
         registry.start_again().await?;
         Ok(registry)
@@ -126,6 +128,20 @@ impl Registry {
         self.process.as_ref().map_or(Ok(()), |process| process.signal(Signal::CONT))
     }
 
+    /// How many notifications it still has to deliver. They are in its memory only.
+    pub async fn pending_notifications(&self) -> Result<u64> {
+        let url = format!("http://127.0.0.1:{}/debug/vars", self.debug_port);
+        let vars: Value = http_client()?.get(url).send().await?.json().await?;
+        let pending = vars["registry"]["notifications"]["endpoints"][0]["Metrics"]["Pending"].as_u64();
+        pending.with_context(|| format!("no count of pending notifications in {vars}"))
+    }
+
+    /// Waits until every notification is delivered.
+    pub async fn wait_delivered(&self, limit: Duration) -> Result<()> {
+        let nothing_pending = async || Ok((self.pending_notifications().await? == 0).then_some(()));
+        eventually("every notification is delivered", limit, nothing_pending).await
+    }
+
     /// Every request so far, in the order of their answers; needs [`Options::count_requests`].
     pub fn requests(&self) -> Result<Vec<Request>> {
         let log = fs::read_to_string(self.log()).context("read the registry's log")?;
@@ -154,9 +170,10 @@ impl Registry {
             "version: 0.1\n\
              log: {{level: {level}, accesslog: {{disabled: {unlogged}}}}}\n\
              storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n  maintenance: {{uploadpurging: {{enabled: false}}}}\n\
-             http: {{addr: '{}', secret: test}}\n",
+             http: {{addr: '{}', secret: test, debug: {{addr: '127.0.0.1:{}'}}}}\n",
             folder.join("data").display(),
             self.host(),
+            self.debug_port,
         );
         if self.options.login {
             fs::write(folder.join("htpasswd"), HTPASSWD)?;

@@ -133,6 +133,7 @@ async fn the_registry_tells_of_pushes_counts_requests_and_keeps_its_data_over_a_
         event.push_str(std::str::from_utf8(&piece[..length])?);
     }
     connection.write_all(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n").await?;
+    registry.wait_delivered(Duration::from_secs(10)).await?;
     assert!(event.starts_with("POST /events/main"), "{event}");
     assert!(event.contains("Authorization: Bearer secret"), "{event}");
     assert!(event.contains(&image.manifest.digest) && event.contains("\"tag\": \"1\""), "{event}");
