@@ -42,10 +42,15 @@ pub fn registry_of(config: &Config, name: &RegistryName) -> anyhow::Result<Regis
         let known: Vec<_> = config.registries.iter().map(|registry| registry.name.as_str()).collect();
         crate::cli::Usage(format!("no [[registry]] is named {name}; the configuration has {}", known.join(", ")))
     })?;
-    open_registry(registry)
+    open_registry(registry, None)
 }
 
-fn open_registry(registry: &config::Registry) -> anyhow::Result<Registry> {
+fn open_registry(registry: &config::Registry, metrics: Option<&Metrics>) -> anyhow::Result<Registry> {
+    let observer = metrics.map(|metrics| {
+        let (metrics, name) = (metrics.clone(), registry.name.to_string());
+        let observe = move |operation, result, took| metrics.registry_asked(&name, operation, result, took);
+        Arc::new(observe) as registry::Observer
+    });
     let ca = registry
         .ca
         .as_ref()
@@ -60,6 +65,7 @@ fn open_registry(registry: &config::Registry) -> anyhow::Result<Registry> {
         }),
         ca,
         timeouts: registry::Timeouts::default(),
+        observer,
     };
     Ok(Registry::new(settings)?)
 }
@@ -175,8 +181,9 @@ fn check_rules(config: &Config, witness: &Witness) -> anyhow::Result<()> {
 
 /// Everything that the pipeline looks up. Witnesses that a KMS outage keeps shut are returned beside it; one that can never
 /// be opened as things stand is an error.
-pub async fn setup(config: &Config, clock: &Clock) -> anyhow::Result<(Setup, Vec<Unopened>)> {
-    let registries = config.registries.iter().map(|registry| Ok((registry.name.clone(), open_registry(registry)?)));
+pub async fn setup(config: &Config, clock: &Clock, metrics: &Metrics) -> anyhow::Result<(Setup, Vec<Unopened>)> {
+    let registries =
+        config.registries.iter().map(|registry| Ok((registry.name.clone(), open_registry(registry, Some(metrics))?)));
     let registries = registries.collect::<anyhow::Result<HashMap<_, _>>>()?;
     let rules = rules(config)?;
     let (witnesses, unopened) = open_witnesses(config, clock).await?;
@@ -246,12 +253,13 @@ pub async fn client(config: &Config, clock: &Clock, signing: bool) -> anyhow::Re
     let queue = open_queue(config, clock)?;
     let ledger = open_ledger(config, clock)?;
     let pipeline = if signing {
-        let (setup, shut) = setup(config, clock).await?;
+        let metrics = Metrics::new();
+        let (setup, shut) = setup(config, clock, &metrics).await?;
         if let Some((witness, error)) = shut.into_iter().next() {
             error!(witness = witness.name, "its key cannot be opened");
             return Err(error.into());
         }
-        Some(Arc::new(Pipeline::new(setup, ledger.clone(), Metrics::new(), clock.clone(), patience(config))))
+        Some(Arc::new(Pipeline::new(setup, ledger.clone(), metrics, clock.clone(), patience(config))))
     } else {
         None
     };

@@ -332,7 +332,15 @@ impl Pipeline {
             Located::Missing => return Ok(Report::skipped(Skip::NotFound)),
         };
         let Plan { targets, skipped } = plan::plan(&image, &matched, &setup.witnesses);
-        let desk = Desk { registry, ledger: &self.ledger, turns: &self.turns, clock: &self.clock, message_id, located };
+        let desk = Desk {
+            registry,
+            ledger: &self.ledger,
+            metrics: &self.metrics,
+            turns: &self.turns,
+            clock: &self.clock,
+            message_id,
+            located,
+        };
         let work: Vec<_> = targets.iter().map(|target| desk.see_to(target)).collect();
         let done: Vec<_> = stream::iter(work).buffered(DIGESTS_AT_ONCE).collect().await;
 

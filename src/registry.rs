@@ -47,7 +47,12 @@ pub struct Settings {
     /// Certificates (PEM, one or more) that are trusted besides the system's.
     pub ca: Option<Vec<u8>>,
     pub timeouts: Timeouts,
+    /// Told of every exchange that ended.
+    pub observer: Option<Observer>,
 }
+
+/// Told what was done (`read the manifest`), how it ended (`ok`, or a word for what went wrong), and how long it took.
+pub type Observer = Arc<dyn Fn(&'static str, &'static str, Duration) + Send + Sync>;
 
 impl fmt::Debug for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -138,6 +143,7 @@ struct Shared {
     client: Client,
     authenticator: Authenticator,
     blobs: Blobs,
+    observer: Option<Observer>,
 }
 
 impl fmt::Debug for Registry {
@@ -170,7 +176,15 @@ impl Registry {
         origin.set_path("");
         let client = transport::client(&settings).map_err(wrong)?;
         let authenticator = Authenticator::new(settings.credentials.clone()).map_err(wrong)?;
-        Ok(Self(Arc::new(Shared { name: settings.name, origin, base, client, authenticator, blobs: Blobs::new() })))
+        Ok(Self(Arc::new(Shared {
+            name: settings.name,
+            origin,
+            base,
+            client,
+            authenticator,
+            blobs: Blobs::new(),
+            observer: settings.observer,
+        })))
     }
 
     /// The registry's name in image references.

@@ -25,7 +25,7 @@ fn client(server: &Server, credentials: Option<(&str, &str)>) -> Registry {
     let credentials =
         credentials.map(|(username, password)| Credentials { username: username.into(), password: password.to_owned().into() });
     let timeouts = Timeouts::default();
-    Registry::new(Settings { name: server.name(), url: server.url(), credentials, ca: None, timeouts }).unwrap()
+    Registry::new(Settings { name: server.name(), url: server.url(), credentials, ca: None, timeouts, observer: None }).unwrap()
 }
 
 fn repository(name: &str) -> Repository {

@@ -31,7 +31,7 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let queue: Arc<dyn Queue> = Arc::new(open_queue(&config, &clock)?);
     let ledger = open_ledger(&config, &clock)?;
     let metrics = Metrics::new();
-    let (setup, shut) = setup(&config, &clock).await?;
+    let (setup, shut) = setup(&config, &clock, &metrics).await?;
     let pipeline = Arc::new(Pipeline::new(setup, ledger.clone(), metrics.clone(), clock.clone(), patience(&config)));
     let intake = Arc::new(Intake::new(queue.clone(), clock.clone(), sources(&config)));
     attach_intake(&metrics, &intake);
@@ -191,7 +191,7 @@ impl Reloader {
             return Err(restart("[queue] and [ledger]"));
         }
         let renewed_tls = config.server.tls.as_ref().map(open_tls).transpose()?;
-        let (setup, shut) = setup(&config, &self.clock).await?;
+        let (setup, shut) = setup(&config, &self.clock, &self.metrics).await?;
         // Nothing below can fail.
         if let Err(error) = self.log.set_filter(&config.log.level.to_string()) {
             warn!(error = &error as &dyn std::error::Error, "the log level stays as it was");

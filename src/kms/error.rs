@@ -53,6 +53,25 @@ pub enum Error {
 }
 
 impl Error {
+    /// The word for metrics.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Throttled { .. } => "throttled",
+            Self::Unreachable { .. } => "unreachable",
+            Self::Transient { .. } => "transient",
+            Self::Denied { .. } => "denied",
+            Self::Credentials { .. } => "credentials",
+            Self::KeyUnusable { .. } => "key_unusable",
+            Self::NotFound { .. } => "not_found",
+            Self::Misconfigured { .. } | Self::WrongAlgorithm { .. } => "misconfigured",
+            Self::BadResponse { .. } => "bad_response",
+            Self::BadSignature { .. } => "bad_signature",
+            Self::KeyChanged { .. } | Self::PublicKey { .. } => "key_changed",
+            Self::File { .. } => "file",
+        }
+    }
+
     /// Whether asking once more at once is worth it: a garbled answer can be a garbled transport.
     pub(crate) fn is_garbled(&self) -> bool {
         matches!(self, Self::BadResponse { .. } | Self::BadSignature { .. })

@@ -16,6 +16,7 @@ use tracing::debug;
 
 use crate::{
     clock::Clock,
+    kms,
     ledger::{Intent, Ledger},
     oci::{Digest, Tag, media_type},
     pipeline::{
@@ -24,6 +25,7 @@ use crate::{
     },
     registry::{self, Address, Registry},
     signature::cosign::{self, EMPTY_CONFIG, Layer, SignatureManifest, extend_config},
+    telemetry::Metrics,
     verify::{self, Trust, Verified},
 };
 
@@ -70,6 +72,7 @@ impl Turns {
 pub struct Desk<'a> {
     pub registry: &'a Registry,
     pub ledger: &'a Ledger,
+    pub metrics: &'a Metrics,
     pub turns: &'a Turns,
     pub clock: &'a Clock,
     pub message_id: &'a str,
@@ -223,7 +226,10 @@ impl Desk<'_> {
 
     async fn sign(&self, target: &Target, wanted: &Wanted) -> Result<Verified, Error> {
         let prepared = &wanted.prepared;
-        let raw = wanted.witness.sign(wanted.algorithm, prepared.payload_sha256()).await?;
+        let began = Instant::now();
+        let signed = wanted.witness.sign(wanted.algorithm, prepared.payload_sha256()).await;
+        self.metrics.kms_asked(wanted.witness.name(), signed.as_ref().map_or_else(kms::Error::name, |_| "ok"), began.elapsed());
+        let raw = signed?;
         let asked = verify::Wanted { digest: target.subject.digest().clone(), reference: prepared.reference().clone() };
         let own = Trust { witness: wanted.witness.name(), keys: wanted.witness.trusted_keys() };
         let layer = prepared.assemble(&raw);

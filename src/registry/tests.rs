@@ -116,6 +116,7 @@ fn settings(url: &str) -> Settings {
         credentials: Some(Credentials { username: "ann".into(), password: PASSWORD.to_owned().into() }),
         ca: None,
         timeouts: Timeouts { connect: Duration::from_secs(1), request: Duration::from_secs(2) },
+        observer: None,
     }
 }
 

@@ -181,6 +181,21 @@ impl Registry {
     /// Sends `outgoing` with whatever authorization it takes, following redirects of reads. Returns any answer but a 401.
     /// A success has at most `limit` bytes.
     pub(super) async fn exchange(&self, call: &Call<'_>, outgoing: Outgoing, limit: usize) -> Result<Answer, Error> {
+        let began = Instant::now();
+        let result = self.exchange_unobserved(call, outgoing, limit).await;
+        if let Some(observer) = &self.0.observer {
+            let ended = match &result {
+                Ok(answer) => word_of(answer.status),
+                Err(Error::Unreachable { .. }) => "unreachable",
+                Err(Error::Unauthorized { .. }) => "denied",
+                Err(_) => "failed",
+            };
+            observer(call.doing, ended, began.elapsed());
+        }
+        result
+    }
+
+    async fn exchange_unobserved(&self, call: &Call<'_>, outgoing: Outgoing, limit: usize) -> Result<Answer, Error> {
         let since = Instant::now();
         let mut outgoing = outgoing;
         let grant = Grant { repository: call.repository.cloned(), access: call.access };
@@ -353,6 +368,18 @@ fn next_link(header: &str) -> Option<&str> {
             return Some(target);
         }
         rest = after;
+    }
+}
+
+/// How an exchange ended, for those who count.
+fn word_of(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        200..=399 => "ok",
+        404 => "absent",
+        429 => "throttled",
+        401 | 403 => "denied",
+        400..=499 => "refused",
+        _ => "failed",
     }
 }
 
