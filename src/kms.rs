@@ -13,6 +13,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Clock;
+pub use aws::Environment;
 pub(crate) use create::{create_file, replace_file};
 pub use error::Error;
 pub use file::generate;
@@ -41,9 +42,14 @@ pub trait SigningKey: fmt::Debug + Send + Sync {
 
 /// Opens a key: finds it, and reads its public half once.
 pub async fn open(uri: &KeyUri, clock: Clock) -> Result<Arc<dyn SigningKey>, Error> {
+    open_in(uri, clock, &Environment::system()).await
+}
+
+/// The same, with the environment variables that its provider looks at said by the caller.
+pub async fn open_in(uri: &KeyUri, clock: Clock, environment: &Environment) -> Result<Arc<dyn SigningKey>, Error> {
     match uri {
         KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path)?)),
-        KeyUri::AwsKms { .. } => Ok(Arc::new(aws::AwsKey::open(uri, clock).await?)),
+        KeyUri::AwsKms { .. } => Ok(Arc::new(aws::AwsKey::open(uri, clock, environment).await?)),
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::sync::Semaphore;
 use super::{Algorithm, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
 use crate::clock::Clock;
 use client::{Client, Operation, Patience};
-use environment::Environment;
+pub use environment::Environment;
 pub(super) use place::{endpoint_url, is_region, region_of_arn};
 
 /// An asymmetric signing key in AWS KMS (service model `TrentService`, version 2014-11-01).
@@ -32,11 +32,11 @@ pub(super) struct AwsKey {
 const UNDER_WAY: usize = 16;
 
 impl AwsKey {
-    pub(super) async fn open(uri: &KeyUri, clock: Clock) -> Result<Self, Error> {
-        Self::open_in(uri, clock, &Environment::system(), Patience::USUAL).await
+    pub(super) async fn open(uri: &KeyUri, clock: Clock, environment: &Environment) -> Result<Self, Error> {
+        Self::open_patiently(uri, clock, environment, Patience::USUAL).await
     }
 
-    async fn open_in(uri: &KeyUri, clock: Clock, environment: &Environment, patience: Patience) -> Result<Self, Error> {
+    async fn open_patiently(uri: &KeyUri, clock: Clock, environment: &Environment, patience: Patience) -> Result<Self, Error> {
         let KeyUri::AwsKms { key, .. } = uri else { unreachable!("kms::open chose by the kind of URI") };
         let client = Client::new(uri, clock, environment, patience)?;
         let metadata = client.describe(key).await?;

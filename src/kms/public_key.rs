@@ -93,6 +93,8 @@ pub enum PublicKeyError {
     NotPem,
     #[error("it is a PEM file of {label}, not of a PUBLIC KEY: {cure}")]
     WrongLabel { label: String, cure: &'static str },
+    #[error("what is between its BEGIN and END lines is damaged, or something follows it")]
+    Damaged,
     #[error("what it holds is no SubjectPublicKeyInfo in DER (RFC 5280 section 4.1.2.7)")]
     NotSpki,
     #[error("it is a {0} key: only RSA keys of 2048, 3072 or 4096 bits and P-256 keys can be used")]
@@ -123,7 +125,7 @@ impl PublicKey {
         if label != SubjectPublicKeyInfoRef::PEM_LABEL {
             return Err(PublicKeyError::WrongLabel { label: label.to_owned(), cure: cure_for(label) });
         }
-        let (_, document) = Document::from_pem(pem).map_err(|_| PublicKeyError::NotPem)?;
+        let (_, document) = Document::from_pem(pem).map_err(|_| PublicKeyError::Damaged)?;
         Self::from_spki_der(document.as_bytes())
     }
 
@@ -327,7 +329,9 @@ mod tests {
             ("-----BEGIN RSA PUBLIC KEY-----\nAAAA\n-----END RSA PUBLIC KEY-----\n", "-RSAPublicKey_in"),
             ("ssh-rsa AAAA", "not PEM"),
             ("", "not PEM"),
-            ("-----BEGIN PUBLIC KEY-----\n????\n-----END PUBLIC KEY-----\n", "not PEM"),
+            ("-----BEGIN PUBLIC KEY-----\n????\n-----END PUBLIC KEY-----\n", "damaged"),
+            (&RSA[..200], "damaged"),
+            (&format!("{RSA}{P256}"), "something follows"),
             ("-----BEGIN PUBLIC KEY-----\nMAA=\n-----END PUBLIC KEY-----\n", "SubjectPublicKeyInfo"),
         ] {
             let error = PublicKey::from_pem(pem).unwrap_err().to_string();
@@ -351,6 +355,34 @@ mod tests {
         let mut der = PublicKey::from_pem(P256).unwrap().spki_der().to_vec();
         *der.last_mut().unwrap() ^= 1;
         assert_eq!(PublicKey::from_spki_der(&der), Err(PublicKeyError::Invalid("EC_P256")));
+    }
+
+    #[test]
+    fn other_encodings_are_the_same_key_and_other_keys_are_refused_by_their_kind() {
+        let openssl = |arguments: &[&str], input: &str| {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("in.pem");
+            std::fs::write(&path, input).unwrap();
+            let output = std::process::Command::new("openssl").args(arguments).arg("-in").arg(path).output();
+            String::from_utf8(output.expect("these tests need the openssl command").stdout).unwrap()
+        };
+        let compressed = openssl(&["ec", "-pubin", "-pubout", "-conv_form", "compressed"], P256);
+        assert_ne!(compressed, P256);
+        assert_eq!(PublicKey::from_pem(&compressed).unwrap().to_pem(), P256);
+
+        for (arguments, part) in [
+            (["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384"].as_slice(), "1.3.132.0.34"),
+            (&["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-pkeyopt", "ec_param_enc:explicit"], "elliptic curve"),
+            (&["-algorithm", "ED25519"], "1.3.101.112"),
+            (&["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024"], "1024-bit RSA"),
+            (&["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2056"], "2056-bit RSA"),
+            (&["-algorithm", "RSA-PSS", "-pkeyopt", "rsa_keygen_bits:2048"], "RSASSA-PSS-only"),
+        ] {
+            let private = std::process::Command::new("openssl").arg("genpkey").args(arguments).output().unwrap().stdout;
+            let public = openssl(&["pkey", "-pubout"], &String::from_utf8(private).unwrap());
+            let error = PublicKey::from_pem(&public).unwrap_err().to_string();
+            assert!(error.contains(part), "{arguments:?}: {error}");
+        }
     }
 
     #[test]

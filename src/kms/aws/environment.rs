@@ -1,18 +1,21 @@
 use std::{fmt, sync::Arc};
 
-/// The environment variables, so that tests can say what they are.
+/// The environment variables that a provider takes its settings and credentials from; tests say what they are.
 #[derive(Clone)]
-pub(super) struct Environment(Arc<Lookup>);
+pub struct Environment(Arc<Lookup>);
 
 type Lookup = dyn Fn(&str) -> Option<String> + Send + Sync;
 
 impl Environment {
-    pub(super) fn system() -> Self {
+    /// This process's own.
+    #[must_use]
+    pub fn system() -> Self {
         Self(Arc::new(|name| std::env::var(name).ok()))
     }
 
-    #[cfg(test)]
-    pub(super) fn of<const N: usize>(variables: [(&str, &str); N]) -> Self {
+    /// These and no others.
+    #[must_use]
+    pub fn of<const N: usize>(variables: [(&str, &str); N]) -> Self {
         let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
         Self(Arc::new(move |asked| variables.iter().find(|(name, _)| name == asked).map(|(_, value)| value.clone())))
     }

@@ -55,7 +55,7 @@ impl Scene {
     async fn open(&self, key: &str) -> Result<AwsKey, Error> {
         let path = self.credentials_file();
         let environment = Environment::of([("AWS_SHARED_CREDENTIALS_FILE", path.to_str().unwrap())]);
-        AwsKey::open_in(&self.uri(key), self.clock.clone(), &environment, IMPATIENT).await
+        AwsKey::open_patiently(&self.uri(key), self.clock.clone(), &environment, IMPATIENT).await
     }
 
     /// Opened, with the requests for that forgotten.
@@ -98,7 +98,7 @@ async fn keys_sign_by_alias_id_and_arn() {
                 let uri = format!("awskms://{}/{arn}", scene.kms.address).parse().unwrap();
                 let path = scene.credentials_file();
                 let environment = Environment::of([("AWS_SHARED_CREDENTIALS_FILE", path.to_str().unwrap())]);
-                AwsKey::open_in(&uri, scene.clock.clone(), &environment, IMPATIENT).await.unwrap()
+                AwsKey::open_patiently(&uri, scene.clock.clone(), &environment, IMPATIENT).await.unwrap()
             } else {
                 scene.open(reference).await.unwrap()
             };
@@ -159,7 +159,7 @@ async fn a_kms_that_is_not_there_is_unreachable() {
     let path = scene.credentials_file();
     let environment = Environment::of([("AWS_SHARED_CREDENTIALS_FILE", path.to_str().unwrap())]);
     let uri = format!("awskms://{nobody}/alias/rsa?region={REGION}").parse().unwrap();
-    let error = AwsKey::open_in(&uri, scene.clock.clone(), &environment, IMPATIENT).await.unwrap_err();
+    let error = AwsKey::open_patiently(&uri, scene.clock.clone(), &environment, IMPATIENT).await.unwrap_err();
     assert!(matches!(error, Error::Unreachable { .. }), "{error}");
     assert!(error.to_string().contains(&format!("http://{nobody}/")), "{error}");
 }
