@@ -47,16 +47,22 @@ pub(in crate::ledger) fn story(connection: &Connection, query: &StoryQuery) -> r
 /// An index answers each of the questions. Which, is not left to the planner: it cannot know that a digest tells more
 /// than a repository.
 pub(in crate::ledger) fn story_sql(query: &StoryQuery) -> String {
-    let index = if query.digest.is_some() { "event_by_digest" } else { "event_by_tag" };
+    let repository = "(SELECT id FROM word WHERE text = :repository)";
+    let index = if query.digest.is_some() { "event_by_subject" } else { "event_by_tag" };
     let tag = if query.tag.is_some() { "tag = :tag" } else { ":tag IS NULL" };
-    let digest = if query.digest.is_some() { "digest = :digest" } else { ":digest IS NULL" };
+    let subject = if query.digest.is_some() {
+        format!("subject = (SELECT id FROM subject WHERE digest = :digest AND repository = {repository})")
+    } else {
+        ":digest IS NULL".to_owned()
+    };
     format!(
         "SELECT message, (SELECT text FROM word WHERE word.id = source) AS source, sender_id,
-                (SELECT text FROM word WHERE word.id = repository) AS repository, tag, digest, pushed_at, received_at, actor,
+                (SELECT text FROM word WHERE word.id = repository) AS repository, tag,
+                (SELECT digest FROM subject WHERE subject.id = event.subject) AS digest, pushed_at, received_at, actor,
                 outcome, reason, rules, detail, attempt, concluded_at
            FROM event
           WHERE id IN (SELECT id FROM event INDEXED BY {index}
-                        WHERE repository = (SELECT id FROM word WHERE text = :repository) AND {tag} AND {digest}
+                        WHERE repository = {repository} AND {tag} AND {subject}
                         ORDER BY id DESC LIMIT :limit)
           ORDER BY id DESC"
     )
@@ -89,11 +95,12 @@ fn event(row: &Row<'_>) -> rusqlite::Result<EventRecord> {
 pub(in crate::ledger) const SIGNATURES: &str = "
     SELECT message, (SELECT text FROM word WHERE word.id = rule) AS rule,
            (SELECT text FROM word WHERE word.id = witness) AS witness, (SELECT text FROM word WHERE word.id = format) AS format,
-           (SELECT text FROM word WHERE word.id = repository) AS repository, digest, reference, payload,
+           reference, payload,
            (SELECT text FROM word WHERE word.id = key) AS key, (SELECT text FROM word WHERE word.id = algorithm) AS algorithm,
            asked, asked_first_at, asked_last_at, state, detail, concluded_at
-      FROM signature INDEXED BY signature_by_digest
-     WHERE digest = :digest AND repository = (SELECT id FROM word WHERE text = :repository)
+      FROM signature INDEXED BY signature_by_subject
+     WHERE subject = (SELECT id FROM subject
+                       WHERE digest = :digest AND repository = (SELECT id FROM word WHERE text = :repository))
      ORDER BY id DESC LIMIT :limit";
 
 pub(in crate::ledger) fn signatures(
@@ -103,15 +110,20 @@ pub(in crate::ledger) fn signatures(
     digest: &Digest,
 ) -> rusqlite::Result<Vec<SignatureRecord>> {
     let mut signatures = connection.prepare_cached(SIGNATURES)?;
-    let repository = repository_word(registry, repository);
-    let digest = DigestColumn(digest.clone());
-    let parameters = named_params! { ":digest": digest, ":repository": repository, ":limit": MOST_SIGNATURES };
-    signatures.query_map(parameters, signature)?.collect()
+    let parameters = named_params! {
+        ":digest": DigestColumn(digest.clone()),
+        ":repository": repository_word(registry, repository),
+        ":limit": MOST_SIGNATURES,
+    };
+    signatures.query_map(parameters, |row| signature(row, registry, repository, digest))?.collect()
 }
 
-fn signature(row: &Row<'_>) -> rusqlite::Result<SignatureRecord> {
-    let (registry, repository) = repository(row)?.ok_or_else(|| damaged(row, "repository"))?;
-    let digest = row.get::<_, DigestColumn>("digest")?.0;
+fn signature(
+    row: &Row<'_>,
+    registry: &RegistryName,
+    repository: &Repository,
+    digest: &Digest,
+) -> rusqlite::Result<SignatureRecord> {
     let reference: String = row.get("reference")?;
     let state: Option<String> = row.get("state")?;
     let detail: Option<String> = row.get("detail")?;
@@ -120,7 +132,7 @@ fn signature(row: &Row<'_>) -> rusqlite::Result<SignatureRecord> {
         rule: row.get("rule")?,
         witness: row.get("witness")?,
         format: row.get("format")?,
-        reference: read_reference(&reference, &digest, &registry, &repository).ok_or_else(|| damaged(row, "reference"))?,
+        reference: read_reference(&reference, digest, registry, repository).ok_or_else(|| damaged(row, "reference"))?,
         payload_sha256: row.get("payload")?,
         asked: asked(row)?,
         state: match state {

@@ -16,7 +16,7 @@ use crate::{
     clock::Clock,
     event::BY_HAND,
     ledger::{Conclusion, EventFacts, Intent, SignatureResult, SignatureState},
-    oci::{RegistryName, Repository, Tag},
+    oci::{Digest, RegistryName, Repository, Tag},
     outcome::Outcome,
 };
 
@@ -115,8 +115,7 @@ impl Page<'_> {
             self.word(&intent.rule)?,
             self.word(&intent.witness)?,
             self.word(intent.format)?,
-            self.repository(&intent.registry, &intent.repository)?,
-            DigestColumn(intent.digest.clone()),
+            self.subject(&intent.registry, &intent.repository, &intent.digest)?,
             reference_column(&intent.reference, &intent.digest, &intent.registry, &intent.repository),
             intent.payload_sha256,
             self.word(&intent.key)?,
@@ -125,16 +124,16 @@ impl Page<'_> {
         ];
         // What is about to be written is open again, whatever was said of it before.
         let mut again = self.transaction.prepare_cached(
-            "UPDATE signature INDEXED BY signature_by_digest
-                SET asked = asked + 1, asked_last_at = ?11, state = NULL, detail = NULL, concluded_at = NULL
-              WHERE digest = ?6 AND reference = ?7 AND message = ?1 AND rule = ?2 AND witness = ?3 AND format = ?4
-                AND repository = ?5 AND payload = ?8 AND key = ?9 AND algorithm = ?10",
+            "UPDATE signature INDEXED BY signature_by_subject
+                SET asked = asked + 1, asked_last_at = ?10, state = NULL, detail = NULL, concluded_at = NULL
+              WHERE subject = ?5 AND reference = ?6 AND message = ?1 AND rule = ?2 AND witness = ?3 AND format = ?4
+                AND payload = ?7 AND key = ?8 AND algorithm = ?9",
         )?;
         if again.execute(row)? == 0 {
             let mut first = self.transaction.prepare_cached(
-                "INSERT INTO signature (message, rule, witness, format, repository, digest, reference, payload,
+                "INSERT INTO signature (message, rule, witness, format, subject, reference, payload,
                                         key, algorithm, asked, asked_first_at, asked_last_at)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 1, ?11, ?11)",
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 1, ?10, ?10)",
             )?;
             first.execute(row)?;
         }
@@ -165,8 +164,12 @@ impl Page<'_> {
                 (Some(registry), Some(repository)) => Some(self.repository(registry, repository)?),
                 _ => None,
             };
+            let subject = match (&event.registry, &event.repository, &event.digest) {
+                (Some(registry), Some(repository), Some(digest)) => Some(self.subject(registry, repository, digest)?),
+                _ => None,
+            };
             let mut first = self.transaction.prepare_cached(
-                "INSERT INTO event (message, source, sender_id, repository, tag, digest, pushed_at, received_at, actor,
+                "INSERT INTO event (message, source, sender_id, repository, tag, subject, pushed_at, received_at, actor,
                                     outcome, reason, rules, detail, attempt, concluded_at)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
             )?;
@@ -176,7 +179,7 @@ impl Page<'_> {
                 event.event_id.as_deref().map(shortened),
                 repository,
                 event.tag.as_ref().map(Tag::as_str),
-                event.digest.clone().map(DigestColumn),
+                subject,
                 event.pushed_at.map(TimeColumn),
                 event.received_at.map(TimeColumn),
                 event.actor.as_deref().map(shortened),
@@ -195,26 +198,24 @@ impl Page<'_> {
         let registry = event.registry.as_ref().unwrap_or(&result.reference.registry);
         let repository = event.repository.as_ref().unwrap_or(&result.reference.repository);
         let reference = reference_column(&result.reference, &result.digest, registry, repository);
-        let digest = DigestColumn(result.digest.clone());
+        let subject = self.subject(registry, repository, &result.digest)?;
         let witness = self.word(&result.witness)?;
         let format = self.word(result.format)?;
         let rule = self.word(&result.rule)?;
-        let repository = self.repository(registry, repository)?;
         let (state, detail) = state_columns(&result.state);
 
         // With another key in between there are several: the one asked last is meant. One that we wrote stays written.
         let intent: Option<(i64, Option<String>)> = self
             .transaction
             .prepare_cached(
-                "SELECT id, state FROM signature INDEXED BY signature_by_digest
-                  WHERE digest = ?1 AND reference = ?2 AND message = ?3 AND rule = ?4 AND witness = ?5 AND format = ?6
-                    AND repository = ?7 AND payload = ?8
+                "SELECT id, state FROM signature INDEXED BY signature_by_subject
+                  WHERE subject = ?1 AND reference = ?2 AND message = ?3 AND rule = ?4 AND witness = ?5 AND format = ?6
+                    AND payload = ?7
                   ORDER BY asked_last_at DESC, id DESC LIMIT 1",
             )?
-            .query_row(
-                params![digest, reference, event.message_id, rule, witness, format, repository, result.payload_sha256],
-                |row| Ok((row.get(0)?, row.get(1)?)),
-            )
+            .query_row(params![subject, reference, event.message_id, rule, witness, format, result.payload_sha256], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })
             .optional()?;
         let found = result.state == SignatureState::Found;
         match intent {
@@ -234,24 +235,23 @@ impl Page<'_> {
             && self
                 .transaction
                 .prepare_cached(
-                    "SELECT 1 FROM signature INDEXED BY signature_by_digest
-                      WHERE digest = ?1 AND reference = ?2 AND witness = ?3 AND format = ?4 AND repository = ?5
-                        AND payload = ?6 AND state IN ('written', 'found')",
+                    "SELECT 1 FROM signature INDEXED BY signature_by_subject
+                      WHERE subject = ?1 AND reference = ?2 AND witness = ?3 AND format = ?4 AND payload = ?5
+                        AND state IN ('written', 'found')",
                 )?
-                .exists(params![digest, reference, witness, format, repository, result.payload_sha256])?;
+                .exists(params![subject, reference, witness, format, result.payload_sha256])?;
         if !known {
             let mut insert = self.transaction.prepare_cached(
-                "INSERT INTO signature (message, rule, witness, format, repository, digest, reference, payload,
+                "INSERT INTO signature (message, rule, witness, format, subject, reference, payload,
                                         asked, state, detail, concluded_at)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 0, ?9, ?10, ?11)",
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, ?8, ?9, ?10)",
             )?;
             insert.execute(params![
                 event.message_id,
                 rule,
                 witness,
                 format,
-                repository,
-                digest,
+                subject,
                 reference,
                 result.payload_sha256,
                 state,
@@ -299,6 +299,20 @@ impl Page<'_> {
             add.execute(params![outcome, reason, by])?;
         }
         Ok(())
+    }
+
+    /// The number of a manifest in a repository.
+    fn subject(&mut self, registry: &RegistryName, repository: &Repository, digest: &Digest) -> rusqlite::Result<i64> {
+        let digest = DigestColumn(digest.clone());
+        let repository = self.repository(registry, repository)?;
+        let mut find = self.transaction.prepare_cached("SELECT id FROM subject WHERE digest = ?1 AND repository = ?2")?;
+        match find.query_row(params![digest, repository], |row| row.get(0)).optional()? {
+            Some(number) => Ok(number),
+            None => self
+                .transaction
+                .prepare_cached("INSERT INTO subject (digest, repository) VALUES (?1, ?2)")?
+                .insert(params![digest, repository]),
+        }
     }
 
     fn repository(&mut self, registry: &RegistryName, repository: &Repository) -> rusqlite::Result<i64> {

@@ -9,7 +9,7 @@ use std::{
     time::Instant,
 };
 
-use futures::future::join_all;
+use futures::{StreamExt, future::join_all, stream};
 
 use super::*;
 
@@ -98,15 +98,16 @@ async fn what_was_promised_is_there_and_adds_up_however_often_it_is_killed() {
         let first = round * 100_000;
         let mut child = start("sign until killed", &path, first, "");
         let lines = listen(&mut child);
-        let first_line = lines.recv_timeout(Duration::from_secs(20)).unwrap();
-        thread::sleep(Duration::from_millis(u64::from(round * 7 % 60)));
+        // Killed while it goes on, after more and more of what it says.
+        let heard = (0..10 + 20 * round).map(|_| lines.recv_timeout(Duration::from_secs(20)).expect("it goes on"));
+        let heard: Vec<String> = heard.collect();
         child.kill().unwrap();
         child.wait().unwrap();
 
         let ledger = Ledger::open(&path, Clock::system()).unwrap();
         let mut concluded: BTreeMap<u32, Vec<String>> = BTreeMap::new();
         // The last line may be torn.
-        let said: Vec<String> = [first_line].into_iter().chain(lines).collect();
+        let said: Vec<String> = heard.into_iter().chain(lines).collect();
         for line in &said[..said.len() - 1] {
             match line.split(' ').collect::<Vec<_>>()[..] {
                 ["intended", n] => {
@@ -127,8 +128,7 @@ async fn what_was_promised_is_there_and_adds_up_however_often_it_is_killed() {
         }
         assert_eq!(ledger.sums().await.unwrap(), recount(&path), "round {round}");
     }
-    assert!(promised > 100, "only {promised} intents were tested");
-    assert!(recount(&path).concluded() > 100);
+    assert!(promised > 500, "only {promised} intents were tested");
 }
 
 #[tokio::test]
@@ -163,7 +163,9 @@ async fn fill_the_disk(ledger: &Ledger) {
         assert!(n < 100_000, "the limit holds nothing");
     };
     assert_eq!(error.verdict(), Verdict::TRANSIENT, "{error:?}");
-    assert!(ledger.check().await.is_err(), "not ready");
+    // A probe is smaller than an intent, and a few may still fit.
+    let ready = async |_| ledger.check().await.is_ok();
+    assert!(!stream::iter(0..1000).all(ready).await, "the ledger says that it can be written");
     assert_eq!(signatures_of(ledger, n).await, [], "what was refused is not on record");
     assert_eq!(signatures_of(ledger, n - 1).await.len(), 1, "what was promised is");
     println!("full");

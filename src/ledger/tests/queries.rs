@@ -86,11 +86,13 @@ async fn with_two_hundred_thousand_events_every_answer_comes_from_an_index() {
              INSERT INTO word (text) SELECT 'registry.example.com/bulk/r' || value FROM (
                 WITH RECURSIVE n (value) AS (SELECT 0 UNION ALL SELECT value + 1 FROM n WHERE value < 999) SELECT value FROM n);
              WITH RECURSIVE n (value) AS (SELECT 0 UNION ALL SELECT value + 1 FROM n WHERE value < {EVENTS} - 1)
-             INSERT INTO event (message, repository, tag, digest, outcome, attempt, concluded_at)
+             INSERT INTO event (message, repository, tag, subject, outcome, attempt, concluded_at)
                 SELECT 'bulk-' || value, (SELECT id FROM word WHERE text = 'registry.example.com/bulk/r' || (value % 1000)),
-                       'v' || (value / 1000), randomblob(32), 'signed', 1, 0 FROM n;
-             INSERT INTO signature (message, rule, witness, format, repository, digest, reference, payload, asked)
-                SELECT message, 1, 1, 1, repository, digest, ':' || tag, randomblob(32), 0 FROM event WHERE message LIKE 'bulk-%';
+                       'v' || (value / 1000), 1000 + value, 'signed', 1, 0 FROM n;
+             INSERT INTO subject (id, digest, repository)
+                SELECT subject, randomblob(32), repository FROM event WHERE message LIKE 'bulk-%';
+             INSERT INTO signature (message, rule, witness, format, subject, reference, payload, asked)
+                SELECT message, 1, 1, 1, subject, ':' || tag, randomblob(32), 0 FROM event WHERE message LIKE 'bulk-%';
              COMMIT;"
         ))
         .unwrap();
@@ -99,13 +101,13 @@ async fn with_two_hundred_thousand_events_every_answer_comes_from_an_index() {
     for (tag, digest) in [(true, false), (false, true), (true, true), (false, false)] {
         query.tag = event(1).tag.filter(|_| tag);
         query.digest = Some(event(1).digest).filter(|_| digest);
-        let index = if digest { "event_by_digest" } else { "event_by_tag" };
+        let index = if digest { "event_by_subject" } else { "event_by_tag" };
         let plan = plan(&connection, &sqlite::story_sql(&query));
         assert!(plan.contains(&format!("INDEX {index} ")) && !plan.contains("SCAN"), "{plan}");
         assert_eq!(ledger.story(query.clone()).await.unwrap().len(), 1);
     }
     let plan = plan(&connection, sqlite::SIGNATURES);
-    assert!(plan.contains("INDEX signature_by_digest (digest=?)") && !plan.contains("SCAN"), "{plan}");
+    assert!(plan.contains("INDEX signature_by_subject (subject=?)") && !plan.contains("SCAN"), "{plan}");
     assert_eq!(signatures_of(&ledger, 1).await.len(), 1);
 
     // And counted: not one row is looked at that the index did not name.
