@@ -14,7 +14,7 @@ use std::{
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, ffi};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, Row, ffi};
 
 pub(super) use self::writing::{Change, Outcome, Settlement, Writing};
 use super::folder::{unreadable, wrong_version};
@@ -127,10 +127,10 @@ impl Store {
     /// Opens a queue whose header has been looked at, and counts what is in it.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let trouble = |error: rusqlite::Error| match error.sqlite_error_code() {
-            Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => {
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
                 Error::InUse { path: path.display().to_string(), holder: None }
             }
-            Some(rusqlite::ErrorCode::DiskFull | rusqlite::ErrorCode::SystemIoFailure) => Failure::new(path, error).error(),
+            Some(ErrorCode::DiskFull | ErrorCode::SystemIoFailure) => Failure::new(path, error).error(),
             _ => unreadable(path, "the database does not open", Some(error.into())),
         };
         let connection = open(path).map_err(trouble)?;
@@ -155,18 +155,30 @@ impl Store {
 
     /// Does the work in one transaction. When it returns it survives a kill of this process, and with `synced` a power loss.
     /// If it fails, nothing was changed.
-    pub fn write<T>(&mut self, synced: bool, work: impl FnOnce(&mut Writing<'_>) -> rusqlite::Result<T>) -> Result<T, Failure> {
-        self.try_write(synced, work).map_err(|error| {
-            if !self.connection.is_autocommit()
-                && let Err(error) = self.connection.execute_batch("ROLLBACK")
-            {
-                tracing::error!(error = &error as &dyn std::error::Error, "a failed transaction could not be rolled back");
-            }
-            self.failed(error)
-        })
+    pub fn write<T>(&mut self, synced: bool, work: impl Fn(&mut Writing<'_>) -> rusqlite::Result<T>) -> Result<T, Failure> {
+        let mut done = self.try_write(synced, &work);
+        // A log that is written back gives its room to the next transaction. The file itself needs room for new pages only.
+        if done.as_ref().is_err_and(|error| error.sqlite_error_code() == Some(ErrorCode::DiskFull))
+            && self.checkpoint("NOOP").is_ok_and(|(in_log, _)| in_log > 0)
+            && self.checkpoint("TRUNCATE").is_ok()
+        {
+            done = self.try_write(synced, &work);
+        }
+        done.map_err(|error| Failure::new(&self.path, error))
     }
 
-    fn try_write<T>(&mut self, synced: bool, work: impl FnOnce(&mut Writing<'_>) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+    fn try_write<T>(&mut self, synced: bool, work: impl Fn(&mut Writing<'_>) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+        let done = self.transact(synced, work).inspect_err(|error| self.suspect |= is_failed_sync(error));
+        if done.is_err()
+            && !self.connection.is_autocommit()
+            && let Err(error) = self.connection.execute_batch("ROLLBACK")
+        {
+            tracing::error!(error = &error as &dyn std::error::Error, "a failed transaction could not be rolled back");
+        }
+        done
+    }
+
+    fn transact<T>(&mut self, synced: bool, work: impl FnOnce(&mut Writing<'_>) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
         if self.suspect {
             // The kernel reports a failed sync once and then forgets the pages. So nothing is put behind them: the log is
             // written back to the file whole, and begun anew.
@@ -190,7 +202,7 @@ impl Store {
     pub fn tidy(&mut self) -> Result<(), Failure> {
         let long = |(in_log, written_back): (i64, i64)| in_log - written_back >= CHECKPOINT_PAGES;
         let done = self.checkpoint("NOOP").and_then(|log| if long(log) { self.checkpoint("PASSIVE").map(drop) } else { Ok(()) });
-        done.map_err(|error| self.failed(error))
+        done.map_err(|error| Failure::new(&self.path, error))
     }
 
     /// Ready messages in line behind this turn, for as long as `more` says so.
@@ -256,16 +268,18 @@ impl Store {
     }
 
     /// Pages in the log, and how many of those are in the file.
-    fn checkpoint(&self, mode: &str) -> rusqlite::Result<(i64, i64)> {
-        let mut checkpoint = self.connection.prepare_cached(&format!("PRAGMA wal_checkpoint({mode})"))?;
-        checkpoint.query_row([], |row| Ok((row.get(1)?, row.get(2)?)))
+    fn checkpoint(&mut self, mode: &str) -> rusqlite::Result<(i64, i64)> {
+        let done = self
+            .connection
+            .prepare_cached(&format!("PRAGMA wal_checkpoint({mode})"))
+            .and_then(|mut checkpoint| checkpoint.query_row([], |row| Ok((row.get(1)?, row.get(2)?))));
+        done.inspect_err(|error| self.suspect |= is_failed_sync(error))
     }
+}
 
-    fn failed(&mut self, error: rusqlite::Error) -> Failure {
-        let code = error.sqlite_error().map(|error| error.extended_code);
-        self.suspect |= matches!(code, Some(ffi::SQLITE_IOERR_FSYNC | ffi::SQLITE_IOERR_DIR_FSYNC));
-        Failure::new(&self.path, error)
-    }
+fn is_failed_sync(error: &rusqlite::Error) -> bool {
+    let code = error.sqlite_error().map(|error| error.extended_code);
+    matches!(code, Some(ffi::SQLITE_IOERR_FSYNC | ffi::SQLITE_IOERR_DIR_FSYNC))
 }
 
 /// Why the database did not do something; for as many callers as waited for it.
@@ -279,8 +293,8 @@ impl Failure {
     fn new(path: &Path, error: rusqlite::Error) -> Self {
         let path = path.display();
         let what = match error.sqlite_error_code() {
-            Some(rusqlite::ErrorCode::DiskFull) => format!("the disk of {path} is full: make room there"),
-            Some(rusqlite::ErrorCode::SystemIoFailure) => format!("the disk of {path} fails: see the kernel's log"),
+            Some(ErrorCode::DiskFull) => format!("the disk of {path} is full: make room there"),
+            Some(ErrorCode::SystemIoFailure) => format!("the disk of {path} fails: see the kernel's log"),
             _ => format!("{path} could not be read or written"),
         };
         Self { what, source: Arc::new(error) }
