@@ -1,7 +1,9 @@
 //! A whole small installation: a registry that tells of pushes, a key, a configuration, and countersign.
 
 use std::fmt::Write as _;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -102,7 +104,8 @@ impl House {
         options.notify.get_or_insert_with(|| Notify::new(hook, TOKEN));
         let registry = Registry::start_with(options).await?;
         let daemon = Daemon::new(&folder.path().join("countersign.toml"), port, &plan.environment);
-        fs::write(folder.path().join("token"), TOKEN)?;
+        let token = folder.path().join("token");
+        File::options().write(true).create_new(true).mode(0o600).open(token)?.write_all(TOKEN.as_bytes())?;
         let client = registry.client()?;
 
         if plan.key_uri.is_none() {
