@@ -24,7 +24,6 @@ use crate::{
     oci::{Digest, RegistryName, Repository, Tag},
     outcome::Verdict,
     pipeline::Pipeline,
-    rule::Trigger,
 };
 
 /// The socket's name in the state folder.
@@ -274,7 +273,7 @@ async fn sign(State(admin): State<Admin>, Json(request): Json<SignRequest>) -> R
     let now = admin.clock.now();
     let event = PushEvent {
         id: uuid::Uuid::now_v7().to_string(),
-        source: "manual".into(),
+        source: event::BY_HAND.into(),
         registry: request.registry,
         repository: request.repository,
         tag: request.tag,
@@ -283,7 +282,7 @@ async fn sign(State(admin): State<Admin>, Json(request): Json<SignRequest>) -> R
         received_at: now,
         actor: None,
     };
-    let report = pipeline.carry_out(&event, Trigger::Manual, &event.id).await;
+    let report = pipeline.sign_by_hand(&event).await.map_err(unavailable)?;
     let error = report.detail();
     let verdict = report.verdict();
     let (outcome, reason) = match &verdict {

@@ -46,7 +46,11 @@ pub fn registry_of(config: &Config, name: &RegistryName) -> anyhow::Result<Regis
 }
 
 fn open_registry(registry: &config::Registry) -> anyhow::Result<Registry> {
-    let ca = registry.ca.as_ref().map(|path| fs::read(path).with_context(|| format!("{}: cannot be read", path.display()))).transpose()?;
+    let ca = registry
+        .ca
+        .as_ref()
+        .map(|path| fs::read(path).with_context(|| format!("{}: cannot be read", path.display())))
+        .transpose()?;
     let settings = registry::Settings {
         name: registry.name.clone(),
         url: registry.url.clone(),
@@ -87,12 +91,16 @@ fn witness_settings(config: &Config, witness: &config::Witness) -> anyhow::Resul
         .verify
         .iter()
         .map(|former| {
-            let pem = fs::read_to_string(&former.key).with_context(|| format!("witness {}: {} cannot be read", witness.name, former.key.display()))?;
+            let pem = fs::read_to_string(&former.key)
+                .with_context(|| format!("witness {}: {} cannot be read", witness.name, former.key.display()))?;
             let revoked = former.revoked.map(|at| (at, former.reason.clone().unwrap_or_default()));
             Ok(TrustedKeySettings { pem, until: former.until, revoked })
         })
         .collect::<anyhow::Result<_>>()?;
-    let pin = witness.public_key.clone().unwrap_or_else(|| state_folder(config).join("witnesses").join(format!("{}.pub.pem", witness.name)));
+    let pin = witness
+        .public_key
+        .clone()
+        .unwrap_or_else(|| state_folder(config).join("witnesses").join(format!("{}.pub.pem", witness.name)));
     Ok(WitnessSettings {
         name: witness.name.clone(),
         description: witness.description.clone(),
@@ -176,7 +184,11 @@ pub async fn setup(config: &Config, clock: &Clock) -> anyhow::Result<(Setup, Vec
     for (witness, error) in unopened {
         match error.verdict() {
             Verdict::Retry { .. } => {
-                warn!(witness = witness.name, error = &error as &dyn std::error::Error, "a key cannot be opened for now; what it signs waits");
+                warn!(
+                    witness = witness.name,
+                    error = &error as &dyn std::error::Error,
+                    "a key cannot be opened for now; what it signs waits"
+                );
                 shut.push((witness, error));
             }
             Verdict::Refuse { cure } => return Err(anyhow::Error::from(error).context(cure)),
@@ -196,9 +208,13 @@ pub fn sources(config: &Config) -> Vec<intake::Source> {
         },
         registry: source.registry.clone(),
         auth: match &source.auth {
-            config::SourceAuth::Bearer { token, token_old } => {
-                intake::Auth::Bearer { tokens: [Some(token), token_old.as_ref()].into_iter().flatten().map(|token| token.expose().to_owned().into()).collect() }
-            }
+            config::SourceAuth::Bearer { token, token_old } => intake::Auth::Bearer {
+                tokens: [Some(token), token_old.as_ref()]
+                    .into_iter()
+                    .flatten()
+                    .map(|token| token.expose().to_owned().into())
+                    .collect(),
+            },
             config::SourceAuth::Basic(login) => {
                 intake::Auth::Basic { username: login.username.clone(), password: login.password.expose().to_owned().into() }
             }

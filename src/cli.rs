@@ -24,7 +24,14 @@ pub use client::Client;
 #[command(version, propagate_version = true, arg_required_else_help = true, after_help = EXIT_CODES)]
 pub struct Cli {
     /// The configuration file.
-    #[arg(long, short, global = true, env = "COUNTERSIGN_CONFIG", value_name = "FILE", default_value = "/etc/countersign/countersign.toml")]
+    #[arg(
+        long,
+        short,
+        global = true,
+        env = "COUNTERSIGN_CONFIG",
+        value_name = "FILE",
+        default_value = "/etc/countersign/countersign.toml"
+    )]
     pub config: PathBuf,
 
     /// How answers are printed.
@@ -94,7 +101,7 @@ pub struct CheckArgs {
 pub enum KeyCommand {
     /// Write a new private key (PKCS#8 PEM, readable by you alone) and print its public half.
     Generate {
-        /// RSA_2048, RSA_3072, RSA_4096 or EC_P256.
+        /// `RSA_2048`, `RSA_3072`, `RSA_4096` or `EC_P256`.
         #[arg(long, default_value = "EC_P256")]
         spec: String,
         /// Where to write it. An existing file is never overwritten.
@@ -159,7 +166,7 @@ pub struct Selection {
     /// Only those of repositories that this glob matches: `team-*/**`.
     #[arg(long, value_name = "GLOB")]
     pub repository: Option<String>,
-    /// Only those of this kind: refused, gave_up or poison.
+    /// Only those of this kind: refused, `gave_up` or poison.
     #[arg(long, value_name = "KIND")]
     pub kind: Option<String>,
     /// Only those whose reason holds this text.

@@ -3,8 +3,8 @@
 //! Handling an event is idempotent: whatever happened to an earlier try, this one looks at the registry and does what
 //! is missing. So a crash between any two lines here costs look-ups, never a signature and never a second one.
 
-pub mod plan;
-pub mod write;
+mod plan;
+mod write;
 
 use std::{
     collections::HashMap,
@@ -116,12 +116,11 @@ impl Classify for Error {
             Self::Kms(error) => error.verdict(),
             Self::Ledger(error) => error.verdict(),
             Self::UnknownRegistry(_) => Verdict::Refuse { cure: "configure the registry again, or discard this event" },
-            Self::NoWitness { .. } => Verdict::TRANSIENT,
             Self::SignatureTag { .. } => {
                 Verdict::Refuse { cure: "look at what the tag holds; if nobody needs it, delete the tag and replay this event" }
             }
             Self::Unverified(_) => Verdict::Refuse { cure: "see that the rule's algorithm and the witness's key go together" },
-            Self::TagMoved { .. } | Self::Overwritten { .. } | Self::Deadline => Verdict::TRANSIENT,
+            Self::NoWitness { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } | Self::Deadline => Verdict::TRANSIENT,
             Self::NotAnEvent(_) | Self::Quarantined => Verdict::Poison,
             Self::Shared(error) => error.verdict(),
         }
@@ -289,8 +288,23 @@ impl Pipeline {
         self.metrics.event_handled(began.elapsed());
     }
 
+    /// Signs what an administrator names, whether the rules that want it are manual or automatic, and records it.
+    pub async fn sign_by_hand(&self, event: &PushEvent) -> Result<Report, ledger::Error> {
+        let report = self.carry_out(event, Trigger::Manual, &event.id).await;
+        let conclusion = Conclusion {
+            event: EventFacts::of(&event.id, event),
+            outcome: if report.failures.is_empty() { report.outcome() } else { Outcome::Dead },
+            rules: report.rules.clone(),
+            signatures: report.signatures.clone(),
+            detail: report.detail(),
+            attempt: 1,
+        };
+        self.ledger.conclude(conclusion).await?;
+        Ok(report)
+    }
+
     /// Does what the rules want of one event, within the deadline.
-    pub async fn carry_out(&self, event: &PushEvent, trigger: Trigger, message_id: &str) -> Report {
+    async fn carry_out(&self, event: &PushEvent, trigger: Trigger, message_id: &str) -> Report {
         match tokio::time::timeout(DEADLINE, self.try_carry_out(event, trigger, message_id)).await {
             Ok(Ok(report)) => report,
             Ok(Err(error)) => Report::failed(error),

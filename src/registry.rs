@@ -308,3 +308,6 @@ impl Registry {
         Url::parse(&text).map_err(|error| Error::Malformed { at: self.at_call(call), problem: error.to_string() })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -71,7 +71,7 @@ pub enum Error {
          file, so that they do not",
         pin.display()
     )]
-    KeyChanged { witness: String, key: Box<KeyUri>, pin: PathBuf, pinned: String, found: String },
+    KeyChanged { witness: String, key: Arc<KeyUri>, pin: PathBuf, pinned: String, found: String },
     #[error("witness {witness}: the pinned public key in {} could not be {what}", pin.display())]
     Pin { witness: String, pin: PathBuf, what: &'static str, source: io::Error },
     #[error("witness {witness}: the pinned public key in {} is damaged; remove the file to pin the key anew", pin.display())]
@@ -82,7 +82,7 @@ pub enum Error {
         "witness {witness}: none of its public keys is known here without asking {key}: start the daemon once, which keeps the key, or \
          list it under the witness's `verify`"
     )]
-    NoKeyOffline { witness: String, key: Box<KeyUri> },
+    NoKeyOffline { witness: String, key: Arc<KeyUri> },
 }
 
 impl Classify for Error {
@@ -192,7 +192,7 @@ impl Witness {
 
     /// What would make every signature useless is said without asking the KMS for one.
     fn check_fitness(&self, algorithm: Algorithm) -> Result<(), kms::Error> {
-        let key = || Box::new(self.key_uri().clone());
+        let key = || Arc::new(self.key_uri().clone());
         let spec = self.public_key().spec();
         if !spec.supports(algorithm) {
             return Err(kms::Error::WrongAlgorithm { key: key(), spec, algorithm });
@@ -221,7 +221,7 @@ impl Witness {
         }
         let signature = signed?;
         self.public_key().verify(algorithm, digest, signature.as_ref()).map_err(|_| kms::Error::BadSignature {
-            key: Box::new(self.key_uri().clone()),
+            key: Arc::new(self.key_uri().clone()),
             algorithm,
             fingerprint: self.public_key().fingerprint().to_owned(),
         })?;

@@ -201,3 +201,88 @@ impl Settle for Hand {
         self.thread.tell(Command::Release(self.seq));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::PartitionKey;
+
+    #[tokio::test]
+    async fn read_ahead_is_bounded_in_messages_whatever_the_backlog() {
+        let folder = tempfile::tempdir().unwrap();
+        let queue = open(folder.path(), 16);
+        for n in 0..20 {
+            queue.push((0..100).map(|m| message(100 * n + m, 10)).collect()).await.unwrap();
+            assert!(queue.shelf.level().messages <= 16);
+        }
+        for _ in 0..2000 {
+            queue.pull().await.unwrap().unwrap().ack().await.unwrap();
+            assert!(queue.shelf.level().messages <= 16);
+        }
+        assert_eq!(queue.stats().await.unwrap().queued(), 0);
+    }
+
+    #[tokio::test]
+    async fn read_ahead_is_bounded_in_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let queue = open(folder.path(), 256);
+        for n in 0..30 {
+            queue.push(vec![message(n, 400_000)]).await.unwrap();
+        }
+        let mut held = Vec::new();
+        for _ in 0..30 {
+            queue.stats().await.unwrap();
+            assert!(queue.shelf.level().messages <= 3);
+            held.push(queue.pull().await.unwrap().unwrap());
+        }
+        // All of them come back at once, and go back on disk.
+        drop(held);
+        assert_eq!(queue.stats().await.unwrap().ready, 30);
+        assert!(queue.shelf.level().messages <= 3);
+        for _ in 0..30 {
+            queue.pull().await.unwrap().unwrap().ack().await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn read_ahead_of_one_is_enough() {
+        let folder = tempfile::tempdir().unwrap();
+        let queue = open(folder.path(), 0);
+        queue.push((0..10).map(|n| message(n, 10)).collect()).await.unwrap();
+        let held = [queue.pull().await.unwrap().unwrap(), queue.pull().await.unwrap().unwrap()];
+        drop(held);
+        for _ in 0..10 {
+            queue.pull().await.unwrap().unwrap().ack().await.unwrap();
+        }
+        assert_eq!(queue.stats().await.unwrap().queued(), 0);
+    }
+
+    #[tokio::test]
+    async fn pushes_wait_outside_when_the_disk_is_slow() {
+        let folder = tempfile::tempdir().unwrap();
+        let queue = open(folder.path(), 16);
+        let all = Arc::clone(&queue.room).acquire_many_owned(WAITING_BYTES).await.unwrap();
+        let push = queue.push(vec![message(1, 100)]);
+        assert!(tokio::time::timeout(Duration::from_millis(50), push).await.is_err());
+        drop(all);
+        assert_eq!(queue.stats().await.unwrap().pushed_total, 0, "what was given up is not stored");
+        queue.push(vec![message(1, 2 * WAITING_BYTES as usize)]).await.unwrap();
+        assert_eq!(queue.room.available_permits(), WAITING_BYTES as usize);
+    }
+
+    fn open(folder: &Path, read_ahead: usize) -> Embedded {
+        let options = Options { read_ahead, ..Options::new(|| Timestamp::UNIX_EPOCH) };
+        Embedded::open(folder, options).unwrap()
+    }
+
+    fn message(number: usize, bytes: usize) -> Message {
+        Message {
+            id: number.to_string(),
+            content_type: "text/plain".into(),
+            key: PartitionKey(number.to_string()),
+            body: vec![b'x'; bytes].into(),
+        }
+    }
+}

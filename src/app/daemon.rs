@@ -99,7 +99,9 @@ fn metrics_route(metrics: &Metrics, queue: &Arc<dyn Queue>, ledger: &Ledger, clo
     let scrape = move || {
         let (metrics, queue, ledger, clock) = (metrics.clone(), queue.clone(), ledger.clone(), clock.clone());
         async move {
-            let unavailable = |error: &dyn std::error::Error| crate::http::Problem::new(http::StatusCode::SERVICE_UNAVAILABLE, error.to_string());
+            let unavailable = |error: &dyn std::error::Error| {
+                crate::http::Problem::new(http::StatusCode::SERVICE_UNAVAILABLE, error.to_string())
+            };
             let queue = queue.stats().await.map_err(|error| unavailable(&error))?;
             let ledger = ledger.sums().await.map_err(|error| unavailable(&error))?;
             let text = metrics.render(Snapshot { queue, ledger, now: clock.now() });
@@ -224,7 +226,11 @@ impl Reloader {
                         opened.insert(witness.name.clone(), Arc::new(open));
                     }
                     Err(error) => {
-                        error!(witness = witness.name, error = format!("{error:#}"), "its key does not suit its rules: correct them and reload");
+                        error!(
+                            witness = witness.name,
+                            error = format!("{error:#}"),
+                            "its key does not suit its rules: correct them and reload"
+                        );
                         still_shut.push(witness);
                     }
                 },

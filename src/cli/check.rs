@@ -28,7 +28,12 @@ struct Reached {
 }
 
 /// `loaded` is what loading the configuration gave.
-pub async fn run(loaded: Result<(Config, Vec<Problem>), Problems>, clock: &Clock, args: &CheckArgs, output: Output) -> anyhow::Result<ExitCode> {
+pub async fn run(
+    loaded: Result<(Config, Vec<Problem>), Problems>,
+    clock: &Clock,
+    args: &CheckArgs,
+    output: Output,
+) -> anyhow::Result<ExitCode> {
     let (config, problems) = match loaded {
         Ok((config, warnings)) => (Some(config), warnings),
         Err(problems) => (None, problems.iter().cloned().collect()),

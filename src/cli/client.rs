@@ -25,9 +25,14 @@ impl Client {
         let socket = socket_path(state);
         match tokio::net::UnixStream::connect(&socket).await {
             Ok(_) => {}
-            Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused) => return Ok(None),
+            Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused) => {
+                return Ok(None);
+            }
             Err(error) => {
-                return Err(anyhow!(error).context(format!("{}: the daemon's socket cannot be used; run this as the daemon's user", socket.display())));
+                return Err(anyhow!(error).context(format!(
+                    "{}: the daemon's socket cannot be used; run this as the daemon's user",
+                    socket.display()
+                )));
             }
         }
         let client = reqwest::Client::builder()
@@ -48,7 +53,12 @@ impl Client {
         self.ask(http::Method::POST, path, Some(serde_json::to_vec(body)?)).await
     }
 
-    async fn ask<T: DeserializeOwned>(&self, method: http::Method, path_and_query: &str, body: Option<Vec<u8>>) -> anyhow::Result<T> {
+    async fn ask<T: DeserializeOwned>(
+        &self,
+        method: http::Method,
+        path_and_query: &str,
+        body: Option<Vec<u8>>,
+    ) -> anyhow::Result<T> {
         let (ok, answer) = match self {
             Self::Daemon(client) => {
                 let request = client.request(method, format!("http://localhost{path_and_query}"));
@@ -71,7 +81,8 @@ impl Client {
             }
         };
         if ok {
-            return serde_json::from_slice(&answer).context("the answer is not of this version; is the daemon older or newer than this command?");
+            return serde_json::from_slice(&answer)
+                .context("the answer is not of this version; is the daemon older or newer than this command?");
         }
         let problem: serde_json::Value = serde_json::from_slice(&answer).unwrap_or_default();
         let text = |key: &str| problem.get(key).and_then(serde_json::Value::as_str).map(str::to_owned);

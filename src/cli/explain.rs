@@ -4,7 +4,10 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-use super::{Client, Output, output, verify::{parse_image, render_signatures}};
+use super::{
+    Client, Output, output,
+    verify::{parse_image, render_signatures},
+};
 use crate::{
     admin::{DeadLetterView, Page, QueueStatus, Story, StoryRequest},
     app,
@@ -48,7 +51,8 @@ pub async fn run(config: &Config, client: &Client, clock: &Clock, reference: &st
         pushed_at: clock.now(),
         trigger: Trigger::Automatic,
     });
-    let signing = matched.iter().map(|rule| RuleLine { rule: rule.name.clone(), witness: rule.witness.clone(), signs: true, reason: None });
+    let signing =
+        matched.iter().map(|rule| RuleLine { rule: rule.name.clone(), witness: rule.witness.clone(), signs: true, reason: None });
     let others = skipped.iter().map(|(rule, skip)| RuleLine {
         rule: rule.name.clone(),
         witness: rule.witness.clone(),

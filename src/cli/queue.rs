@@ -106,7 +106,9 @@ async fn select(client: &Client, clock: &Clock, selection: &Selection) -> anyhow
             && selection.kind.as_ref().is_none_or(|kind| *kind == letter.kind)
             && selection.error.as_ref().is_none_or(|text| letter.reason.contains(text))
             && before.is_none_or(|before| letter.buried_at <= before)
-            && glob.as_ref().is_none_or(|glob| letter.image.as_ref().is_some_and(|image| glob.is_match(image.repository.as_str())))
+            && glob
+                .as_ref()
+                .is_none_or(|glob| letter.image.as_ref().is_some_and(|image| glob.is_match(image.repository.as_str())))
     };
     let mut letters = vec![];
     let mut page = Page::default();
@@ -127,7 +129,10 @@ fn render_status(status: &QueueStatus) -> String {
         ("dead", status.dead),
         ("queued", status.queued),
     ];
-    let mut text: String = rows.iter().map(|(name, count)| format!("{name:16}{count:>10}\n")).collect();
+    let mut text = String::new();
+    for (name, count) in rows {
+        text.push_str(&format!("{name:16}{count:>10}\n"));
+    }
     text.push_str(&format!(
         "\nof the queued, {} are ready, {} in flight, {} waiting to be tried again\n",
         status.ready, status.in_flight, status.waiting
@@ -147,15 +152,12 @@ fn render_letters(letters: &[DeadLetterView], clock: &Clock) -> String {
     }
     let mut text = String::new();
     for letter in letters {
-        let what = match &letter.image {
-            Some(image) => {
-                let tag = image.tag.as_ref().map(|tag| format!(":{tag}")).unwrap_or_default();
-                format!("{}/{}{tag}@{}", image.registry, image.repository, image.digest)
-            }
-            None => {
-                let bytes = letter.body.as_deref().map_or(0, |body| BASE64_STANDARD.decode(body).map_or(0, |body| body.len()));
-                format!("{bytes} bytes that are no event (--output json shows them)")
-            }
+        let what = if let Some(image) = &letter.image {
+            let tag = image.tag.as_ref().map(|tag| format!(":{tag}")).unwrap_or_default();
+            format!("{}/{}{tag}@{}", image.registry, image.repository, image.digest)
+        } else {
+            let bytes = letter.body.as_deref().map_or(0, |body| BASE64_STANDARD.decode(body).map_or(0, |body| body.len()));
+            format!("{bytes} bytes that are no event (--output json shows them)")
         };
         let age = clock.now().duration_since(letter.buried_at).as_secs();
         text.push_str(&format!(

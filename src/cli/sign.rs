@@ -51,7 +51,9 @@ pub async fn run(config: &Config, client: &Client, clock: &Clock, args: &SignArg
         bar.inc(1);
     }
     bar.finish_and_clear();
-    let failed = |answer: &&Answer| answer.result.as_ref().is_some_and(|result| !matches!(result.outcome.as_str(), "signed" | "already_signed"));
+    let failed = |answer: &&Answer| {
+        answer.result.as_ref().is_some_and(|result| !matches!(result.outcome.as_str(), "signed" | "already_signed"))
+    };
     // A namespace holds images that no rule wants; an image that was named is wanted.
     let code = match answers.iter().filter(failed).filter_map(|answer| answer.result.as_ref()).collect::<Vec<_>>() {
         failures if failures.is_empty() => 0,
@@ -127,7 +129,10 @@ fn render(answer: &Answer) -> String {
         text.push_str(&format!(", {part}"));
     }
     for signature in &result.signatures {
-        text.push_str(&format!("\n  {}: {} signature of {} as {}", signature.state, signature.format, signature.witness, signature.reference));
+        text.push_str(&format!(
+            "\n  {}: {} signature of {} as {}",
+            signature.state, signature.format, signature.witness, signature.reference
+        ));
     }
     text
 }

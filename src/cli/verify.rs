@@ -32,8 +32,9 @@ pub async fn run(config: &Config, clock: &Clock, args: &VerifyArgs, output: Outp
         }
     }
     let known = app::trusted_keys(config)?;
-    let trusts: Vec<Trust<'_>> =
-        app::trusts(&known).filter(|trust| args.witness.is_empty() || args.witness.iter().any(|name| name == trust.witness)).collect();
+    let trusts: Vec<Trust<'_>> = app::trusts(&known)
+        .filter(|trust| args.witness.is_empty() || args.witness.iter().any(|name| name == trust.witness))
+        .collect();
     let mut answers = vec![];
     for reference in &args.references {
         let reference = parse_image(reference)?;
@@ -66,7 +67,8 @@ fn render(answer: &Answer) -> String {
     let Some(digest) = &examination.digest else {
         return format!("image {reference} is not attested\n  the registry has no such image");
     };
-    let mut text = if answer.attested { format!("image {reference} is attested") } else { format!("image {reference} is not attested") };
+    let mut text =
+        if answer.attested { format!("image {reference} is attested") } else { format!("image {reference} is not attested") };
     text.push_str(&format!("\n  digest {digest}"));
     text.push_str(&render_signatures(examination));
     for witness in &answer.missing {
@@ -90,7 +92,9 @@ pub(super) fn render_signatures(examination: &Examination) -> String {
                 signature.format,
                 &verified.key_fingerprint()[..16]
             )),
-            Judgement::Rejected { message, .. } => text.push_str(&format!("\n  does not count: {} signature, {message}", signature.format)),
+            Judgement::Rejected { message, .. } => {
+                text.push_str(&format!("\n  does not count: {} signature, {message}", signature.format))
+            }
         }
     }
     text

@@ -54,7 +54,13 @@ async fn list(config: &Config, clock: &Clock, output: Output) -> anyhow::Result<
             .iter()
             .map(|row| {
                 let state = row.error.clone().or_else(|| row.fingerprint.as_ref().map(|text| text[..16].to_owned()));
-                vec![row.name.clone(), row.key.clone(), row.spec.clone().unwrap_or_default(), state.unwrap_or_default(), row.description.clone()]
+                vec![
+                    row.name.clone(),
+                    row.key.clone(),
+                    row.spec.clone().unwrap_or_default(),
+                    state.unwrap_or_default(),
+                    row.description.clone(),
+                ]
             })
             .collect();
         output::table(&["NAME", "KEY", "SPEC", "FINGERPRINT", "DESCRIPTION"], &cells)

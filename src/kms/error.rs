@@ -1,4 +1,4 @@
-use std::{io, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use super::{Algorithm, KeySpec, KeyUri, PublicKeyError};
 use crate::outcome::{Classify, Verdict};
@@ -10,46 +10,46 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 pub enum Error {
     /// The KMS is there and asks for fewer requests. Costs an event nothing but time.
     #[error("{key}: the KMS asks for fewer requests: {what}")]
-    Throttled { key: Box<KeyUri>, what: String, retry_after: Option<Duration> },
+    Throttled { key: Arc<KeyUri>, what: String, retry_after: Option<Duration> },
     /// No whole answer came: refused, reset, timed out, cut short.
-    #[error("{key}: no answer from the KMS")]
-    Unreachable { key: Box<KeyUri>, source: Cause },
+    #[error("{key}: no answer from the KMS at {at}")]
+    Unreachable { key: Arc<KeyUri>, at: String, source: Cause },
     /// The KMS answered with a fault of its own, or the key is just being made.
     #[error("{key}: {what}")]
-    Transient { key: Box<KeyUri>, what: String },
+    Transient { key: Arc<KeyUri>, what: String },
     /// The KMS refuses this identity this operation. A key that the identity may not see can look so, too.
     #[error("{key}: {what}")]
-    Denied { key: Box<KeyUri>, what: String },
+    Denied { key: Arc<KeyUri>, what: String },
     /// There are no credentials, or the KMS does not know them.
     #[error("{key}: {what}")]
-    Credentials { key: Box<KeyUri>, what: String },
+    Credentials { key: Arc<KeyUri>, what: String },
     /// The key is disabled, about to be deleted, or made for another purpose.
     #[error("{key}: {what}")]
-    KeyUnusable { key: Box<KeyUri>, what: String },
+    KeyUnusable { key: Arc<KeyUri>, what: String },
     #[error("{key}: {what}")]
-    NotFound { key: Box<KeyUri>, what: String },
+    NotFound { key: Arc<KeyUri>, what: String },
     /// What is configured cannot work, or the KMS did not understand the request.
     #[error("{key}: {what}")]
-    Misconfigured { key: Box<KeyUri>, what: String },
+    Misconfigured { key: Arc<KeyUri>, what: String },
     /// The answer is not what the KMS's interface promises.
     #[error("{key}: the KMS answered something that cannot be right: {what}")]
-    BadResponse { key: Box<KeyUri>, what: String },
+    BadResponse { key: Arc<KeyUri>, what: String },
     /// The signature does not verify with the public key that was read when the key was opened.
     #[error(
         "{key}: the {algorithm} signature that came back does not verify with public key sha256:{fingerprint}, and was thrown \
          away; the key behind the reference was exchanged, or the KMS hashes the digest again or pads it another way"
     )]
-    BadSignature { key: Box<KeyUri>, algorithm: Algorithm, fingerprint: String },
+    BadSignature { key: Arc<KeyUri>, algorithm: Algorithm, fingerprint: String },
     /// The reference names another key by now: an alias that was moved.
     #[error("{key}: it was {was} when it was opened and is {now} now, so nothing was signed")]
-    KeyChanged { key: Box<KeyUri>, was: String, now: String },
+    KeyChanged { key: Arc<KeyUri>, was: String, now: String },
     #[error("{key}: a key of kind {spec} cannot sign with {algorithm}")]
-    WrongAlgorithm { key: Box<KeyUri>, spec: KeySpec, algorithm: Algorithm },
+    WrongAlgorithm { key: Arc<KeyUri>, spec: KeySpec, algorithm: Algorithm },
     #[error("{key}: its public key cannot be used")]
-    PublicKey { key: Box<KeyUri>, source: PublicKeyError },
+    PublicKey { key: Arc<KeyUri>, source: PublicKeyError },
     /// A local key that could not be read or written.
     #[error("{key}: {what}")]
-    File { key: Box<KeyUri>, what: &'static str, source: io::Error },
+    File { key: Arc<KeyUri>, what: &'static str, source: io::Error },
 }
 
 impl Error {

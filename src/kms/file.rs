@@ -47,7 +47,7 @@ impl FileKey {
     pub(super) fn open(path: &Path) -> Result<Self, Error> {
         let uri = KeyUri::File(path.to_owned());
         let document = read_pkcs8(path)?;
-        let invalid = |source| Error::PublicKey { key: Box::new(uri.clone()), source };
+        let invalid = |source| Error::PublicKey { key: Arc::new(uri.clone()), source };
         // Both kinds are tried: which of them it is stands in the DER, and aws-lc reads that strictly.
         let (private_key, spki) = if let Ok(pair) = RsaKeyPair::from_pkcs8(document.as_bytes()) {
             let spki = AsDer::<PublicKeyX509Der<'_>>::as_der(pair.public_key());
@@ -82,9 +82,9 @@ impl SigningKey for FileKey {
     }
 
     async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, Error> {
-        let failed = |what: &str| Error::Transient { key: Box::new(self.uri.clone()), what: what.to_owned() };
+        let failed = |what: &str| Error::Transient { key: Arc::new(self.uri.clone()), what: what.to_owned() };
         let wrong = || {
-            let (key, spec) = (Box::new(self.uri.clone()), self.public_key.spec());
+            let (key, spec) = (Arc::new(self.uri.clone()), self.public_key.spec());
             Error::WrongAlgorithm { key, spec, algorithm }
         };
         let digest = import(digest);
@@ -128,7 +128,7 @@ pub(crate) fn public_key_of_file(path: &Path) -> Result<PublicKey, Error> {
 /// Makes a key and writes it as a PKCS#8 PEM file that its owner alone can read. An existing file is never replaced.
 /// An RSA key takes up to some seconds.
 pub fn generate(spec: KeySpec, path: &Path) -> Result<PublicKey, Error> {
-    let failed = |what, source| Error::File { key: Box::new(KeyUri::File(path.to_owned())), what, source };
+    let failed = |what, source| Error::File { key: Arc::new(KeyUri::File(path.to_owned())), what, source };
     let no_key = |_| failed("the key could not be made", io::ErrorKind::Other.into());
     let rsa = |size| {
         let pair = RsaKeyPair::generate(size).map_err(no_key)?;
@@ -162,7 +162,7 @@ const PKCS8_LABEL: &str = "PRIVATE KEY";
 
 fn read_pkcs8(path: &Path) -> Result<SecretDocument, Error> {
     let failed =
-        |source| Error::File { key: Box::new(KeyUri::File(path.to_owned())), what: "the key file could not be read", source };
+        |source| Error::File { key: Arc::new(KeyUri::File(path.to_owned())), what: "the key file could not be read", source };
     // Before it is opened: opening a pipe would wait for its writer.
     if !fs::metadata(path).map_err(failed)?.is_file() {
         return Err(misconfigured(path, "it is not a file"));
@@ -224,7 +224,7 @@ fn wrong_label(path: &Path, label: &str, text: &str) -> String {
 }
 
 fn misconfigured(path: &Path, what: impl Into<String>) -> Error {
-    Error::Misconfigured { key: Box::new(KeyUri::File(PathBuf::from(path))), what: what.into() }
+    Error::Misconfigured { key: Arc::new(KeyUri::File(PathBuf::from(path))), what: what.into() }
 }
 
 #[cfg(test)]

@@ -257,7 +257,7 @@ impl Registry {
 
     /// The token service's address, if credentials may go there: by https; or by plain http, if the registry itself is
     /// configured so and the service is on the same host, or both are on this machine.
-    fn realm(&self, grant: &Grant, text: &str) -> Result<Url, Error> {
+    pub(super) fn realm(&self, grant: &Grant, text: &str) -> Result<Url, Error> {
         let own = &self.0.origin;
         let realm =
             Url::parse(text).ok().filter(|url| url.host().is_some() && url.username().is_empty() && url.password().is_none());
@@ -275,6 +275,7 @@ impl Registry {
                 at: self.at_token(grant),
                 target: transport::origin_text(&realm),
                 problem: "a token service without https, where no credentials are sent",
+                cure: "have the registry name a token service with an https:// address",
             })
         }
     }

@@ -63,7 +63,7 @@ pub enum Error {
     Unsupported { at: At, problem: String },
     /// The registry points somewhere that credentials must not go, or that makes an https connection a plain one.
     #[error("{at}: the registry points to {target}, {problem}")]
-    Elsewhere { at: At, target: String, problem: &'static str },
+    Elsewhere { at: At, target: String, problem: &'static str, cure: &'static str },
 }
 
 impl Classify for Error {
@@ -92,15 +92,13 @@ impl Classify for Error {
             Self::Rejected { .. } => {
                 Verdict::Refuse { cure: "see what the registry says, correct it there, and replay the event" }
             }
-            Self::Oversized { .. } => {
-                Verdict::Refuse { cure: "nothing of this size is signed: have a smaller manifest pushed, or discard the event" }
-            }
+            Self::Oversized { .. } => Verdict::Refuse {
+                cure: "answers of this size are never read: have what is so large made smaller, or discard the event",
+            },
             Self::Unsupported { .. } => {
                 Verdict::Refuse { cure: "have the image pushed as an OCI or Docker v2 schema 2 manifest, or discard the event" }
             }
-            Self::Elsewhere { .. } => Verdict::Refuse {
-                cure: "set the registry's `url` to the address that it announces, or have it announce the address in `url`",
-            },
+            Self::Elsewhere { cure, .. } => Verdict::Refuse { cure },
         }
     }
 }

@@ -12,7 +12,8 @@ use super::{
 };
 use crate::oci::{Repository, Tag};
 
-const PAGE_LIMIT: usize = 4 * 1024 * 1024;
+/// distribution 2.8 gives all tags of a repository on one page, whatever it is asked for.
+const PAGE_LIMIT: usize = 32 * 1024 * 1024;
 const MOST_ENTRIES: usize = 1_000_000;
 const MOST_PAGES: usize = 10_000;
 
@@ -33,8 +34,9 @@ impl Registry {
         struct Page {
             repositories: Option<Vec<String>>,
         }
+        // distribution refuses a larger page than its `catalog.maxentries`; a hundred is what it gives unasked.
         let call = Call { doing: "list the repositories", repository: None, item: None, access: Access::Catalog };
-        self.list(&call, "_catalog?n=1000", |page: Page| page.repositories.unwrap_or_default()).await
+        self.list(&call, "_catalog?n=100", |page: Page| page.repositories.unwrap_or_default()).await
     }
 
     async fn list<P, T>(&self, call: &Call<'_>, first: &str, entries: impl Fn(P) -> Vec<String>) -> Result<Vec<T>, Error>

@@ -5,7 +5,7 @@ use std::{fmt::Write, net::IpAddr, sync::Arc, time::Duration};
 use bytes::{Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderValue, Method, StatusCode,
-    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, DATE, LINK, LOCATION, RETRY_AFTER},
+    header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, DATE, LINK, LOCATION, RETRY_AFTER},
 };
 use reqwest::{Client, Request, Url, redirect};
 use tokio::time::Instant;
@@ -74,6 +74,9 @@ impl Outgoing {
         if let Some((media_type, content)) = &self.content {
             headers.insert(CONTENT_TYPE, media_type.clone());
             *request.body_mut() = Some(content.clone().into());
+        } else if self.method == Method::POST {
+            // RFC 9110 section 8.6; hyper leaves it out for an empty body, and some registries then answer 411.
+            headers.insert(CONTENT_LENGTH, const { HeaderValue::from_static("0") });
         }
         request
     }
@@ -238,6 +241,7 @@ impl Registry {
                 at: self.at_call(call),
                 target: origin_text(&target),
                 problem: "which would lead from https to plain http",
+                cure: "have the registry serve its storage by https, or by itself without redirects",
             });
         }
         Ok(target)
@@ -322,6 +326,7 @@ impl Registry {
             at: self.at_call(call),
             target: origin_text(&url),
             problem: "which is another host than the registry's, where no credentials are sent",
+            cure: "set the registry's `url` to the address that it announces, or have it announce the address in `url`",
         })
     }
 

@@ -1,4 +1,4 @@
-use std::{fs::File, io, io::Read, path::Path};
+use std::{fs::File, io, io::Read, path::Path, sync::Arc};
 
 use super::{Error, WitnessSettings, trust};
 use crate::kms::{PublicKey, create_file, replace_file};
@@ -53,7 +53,7 @@ pub(super) fn compare_or_rotation(
     }
     Err(Error::KeyChanged {
         witness: settings.name.clone(),
-        key: Box::new(settings.key.clone()),
+        key: Arc::new(settings.key.clone()),
         pin: path.to_owned(),
         pinned: pinned.fingerprint().to_owned(),
         found: found.fingerprint().to_owned(),

@@ -120,7 +120,7 @@ async fn a_wrong_signature_is_asked_for_once_more_and_never_returned() {
 #[tokio::test]
 async fn other_failures_go_to_the_caller_at_once() {
     let folder = tempfile::tempdir().unwrap();
-    let denied = || Err(kms::Error::Denied { key: Box::new(release()), what: "not allowed".into() });
+    let denied = || Err(kms::Error::Denied { key: Arc::new(release()), what: "not allowed".into() });
     let (witness, scripted) = scripted(&folder, vec![denied()]).await;
     let error = witness.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap_err();
     assert!(matches!(error, kms::Error::Denied { .. }), "{error}");
@@ -131,7 +131,7 @@ async fn other_failures_go_to_the_caller_at_once() {
 async fn after_a_throttling_the_next_call_waits_as_long_as_the_kms_said() {
     let folder = tempfile::tempdir().unwrap();
     let after = Some(Duration::from_secs(3));
-    let throttled = Err(kms::Error::Throttled { key: Box::new(release()), what: "slow down".into(), retry_after: after });
+    let throttled = Err(kms::Error::Throttled { key: Arc::new(release()), what: "slow down".into(), retry_after: after });
     let (witness, _) = scripted(&folder, vec![throttled]).await;
     let error = witness.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap_err();
     assert_eq!(error.verdict(), Verdict::Retry { after, throttled: true });

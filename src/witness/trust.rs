@@ -1,4 +1,4 @@
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use jiff::Timestamp;
 
@@ -54,7 +54,7 @@ impl TrustedKeys {
             KeyUri::AwsKms { .. } => pinned,
         };
         if own.is_none() && settings.verify.is_empty() {
-            let key = Box::new(settings.key.clone());
+            let key = Arc::new(settings.key.clone());
             return Err(Error::NoKeyOffline { witness: settings.name.clone(), key });
         }
         Self::with_own(settings, own.as_ref())

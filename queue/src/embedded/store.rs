@@ -295,7 +295,7 @@ fn open(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
     // Our lock file keeps out our own kind only. This keeps out everybody, and spares the shared-memory file.
-    connection.execute_batch("PRAGMA locking_mode = EXCLUSIVE")?;
+    connection.execute_batch("PRAGMA locking_mode = EXCLUSIVE; PRAGMA busy_timeout = 0")?;
     Ok(connection)
 }
 

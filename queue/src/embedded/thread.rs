@@ -111,6 +111,8 @@ struct Asked {
 
 impl Asked {
     fn answer(self, answer: Result<bool, Error>) {
+        // The memory it took is free when its caller goes on.
+        drop(self.change);
         if let Some(reply) = self.reply {
             // They may have gone away.
             let _ = reply.send(answer);

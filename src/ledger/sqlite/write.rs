@@ -14,6 +14,7 @@ use super::rows::{
 };
 use crate::{
     clock::Clock,
+    event::BY_HAND,
     ledger::{Conclusion, EventFacts, Intent, SignatureResult, SignatureState},
     oci::{RegistryName, Repository, Tag},
     outcome::Outcome,
@@ -142,7 +143,10 @@ impl Page<'_> {
 
     fn conclude(&mut self, conclusion: &Conclusion) -> rusqlite::Result<()> {
         let event = &conclusion.event;
-        self.count(&conclusion.outcome, 1);
+        // What was asked for by hand was never received, so that it has no place in the sums.
+        if event.source.as_deref() != Some(BY_HAND) {
+            self.count(&conclusion.outcome, 1);
+        }
         let outcome = conclusion.outcome.name();
         let reason = reason(&conclusion.outcome);
         let rules = rules_column(&conclusion.rules);

@@ -1,0 +1,31 @@
+use std::{fmt, sync::Arc};
+
+/// The environment variables, so that tests can say what they are.
+#[derive(Clone)]
+pub(super) struct Environment(Arc<Lookup>);
+
+type Lookup = dyn Fn(&str) -> Option<String> + Send + Sync;
+
+impl Environment {
+    pub(super) fn system() -> Self {
+        Self(Arc::new(|name| std::env::var(name).ok()))
+    }
+
+    #[cfg(test)]
+    pub(super) fn of<const N: usize>(variables: [(&str, &str); N]) -> Self {
+        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        Self(Arc::new(move |asked| variables.iter().find(|(name, _)| name == asked).map(|(_, value)| value.clone())))
+    }
+
+    /// An empty variable counts as none, as in AWS's own tools.
+    pub(super) fn get(&self, name: &str) -> Option<String> {
+        (self.0)(name).filter(|value| !value.is_empty())
+    }
+}
+
+impl fmt::Debug for Environment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Some of it is secret.
+        f.write_str("Environment")
+    }
+}
