@@ -52,7 +52,7 @@ shown() {
 fail() {
     printf '%sdemo: %s%s\n' "$red" "$*" "$plain" >&2
     for log in registry.log countersign.log; do
-        [ ! -s "$work/$log" ] || { printf -- '--- end of %s ---\n' "$log" && tail -n 20 "$work/$log"; } >&2
+        [ ! -s "$work/$log" ] || { printf -- '--- end of %s ---\n' "$log" && tail -n 10 "$work/$log" | cut -c 1-300; } >&2
     done
     exit 1
 }
@@ -102,8 +102,7 @@ registry_port=$(free_port 5000)
 port=$(free_port 8080)
 registry=127.0.0.1:$registry_port
 
-title "1. A key, and three lines of rule"
-# A real one stays in a KMS.
+title "1. A key (a real one stays in a KMS) and a rule"
 shown countersign key generate --spec EC_P256 --out demo.key.pem
 (umask 077 && head -c 24 /dev/urandom | base64 | tr -d '\n' > webhook-token)
 cat > countersign.toml << END
@@ -142,7 +141,7 @@ countersign witness public-key demo --config countersign.toml > demo.pub
 title "2. A registry that tells countersign of each push, and countersign"
 cat > registry.yml << END
 version: 0.1
-log: {level: warn, accesslog: {disabled: true}}
+log: {level: error, accesslog: {disabled: true}}
 storage:
   filesystem: {rootdirectory: $work/registry}
 http: {addr: '$registry', secret: demo}

@@ -46,11 +46,11 @@ impl Output {
     }
 }
 
-/// Runs `countersign` with these arguments to its end.
-pub async fn run(arguments: &[&str]) -> Result<Output> {
+/// Runs `countersign` with these arguments to its end, with these variables in its environment.
+pub async fn run(arguments: &[&str], environment: &[(&str, String)]) -> Result<Output> {
     let limit = Duration::from_secs(60);
     let mut command = tokio::process::Command::new(binary()?);
-    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+    command.args(arguments).envs(environment.iter().cloned()).stdin(Stdio::null()).kill_on_drop(true);
     let output = tokio::time::timeout(limit, command.output()).await;
     let output = output.with_context(|| format!("countersign {arguments:?} is still running after {limit:?}"))??;
     Ok(Output {
@@ -65,15 +65,15 @@ pub async fn run(arguments: &[&str]) -> Result<Output> {
 pub struct Daemon {
     config: PathBuf,
     url: String,
-    environment: Vec<(String, String)>,
+    environment: Vec<(&'static str, String)>,
     process: Option<Process>,
 }
 
 impl Daemon {
     /// Not started yet. `config` is its file, which has it listen on `port`.
-    pub fn new(config: &Path, port: u16, environment: &[(&str, &str)]) -> Self {
-        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        Self { config: config.to_owned(), url: format!("http://127.0.0.1:{port}"), environment, process: None }
+    pub fn new(config: &Path, port: u16, environment: &[(&'static str, String)]) -> Self {
+        let url = format!("http://127.0.0.1:{port}");
+        Self { config: config.to_owned(), url, environment: environment.to_owned(), process: None }
     }
 
     pub fn url(&self) -> &str {

@@ -1,15 +1,18 @@
 //! A whole small installation: a registry that tells of pushes, a key, a configuration, and countersign.
 
 use std::fmt::Write as _;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::daemon::{self, Daemon, Output};
-use crate::image::Image;
+use crate::image::{Image, OCI_MANIFEST};
 use crate::process::{eventually, free_port, scratch};
 use crate::registry::{Client, LOGIN, Notify, Options, Registry};
 use crate::signature::{PublicKey, signed_references};
@@ -85,6 +88,13 @@ impl House {
         Ok(house)
     }
 
+    /// With a registry that tells nobody: all events are the test's.
+    pub async fn start_quiet(rules: Option<String>) -> Result<Self> {
+        let nobody = Notify::new("http://127.0.0.1:9/nobody", TOKEN);
+        let registry = Options { notify: Some(nobody), ..Options::default() };
+        Self::start(Plan { rules, registry, ..Plan::default() }).await
+    }
+
     /// The registry running, and countersign not yet.
     pub async fn build(plan: Plan) -> Result<Self> {
         let port = free_port()?;
@@ -93,14 +103,15 @@ impl House {
         let hook = format!("http://127.0.0.1:{port}/events/main");
         options.notify.get_or_insert_with(|| Notify::new(hook, TOKEN));
         let registry = Registry::start_with(options).await?;
-        let environment: Vec<_> = plan.environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
-        let daemon = Daemon::new(&folder.path().join("countersign.toml"), port, &environment);
+        let daemon = Daemon::new(&folder.path().join("countersign.toml"), port, &plan.environment);
+        let token = folder.path().join("token");
+        File::options().write(true).create_new(true).mode(0o600).open(token)?.write_all(TOKEN.as_bytes())?;
         let client = registry.client()?;
 
         if plan.key_uri.is_none() {
             let key = folder.path().join("release.key.pem");
             let out = key.to_str().context("a folder whose name is no text")?;
-            daemon::run(&["key", "generate", "--spec", plan.keys.spec(), "--out", out]).await?.expect_code(0)?;
+            daemon::run(&["key", "generate", "--spec", plan.keys.spec(), "--out", out], &[]).await?.expect_code(0)?;
         }
         let registry_url = registry.url();
         let mut house = Self { daemon, registry, client, public_key: PublicKey::none(), folder, port, plan, registry_url };
@@ -122,12 +133,13 @@ impl House {
              [[registry]]\nname = \"{host}\"\nurl = \"{url}\"\n",
         );
         if options.login {
+            // A literal secret is taken, with a warning.
             writeln!(config, "username = \"{}\"\npassword = \"{}\"", LOGIN.0, LOGIN.1).expect("a String takes everything");
         }
         let rules = rules.clone().unwrap_or_else(|| rule("team", "team", *keys));
         write!(
             config,
-            "\n[[source]]\nname = \"main\"\nkind = \"distribution\"\nregistry = \"{host}\"\ntoken = \"{TOKEN}\"\n\n\
+            "\n[[source]]\nname = \"main\"\nkind = \"distribution\"\nregistry = \"{host}\"\ntoken = {{ file = \"token\" }}\n\n\
              [[witness]]\nname = \"release\"\nkey = \"{key}\"\n\n{rules}",
         )
         .expect("a String takes everything");
@@ -176,7 +188,7 @@ impl House {
         let config = self.config_path();
         let mut arguments = arguments.to_vec();
         arguments.extend(["--config", config.to_str().context("a folder whose name is no text")?]);
-        daemon::run(&arguments).await
+        daemon::run(&arguments, &self.plan.environment).await
     }
 
     pub async fn push(&self, image: &Image, repository: &str, tags: &[&str]) -> Result<()> {
@@ -212,8 +224,32 @@ impl House {
         Ok(metrics)
     }
 
+    /// A notification of docker-registry's, saying that it came to `host`.
+    pub fn event(host: &str, repository: &str, tag: Option<&str>, digest: &str) -> Value {
+        let mut target = json!({
+            "mediaType": OCI_MANIFEST,
+            "digest": digest,
+            "size": 400,
+            "length": 400,
+            "repository": repository,
+            "url": format!("http://{host}/v2/{repository}/manifests/{digest}"),
+        });
+        if let Some(tag) = tag {
+            target["tag"] = json!(tag);
+        }
+        json!({"events": [{
+            "id": format!("made-{}", fastrand::u64(..)),
+            "timestamp": "2026-06-01T12:00:00.000000000Z",
+            "action": "push",
+            "target": target,
+            "request": {"id": "1", "addr": "192.0.2.1:1234", "host": host, "method": "PUT", "useragent": "docker/28"},
+            "actor": {},
+            "source": {"addr": host, "instanceID": "1"},
+        }]})
+    }
+
     /// Sends a notification to countersign as the registry would, with this token.
-    pub async fn notify(&self, token: Option<&str>, body: &serde_json::Value) -> Result<reqwest::StatusCode> {
+    pub async fn notify(&self, token: Option<&str>, body: &Value) -> Result<reqwest::StatusCode> {
         let mut request = crate::process::http_client()?.post(format!("{}/events/main", self.daemon.url()));
         if let Some(token) = token {
             request = request.bearer_auth(token);

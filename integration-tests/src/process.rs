@@ -82,7 +82,8 @@ impl Process {
     fn log_end(&self) -> String {
         let log = fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
-        let lines: Vec<_> = log.lines().collect();
+        // docker-registry takes each 404 for an error and says so at length.
+        let lines: Vec<String> = log.lines().map(|line| line.chars().take(500).collect()).collect();
         lines[lines.len().saturating_sub(100)..].join("\n")
     }
 }

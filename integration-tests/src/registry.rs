@@ -165,7 +165,7 @@ impl Registry {
 
     fn write_config(&self) -> Result<()> {
         let folder = self.folder.path();
-        let (level, unlogged) = if self.options.count_requests { ("info", false) } else { ("warn", true) };
+        let (level, unlogged) = if self.options.count_requests { ("info", false) } else { ("error", true) };
         let mut config = format!(
             "version: 0.1\n\
              log: {{level: {level}, accesslog: {{disabled: {unlogged}}}}}\n\

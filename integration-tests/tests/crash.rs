@@ -9,6 +9,7 @@ use integration_tests::image::Image;
 use integration_tests::process::eventually;
 use integration_tests::proxy::Proxy;
 use integration_tests::registry::{Notify, Options};
+use integration_tests::signature::signatures;
 
 /// Pushed in each round while the daemon is killed once.
 const IMAGES: usize = 12;
@@ -75,6 +76,8 @@ async fn kill_9_at_any_moment_and_a_registry_that_is_down_lose_nothing_and_doubl
         expected.sort();
         let signed = house.signed(&push.repository, digest).await?;
         ensure!(signed == expected, "{}@{digest} is signed as {signed:?} and not as {expected:?}", push.repository);
+        let stored = signatures(&house.client, &push.repository, digest).await?.len();
+        ensure!(stored == expected.len(), "{}@{digest} has {stored} layers, and {expected:?} are valid", push.repository);
     }
 
     // Deliveries that were cut off are sent again, so that there may be more events than pushes; but each has ended.

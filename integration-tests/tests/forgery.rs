@@ -3,52 +3,21 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use integration_tests::house::{House, Keys, Plan, TOKEN, rule};
-use integration_tests::image::{Image, OCI_MANIFEST};
-use integration_tests::registry::{Notify, Options};
+use integration_tests::house::{House, Keys, TOKEN, rule};
+use integration_tests::image::Image;
 use integration_tests::signature::{signatures, tag_of};
 use reqwest::StatusCode;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::net::TcpListener;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A house whose registry tells nobody: all events are the test's.
-async fn quiet_house(rules: Option<String>) -> Result<House> {
-    let nobody = Notify::new("http://127.0.0.1:9/nobody", TOKEN);
-    let registry = Options { notify: Some(nobody), ..Options::default() };
-    House::start(Plan { rules, registry, ..Plan::default() }).await
-}
-
-fn event(host: &str, repository: &str, tag: Option<&str>, digest: &str) -> Value {
-    let mut target = json!({
-        "mediaType": OCI_MANIFEST,
-        "digest": digest,
-        "size": 400,
-        "length": 400,
-        "repository": repository,
-        "url": format!("http://{host}/v2/{repository}/manifests/{digest}"),
-    });
-    if let Some(tag) = tag {
-        target["tag"] = json!(tag);
-    }
-    json!({"events": [{
-        "id": format!("forged-{}", fastrand::u64(..)),
-        "timestamp": "2026-06-01T12:00:00.000000000Z",
-        "action": "push",
-        "target": target,
-        "request": {"id": "1", "addr": "192.0.2.1:1234", "host": host, "method": "PUT", "useragent": "docker/28"},
-        "actor": {},
-        "source": {"addr": host, "instanceID": "1"},
-    }]})
-}
-
 #[tokio::test]
 async fn an_unknown_digest_signs_nothing() -> Result<()> {
-    let house = quiet_house(None).await?;
+    let house = House::start_quiet(None).await?;
     house.push(&Image::oci("there")?, "team/app", &["1.0"]).await?;
     let digest = Image::oci("not there")?.manifest.digest;
-    let forged = event(&house.registry.host(), "team/app", Some("1.0"), &digest);
+    let forged = House::event(&house.registry.host(), "team/app", Some("1.0"), &digest);
     assert_eq!(house.notify(Some(TOKEN), &forged).await?, StatusCode::ACCEPTED);
     let metrics = house.wait_settled(1, LIMIT).await?;
     assert_eq!((metrics.ended("signed"), metrics.ended("skipped")), (0, 1));
@@ -58,13 +27,13 @@ async fn an_unknown_digest_signs_nothing() -> Result<()> {
 
 #[tokio::test]
 async fn a_foreign_host_is_never_contacted_nor_signed_for() -> Result<()> {
-    let house = quiet_house(None).await?;
+    let house = House::start_quiet(None).await?;
     let image = Image::oci("foreign")?;
     house.push(&image, "team/app", &["1.0"]).await?;
     let trap = TcpListener::bind(("127.0.0.1", 0)).await?;
     let foreign = trap.local_addr()?.to_string();
     for digest in [&image.manifest.digest, &Image::oci("elsewhere")?.manifest.digest] {
-        let forged = event(&foreign, "team/app", Some("1.0"), digest);
+        let forged = House::event(&foreign, "team/app", Some("1.0"), digest);
         assert_eq!(house.notify(Some(TOKEN), &forged).await?, StatusCode::ACCEPTED);
     }
     house.wait_settled(2, LIMIT).await?;
@@ -82,12 +51,12 @@ async fn a_foreign_host_is_never_contacted_nor_signed_for() -> Result<()> {
 #[tokio::test]
 async fn a_tag_that_points_elsewhere_is_not_signed_for_the_digest() -> Result<()> {
     let rules = rule("all", "team", Keys::P256) + "\n" + &rule("release", "strict", Keys::P256) + "tags = [\"release\"]\n";
-    let house = quiet_house(Some(rules)).await?;
+    let house = House::start_quiet(Some(rules)).await?;
     let (old, current) = (Image::oci("vulnerable")?, Image::oci("current")?);
     for repository in ["team/app", "strict/app"] {
         house.push(&old, repository, &["old"]).await?;
         house.push(&current, repository, &["release"]).await?;
-        let forged = event(&house.registry.host(), repository, Some("release"), &old.manifest.digest);
+        let forged = House::event(&house.registry.host(), repository, Some("release"), &old.manifest.digest);
         assert_eq!(house.notify(Some(TOKEN), &forged).await?, StatusCode::ACCEPTED);
     }
     house.wait_settled(2, LIMIT).await?;
@@ -101,12 +70,12 @@ async fn a_tag_that_points_elsewhere_is_not_signed_for_the_digest() -> Result<()
 
 #[tokio::test]
 async fn another_repositorys_digest_is_not_signed_here() -> Result<()> {
-    let house = quiet_house(None).await?;
+    let house = House::start_quiet(None).await?;
     let image = Image::oci("of another")?;
     house.push(&image, "scratch/app", &["1.0"]).await?;
     house.push(&Image::oci("of this")?, "team/app", &["1.0"]).await?;
     for tag in [Some("1.0"), None] {
-        let forged = event(&house.registry.host(), "team/app", tag, &image.manifest.digest);
+        let forged = House::event(&house.registry.host(), "team/app", tag, &image.manifest.digest);
         assert_eq!(house.notify(Some(TOKEN), &forged).await?, StatusCode::ACCEPTED);
     }
     let metrics = house.wait_settled(2, LIMIT).await?;
@@ -119,10 +88,10 @@ async fn another_repositorys_digest_is_not_signed_here() -> Result<()> {
 
 #[tokio::test]
 async fn without_the_token_nothing_gets_in() -> Result<()> {
-    let house = quiet_house(None).await?;
+    let house = House::start_quiet(None).await?;
     let image = Image::oci("unauthenticated")?;
     house.push(&image, "team/app", &["1.0"]).await?;
-    let genuine = event(&house.registry.host(), "team/app", Some("1.0"), &image.manifest.digest);
+    let genuine = House::event(&house.registry.host(), "team/app", Some("1.0"), &image.manifest.digest);
     for token in [None, Some(""), Some("guess"), Some(&TOKEN[1..])] {
         assert_eq!(house.notify(token, &genuine).await?, StatusCode::UNAUTHORIZED, "{token:?}");
     }
@@ -133,7 +102,7 @@ async fn without_the_token_nothing_gets_in() -> Result<()> {
 
 #[tokio::test]
 async fn an_authentic_body_that_is_no_event_is_kept_and_does_not_block_the_registry() -> Result<()> {
-    let house = quiet_house(None).await?;
+    let house = House::start_quiet(None).await?;
     for (number, body) in [json!("no envelope"), json!({"events": [{"action": "push"}]})].iter().enumerate() {
         assert_eq!(house.notify(Some(TOKEN), body).await?, StatusCode::ACCEPTED, "{body}");
         let dead = house.run(&["queue", "dead", "--output", "json"]).await?.expect_code(0)?.json()?;
@@ -147,16 +116,16 @@ async fn an_authentic_body_that_is_no_event_is_kept_and_does_not_block_the_regis
 
 #[tokio::test]
 async fn hostile_names_lead_nowhere() -> Result<()> {
-    let house = quiet_house(None).await?;
+    let house = House::start_quiet(None).await?;
     let image = Image::oci("names")?;
     house.push(&image, "secret/app", &["1.0"]).await?;
     let digest = &image.manifest.digest;
     for repository in ["team/../secret/app", "team/%2e%2e/secret/app", "TEAM/app", "team//app", "../secret/app", "team/app?x=1"] {
-        let forged = event(&house.registry.host(), repository, Some("1.0"), digest);
+        let forged = House::event(&house.registry.host(), repository, Some("1.0"), digest);
         assert_eq!(house.notify(Some(TOKEN), &forged).await?, StatusCode::ACCEPTED, "{repository}");
     }
     for tag in ["../../secret/app/manifests/1.0", "a b", "", &"t".repeat(200)] {
-        let forged = event(&house.registry.host(), "team/app", Some(tag), digest);
+        let forged = House::event(&house.registry.host(), "team/app", Some(tag), digest);
         assert_eq!(house.notify(Some(TOKEN), &forged).await?, StatusCode::ACCEPTED, "{tag}");
     }
     house.wait_settled(0, LIMIT).await?;
@@ -167,16 +136,16 @@ async fn hostile_names_lead_nowhere() -> Result<()> {
 
 #[tokio::test]
 async fn a_signature_that_is_announced_as_an_image_is_not_signed() -> Result<()> {
-    let house = quiet_house(None).await?;
+    let house = House::start_quiet(None).await?;
     let image = Image::oci("announced")?;
     house.push(&image, "team/app", &["1.0"]).await?;
-    house.notify(Some(TOKEN), &event(&house.registry.host(), "team/app", Some("1.0"), &image.manifest.digest)).await?;
+    house.notify(Some(TOKEN), &House::event(&house.registry.host(), "team/app", Some("1.0"), &image.manifest.digest)).await?;
     house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
 
     // Under a tag that does not give it away.
     let signature = house.client.manifest("team/app", &tag_of(&image.manifest.digest)).await?.unwrap();
     house.client.put_manifest("team/app", "2.0", &signature).await?;
-    house.notify(Some(TOKEN), &event(&house.registry.host(), "team/app", Some("2.0"), &signature.digest)).await?;
+    house.notify(Some(TOKEN), &House::event(&house.registry.host(), "team/app", Some("2.0"), &signature.digest)).await?;
     let metrics = house.wait_settled(2, LIMIT).await?;
     assert_eq!((metrics.ended("signed"), metrics.ended("skipped")), (1, 1));
     assert!(signatures(&house.client, "team/app", &signature.digest).await?.is_empty());

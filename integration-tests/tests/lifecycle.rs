@@ -45,7 +45,8 @@ async fn a_second_sigterm_does_not_wait_for_a_registry_that_hangs() -> Result<()
     house.push(&image, "team/app", &["1.0"]).await?;
     house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
     house.registry.pause()?;
-    house.notify(Some(TOKEN), &event(&house, &image, "1.0")).await?;
+    let again = House::event(&house.registry.host(), "team/app", Some("1.0"), &image.manifest.digest);
+    house.notify(Some(TOKEN), &again).await?;
     tokio::time::sleep(Duration::from_millis(200)).await;
     house.daemon.signal(Signal::TERM)?;
     tokio::time::sleep(Duration::from_millis(200)).await;
@@ -171,7 +172,7 @@ async fn it_is_alive_but_not_ready_without_its_registry() -> Result<()> {
 async fn dead_letters_are_listed_replayed_and_discarded_with_the_daemon_and_without() -> Result<()> {
     let mut house = House::start(Plan::default()).await?;
     for number in 0..4 {
-        house.notify(Some(TOKEN), &json!({"no": number})).await?;
+        house.notify(Some(TOKEN), &json!({"events": [{"action": "push", "no": number}]})).await?;
     }
     let ids = async |house: &House| {
         let dead = house.run(&["queue", "dead", "--output", "json"]).await?.expect_code(0)?.json()?;
@@ -197,14 +198,4 @@ async fn dead_letters_are_listed_replayed_and_discarded_with_the_daemon_and_with
     eventually("both are dead again", LIMIT, async || Ok((ids(&house).await?.len() == 2).then_some(()))).await?;
     assert!(house.daemon.metrics().await?.adds_up());
     Ok(())
-}
-
-fn event(house: &House, image: &Image, tag: &str) -> serde_json::Value {
-    let manifest = &image.manifest;
-    let target =
-        json!({"mediaType": manifest.media_type, "digest": manifest.digest, "size": 400, "repository": "team/app", "tag": tag});
-    json!({"events": [{
-        "id": "again", "timestamp": "2026-06-01T12:00:00Z", "action": "push", "target": target,
-        "request": {"host": house.registry.host(), "method": "PUT", "useragent": "docker/28"}, "actor": {}, "source": {},
-    }]})
 }

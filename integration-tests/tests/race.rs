@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use futures::future::try_join_all;
-use integration_tests::house::{House, Keys, Plan, rule};
+use integration_tests::house::{House, Keys, Plan, TOKEN, rule};
 use integration_tests::image::Image;
 use integration_tests::recorder::{Exchange, Recorder};
 use integration_tests::signature::{PublicKey, signatures, tag_of};
@@ -77,6 +77,27 @@ async fn countersign_beside_four_cosigns_loses_nothing_that_it_found_or_wrote() 
         }
         let path = format!("/v2/{repository}/manifests/{}", tag_of(digest));
         assert_what_was_found_was_kept(&recorder.exchanges(), &path)?;
+    }
+    Ok(())
+}
+
+/// docker-registry announces a push just before it lets the tag point to it.
+#[tokio::test]
+async fn an_event_that_is_faster_than_its_tag_signs_the_tag() -> Result<()> {
+    let house = House::start_quiet(None).await?;
+    let (old, new) = (Image::oci("old")?, Image::oci("new")?);
+    house.push(&old, "team/moved", &["1.0"]).await?;
+    for repository in ["team/new", "team/moved"] {
+        house.push(&new, repository, &[]).await?;
+        let event = House::event(&house.registry.host(), repository, Some("1.0"), &new.manifest.digest);
+        house.notify(Some(TOKEN), &event).await?;
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    for repository in ["team/new", "team/moved"] {
+        house.push(&new, repository, &["1.0"]).await?;
+    }
+    for repository in ["team/new", "team/moved"] {
+        house.wait_signed(repository, &new.manifest.digest, &["1.0"]).await?;
     }
     Ok(())
 }
