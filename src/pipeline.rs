@@ -191,7 +191,7 @@ impl Pipeline {
             Located::Attachment => return Ok(Report::skipped(Skip::Attachment)),
             Located::Missing => return Ok(Report::skipped(Skip::NotFound)),
         };
-        let Plan { targets, skipped } = plan::plan(&image, &matched, &setup.witnesses);
+        let Plan { targets, skipped, unwitnessed } = plan::plan(&image, &matched, &setup.witnesses);
         let desk = Desk {
             registry,
             ledger: &self.ledger,
@@ -235,9 +235,9 @@ impl Pipeline {
                 });
             }
         }
-        for rule in matched.iter().filter(|rule| !setup.witnesses.contains_key(&rule.witness)) {
+        for rule in unwitnessed {
             report.failures.push(Error::NoWitness { rule: rule.name.clone(), witness: rule.witness.clone() });
-            note(&mut by_rule, rule, Outcome::Retrying, None);
+            note(&mut by_rule, &rule, Outcome::Retrying, None);
         }
         for (rule, skip) in skipped {
             note(&mut by_rule, &rule, Outcome::Skipped(skip), None);
