@@ -32,7 +32,7 @@ use crate::{
     witness::Witness,
 };
 
-pub use self::report::{Error, Report};
+pub use self::report::{Error, Fatal, Report};
 use self::{
     plan::Plan,
     report::in_words,
@@ -97,12 +97,16 @@ impl Pipeline {
         *self.setup.write().expect("nothing panics while it holds the set-up") = Arc::new(setup);
     }
 
-    /// Handles deliveries, one after the other, until the queue is closed.
-    pub async fn work(&self, queue: &dyn Queue) {
+    /// Handles deliveries, one after the other, until the queue is closed. Dropped, it gives back what is in hand.
+    ///
+    /// # Errors
+    /// When this process can do no more work: it should end, and be started again.
+    pub async fn work(&self, queue: &dyn Queue) -> Result<(), Fatal> {
         loop {
             match queue.pull().await {
-                Ok(Some(delivery)) => self.handle(delivery).await,
-                Ok(None) => return,
+                Ok(Some(delivery)) => self.handle(delivery).await?,
+                Ok(None) => return Ok(()),
+                Err(error @ queue::Error::Died) => return Err(Fatal::Queue(error)),
                 Err(error) => {
                     warn!(error = &error as &dyn std::error::Error, "the queue gives no deliveries, asking again in a second");
                     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -111,7 +115,7 @@ impl Pipeline {
         }
     }
 
-    async fn handle(&self, delivery: Delivery) {
+    async fn handle(&self, delivery: Delivery) -> Result<(), Fatal> {
         let began = Instant::now();
         let span = tracing::info_span!(
             "pipeline.event",
@@ -121,7 +125,7 @@ impl Pipeline {
             image.tag = tracing::field::Empty,
             image.digest = tracing::field::Empty,
         );
-        async {
+        let settled = async {
             let message = delivery.message();
             let event = if message.content_type == event::CONTENT_TYPE {
                 PushEvent::from_cloud_event(&message.body).map_err(Error::from)
@@ -141,11 +145,12 @@ impl Pipeline {
                 }
                 Err(error) => (None, Report::failed(error)),
             };
-            self.settle(delivery, event, report).await;
+            self.settle(delivery, event, report).await
         }
         .instrument(span)
         .await;
         self.metrics.event_handled(began.elapsed());
+        settled
     }
 
     /// Signs what an administrator names, whether the rules that want it are manual or automatic, and records it.
@@ -248,7 +253,7 @@ impl Pipeline {
     }
 
     /// Records what became of the event, then tells the queue.
-    async fn settle(&self, delivery: Delivery, event: Option<PushEvent>, report: Report) {
+    async fn settle(&self, delivery: Delivery, event: Option<PushEvent>, report: Report) -> Result<(), Fatal> {
         let detail = report.detail();
         let settlement = match report.verdict() {
             None => Settlement::Done,
@@ -287,6 +292,8 @@ impl Pipeline {
             (Ok(()), Settlement::Bury(kind)) => {
                 delivery.bury(Burial { kind: kind.into(), reason: detail.unwrap_or_default() }).await
             }
+            // The delivery is dropped, and so given back.
+            (Err(error @ ledger::Error::Closed), _) => return Err(Fatal::Ledger(error)),
             // Not on record is not done. The next try finds the signatures that this one wrote.
             (Err(error), _) => {
                 error!(
@@ -305,6 +312,7 @@ impl Pipeline {
                 "the queue did not take the settlement, the event will be delivered again"
             );
         }
+        Ok(())
     }
 
     /// Logs the outcome once, and counts it.

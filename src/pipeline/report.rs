@@ -71,6 +71,15 @@ impl Classify for Error {
     }
 }
 
+/// What the pipeline needs is gone and does not come back in this process.
+#[derive(Debug, thiserror::Error)]
+pub enum Fatal {
+    #[error(transparent)]
+    Queue(queue::Error),
+    #[error("the ledger's thread ended early; restart the daemon")]
+    Ledger(#[source] ledger::Error),
+}
+
 /// What became of one event.
 #[derive(Debug, Default)]
 pub struct Report {
