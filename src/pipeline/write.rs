@@ -5,7 +5,8 @@
 //! another look tells whether it held; if not, all is done again.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
+    pin::pin,
     sync::{Arc, Mutex, Weak},
     time::Duration,
 };
@@ -18,7 +19,7 @@ use crate::{
     clock::Clock,
     kms,
     ledger::{Intent, Ledger},
-    oci::{Digest, Tag, media_type},
+    oci::{Digest, Repository, Tag, media_type},
     pipeline::{
         Error,
         plan::{Target, Wanted},
@@ -142,36 +143,41 @@ impl Desk<'_> {
         if ready.is_empty() {
             return Ok(());
         }
-        self.write(target, &tag, &missing, &ready).await?;
+        let ours = self.write(target, &tag, &missing, &ready).await?;
         for (index, _) in ready {
-            answers[index] = Some(Written::New);
+            answers[index] = Some(if ours.contains(&index) { Written::New } else { Written::Found });
         }
         Ok(())
     }
 
-    /// Adds the layers to what is under the tag, until a look afterwards finds them there.
+    /// Adds the signatures to what is under the tag, until a look afterwards finds them there. Returns which were added: an
+    /// equal one may have come from elsewhere meanwhile.
     async fn write(
         &self,
         target: &Target,
         tag: &Tag,
         missing: &[(usize, &Wanted)],
         ready: &[(usize, Verified)],
-    ) -> Result<(), Error> {
+    ) -> Result<HashSet<usize>, Error> {
         let repository = target.subject.repository();
-        let layers: Vec<Layer> = ready.iter().map(|(_, verified)| verified.layer().clone()).collect();
-        let mut config: Option<(Digest, Vec<u8>)> = None;
+        let mut config: Option<(Digest, Vec<Layer>, Vec<u8>)> = None;
+        let mut ours = HashSet::new();
         for round in 0..ROUNDS {
             self.upload(target, missing).await?;
             let current = self.read(target, tag).await?;
             let mut manifest = current.unwrap_or_else(SignatureManifest::empty);
+            // Another replica may have been here, or a write of ours whose answer was lost.
+            let absent: Vec<_> = ready.iter().filter(|(index, _)| !is_there(&manifest, &target.wanted[*index])).collect();
+            if absent.is_empty() {
+                return Ok(ours);
+            }
+            let layers: Vec<Layer> = absent.iter().map(|(_, verified)| verified.layer().clone()).collect();
             if let Some(own) = manifest.own_config() {
                 match &config {
-                    Some((of, content)) if *of == own => manifest.set_config(content),
+                    Some((of, lists, content)) if *of == own && *lists == layers => manifest.set_config(content),
                     _ => {
-                        let content = self.registry.blob(repository, &own, cosign::MAX_PAYLOAD).await?;
-                        if let Some(content) = content.and_then(|content| extend_config(&content, &layers)) {
-                            self.registry.ensure_blob(repository, content.clone().into()).await?;
-                            config = Some((own, content));
+                        if let Some(content) = self.extend_config(repository, &own, &layers).await? {
+                            config = Some((own, layers.clone(), content));
                             // That took a while: look again, so that the look and the write stay close together.
                             if round + 1 < ROUNDS {
                                 continue;
@@ -180,12 +186,12 @@ impl Desk<'_> {
                     }
                 }
             }
-            manifest.add(layers.iter().cloned()).map_err(|error| unreadable(target, tag, error))?;
-            let content = manifest.to_bytes();
+            manifest.add(layers).map_err(|error| unreadable(target, tag, error))?;
+            let content = manifest.to_bytes().map_err(|error| unreadable(target, tag, error))?;
             let written = Digest::of(&content);
             let address = Address::Tag(tag.clone());
             match self.registry.put_manifest(repository, &address, media_type::OCI_MANIFEST, content).await {
-                Ok(()) => {}
+                Ok(()) => ours.extend(absent.iter().map(|(index, _)| *index)),
                 // Another upload of the same blob was under way; the registry knows it by the next round.
                 Err(error @ registry::Error::BlobUnknown { .. }) if round + 1 < ROUNDS => {
                     debug!(error = &error as &dyn std::error::Error, round, "manifest refused for a blob, uploading again");
@@ -196,18 +202,29 @@ impl Desk<'_> {
             }
             let stored = self.registry.manifest(repository, &address).await?;
             if stored.as_ref().is_some_and(|stored| *stored.digest() == written) {
-                return Ok(());
+                return Ok(ours);
             }
             let stored = stored.map(|stored| SignatureManifest::read(stored.media_type(), stored.content()));
             if let Some(Ok(stored)) = stored
-                && layers.iter().all(|layer| stored.contains(layer))
+                && ready.iter().all(|(index, _)| is_there(&stored, &target.wanted[*index]))
             {
-                return Ok(());
+                return Ok(ours);
             }
             debug!(round, "another writer replaced our signatures, adding them again");
             pause(round).await;
         }
         Err(Error::Overwritten { tag: tag.to_string(), rounds: ROUNDS })
+    }
+
+    /// The config that lists these layers too, uploaded. None if it is none that lists layers, and so stays as it is.
+    async fn extend_config(&self, repository: &Repository, own: &Digest, layers: &[Layer]) -> Result<Option<Vec<u8>>, Error> {
+        let content = match self.registry.blob(repository, own, cosign::MAX_PAYLOAD).await {
+            Err(registry::Error::Oversized { .. }) => None,
+            content => content?,
+        };
+        let Some(content) = content.and_then(|content| extend_config(&content, layers)) else { return Ok(None) };
+        self.registry.ensure_blob(repository, content.clone().into()).await?;
+        Ok(Some(content))
     }
 
     async fn read(&self, target: &Target, tag: &Tag) -> Result<Option<SignatureManifest>, Error> {
