@@ -202,7 +202,8 @@ pub async fn setup(config: &Config, clock: &Clock, metrics: &Metrics) -> anyhow:
             Verdict::Poison => return Err(error.into()),
         }
     }
-    Ok((Setup { registries, witnesses, rules }, shut))
+    let names = shut.iter().map(|(witness, _): &Unopened| witness.name.clone()).collect();
+    Ok((Setup { registries, witnesses, rules, shut: names }, shut))
 }
 
 /// The doors.

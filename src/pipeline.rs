@@ -50,6 +50,8 @@ pub struct Setup {
     pub registries: HashMap<RegistryName, Registry>,
     pub witnesses: HashMap<String, Arc<Witness>>,
     pub rules: Rules,
+    /// Witnesses that are configured and not among `witnesses`, because their KMS could not be reached yet.
+    pub shut: Vec<String>,
 }
 
 /// How long a failing event is tried again.

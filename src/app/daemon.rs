@@ -4,6 +4,7 @@ use std::{collections::HashMap, fs, path::Path, process::ExitCode, sync::Arc, ti
 
 use anyhow::Context as _;
 use axum::{Router, routing::get};
+use futures::future::ready;
 use queue::Queue;
 use tracing::{error, info, warn};
 
@@ -12,7 +13,7 @@ use crate::{
     admin::{self, Admin, socket_path},
     clock::Clock,
     config::{self, Config},
-    http::{Limits, Readiness, Server, Tls},
+    http::{Check, Limits, Readiness, Server, Tls},
     intake::{self, Intake},
     ledger::Ledger,
     lifecycle::Lifecycle,
@@ -48,7 +49,7 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let socket = Server::bind_unix(&socket_path(state_folder(&config)), limits).await?;
     let address = server.local_addr();
 
-    let readiness = readiness(&queue, &ledger, &pipeline, &config);
+    let readiness = readiness(&queue, &ledger, &pipeline);
     let router = intake::router(intake.clone())
         .merge(Arc::new(readiness).router())
         .merge(metrics_route(&metrics, &queue, &ledger, &clock));
@@ -111,38 +112,33 @@ fn metrics_route(metrics: &Metrics, queue: &Arc<dyn Queue>, ledger: &Ledger, clo
     Router::new().route("/metrics", get(scrape))
 }
 
-fn readiness(queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>, config: &Config) -> Readiness {
-    let (queue, ledger) = (queue.clone(), ledger.clone());
-    let mut readiness = Readiness::new()
+fn readiness(queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>) -> Readiness {
+    let (queue, ledger, pipeline) = (queue.clone(), ledger.clone(), pipeline.clone());
+    Readiness::new()
         .check("queue", move || {
             let queue = queue.clone();
-            async move { queue.stats().await.map(drop).map_err(|error| error.to_string()) }
+            async move { queue.probe().await.map_err(|error| error.to_string()) }
         })
         .check("ledger", move || {
             let ledger = ledger.clone();
             async move { ledger.check().await.map_err(|error| error.to_string()) }
-        });
-    for witness in &config.witnesses {
-        let (pipeline, name) = (pipeline.clone(), witness.name.clone());
-        readiness = readiness.check(format!("key of witness {name}"), move || {
-            let open = pipeline.setup().witnesses.contains_key(&name);
-            async move { if open { Ok(()) } else { Err("not opened yet".to_owned()) } }
-        });
-    }
-    for registry in &config.registries {
-        let (pipeline, name) = (pipeline.clone(), registry.name.clone());
-        readiness = readiness.check(format!("registry {name}"), move || {
-            let registry = pipeline.setup().registries.get(&name).cloned();
-            async move {
-                match registry {
-                    Some(registry) => registry.ping().await.map_err(|error| error.to_string()),
-                    // Taken out of the configuration since the start.
-                    None => Ok(()),
-                }
-            }
-        });
-    }
-    readiness
+        })
+        // Of what is in force now: a reload adds and removes.
+        .checks(move || {
+            let setup = pipeline.setup();
+            let key = |name: &String, result: Result<(), String>| -> Check {
+                (format!("key of witness {name}"), Box::pin(ready(result)))
+            };
+            let open = setup.witnesses.keys().map(|name| key(name, Ok(())));
+            let shut = setup.shut.iter().map(|name| key(name, Err("not opened yet".to_owned())));
+            let registries = setup.registries.iter().map(|(name, registry)| -> Check {
+                let registry = registry.clone();
+                (format!("registry {name}"), Box::pin(async move { registry.ping().await.map_err(|error| error.to_string()) }))
+            });
+            let mut checks: Vec<_> = open.chain(shut).chain(registries).collect();
+            checks.sort_by(|(one, _), (other, _)| one.cmp(other));
+            checks
+        })
 }
 
 /// Puts a changed configuration into force as a whole, or not at all.
@@ -247,7 +243,10 @@ impl Reloader {
         let before = self.pipeline.setup();
         opened.extend(before.witnesses.iter().map(|(name, witness)| (name.clone(), witness.clone())));
         match super::rules(&self.config) {
-            Ok(rules) => self.pipeline.replace_setup(Setup { registries: before.registries.clone(), witnesses: opened, rules }),
+            Ok(rules) => {
+                let shut = self.shut.iter().map(|witness| witness.name.clone()).collect();
+                self.pipeline.replace_setup(Setup { registries: before.registries.clone(), witnesses: opened, rules, shut });
+            }
             Err(error) => error!(error = format!("{error:#}"), "the rules cannot be used"),
         }
     }
