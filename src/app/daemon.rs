@@ -141,6 +141,12 @@ fn readiness(queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>) 
         })
 }
 
+/// What of `[server]` holds as long as the process.
+fn fixed(server: &config::Server) -> impl PartialEq {
+    let limits = (server.max_body, server.max_requests, server.header_timeout, server.body_timeout);
+    (server.listen, server.tls.is_some(), server.grace, limits)
+}
+
 /// Puts a changed configuration into force as a whole, or not at all.
 struct Reloader {
     path: std::path::PathBuf,
@@ -179,12 +185,16 @@ impl Reloader {
             warn!("{warning}");
         }
         let restart = |what| anyhow::anyhow!("{what} cannot be changed while the daemon runs: restart it");
-        let (server, before) = (&config.server, &self.config.server);
-        if server.listen != before.listen || server.tls.is_some() != before.tls.is_some() {
-            return Err(restart("[server] listen and tls"));
+        // What is said to be in force is: whatever is not taken over below is refused here.
+        if fixed(&config.server) != fixed(&self.config.server) {
+            return Err(restart("[server], except the certificate and key of `tls`,"));
         }
-        if config.queue.backend != self.config.queue.backend || config.ledger != self.config.ledger {
+        let queue = |config: &Config| (config.queue.backend.clone(), config.queue.in_flight, config.queue.retry);
+        if queue(&config) != queue(&self.config) || config.ledger != self.config.ledger {
             return Err(restart("[queue] and [ledger]"));
+        }
+        if config.log.format != self.config.log.format {
+            return Err(restart("[log] format"));
         }
         let renewed_tls = config.server.tls.as_ref().map(open_tls).transpose()?;
         let (setup, shut) = setup(&config, &self.clock, &self.metrics).await?;
