@@ -6,6 +6,8 @@ use anyhow::Context as _;
 use axum::{Router, routing::get};
 use futures::future::ready;
 use queue::Queue;
+use tokio_util::sync::CancellationToken;
+use tower::BoxError;
 use tracing::{error, info, warn};
 
 use super::{open_ledger, open_queue, patience, setup, sources, state_folder, witness_settings};
@@ -16,7 +18,7 @@ use crate::{
     http::{Check, Limits, Readiness, Server, Tls},
     intake::{self, Intake},
     ledger::Ledger,
-    lifecycle::Lifecycle,
+    lifecycle::{IntoEnd, Lifecycle},
     pipeline::{Pipeline, Setup},
     telemetry::{CONTENT_TYPE, INTAKE_FAMILIES, LogHandle, Metrics, Sample, Snapshot},
     witness::Witness,
@@ -53,12 +55,14 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let router = intake::router(intake.clone())
         .merge(Arc::new(readiness).router())
         .merge(metrics_route(&metrics, &queue, &ledger, &clock));
-    lifecycle.spawn("http", server.serve(router, lifecycle.drain(), lifecycle.abort()));
+    let grace = config.server.grace;
+    lifecycle.spawn("http", in_time(lifecycle.drain(), grace, server.serve(router, lifecycle.drain(), lifecycle.abort())));
     let admin = Admin { queue: queue.clone(), ledger: ledger.clone(), pipeline: Some(pipeline.clone()), clock: clock.clone() };
-    lifecycle.spawn("socket", socket.serve(admin::router(admin), lifecycle.drain(), lifecycle.abort()));
+    let socket = socket.serve(admin::router(admin), lifecycle.drain(), lifecycle.abort());
+    lifecycle.spawn("socket", in_time(lifecycle.drain(), grace, socket));
     for _ in 0..config.queue.in_flight {
         let (pipeline, queue) = (pipeline.clone(), queue.clone());
-        lifecycle.spawn("worker", async move { pipeline.work(&*queue).await });
+        lifecycle.spawn("worker", in_time(lifecycle.drain(), grace, async move { pipeline.work(&*queue).await }));
     }
     let (drain, closing) = (lifecycle.drain(), queue.clone());
     lifecycle.spawn("drain", async move {
@@ -73,13 +77,33 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
         loop {
             tokio::select! {
                 () = drain.cancelled() => return,
-                changed = asked.changed() => if changed.is_ok() { reloader.reload().await },
-                () = tokio::time::sleep(REOPEN), if !reloader.shut.is_empty() => reloader.open_what_is_shut().await,
+                changed = asked.changed() => if changed.is_ok() {
+                    drain.run_until_cancelled(reloader.reload()).await;
+                },
+                () = tokio::time::sleep(REOPEN), if !reloader.shut.is_empty() => {
+                    drain.run_until_cancelled(reloader.open_what_is_shut()).await;
+                }
             }
         }
     });
     info!(version = env!("CARGO_PKG_VERSION"), address = address.map(tracing::field::display), "ready: taking events");
     Ok(lifecycle.run().await)
+}
+
+/// Lets `task` finish while draining, and drops it when most of the grace period is over: what it has in hand goes back to the
+/// queue, and a registry or a KMS that hangs does not make an orderly stop a failure.
+async fn in_time<T: IntoEnd>(drain: CancellationToken, grace: Duration, task: impl Future<Output = T>) -> Result<(), BoxError> {
+    let late = async {
+        drain.cancelled().await;
+        tokio::time::sleep(grace * 3 / 4).await;
+    };
+    tokio::select! {
+        ended = task => ended.into_end(),
+        () = late => {
+            warn!("what is still in hand is given back to the queue");
+            Ok(())
+        }
+    }
 }
 
 fn open_tls(tls: &config::Tls) -> anyhow::Result<Tls> {
