@@ -202,7 +202,6 @@ impl Pipeline {
         let desk = Desk {
             registry,
             ledger: &self.ledger,
-            metrics: &self.metrics,
             turns: &self.turns,
             clock: &self.clock,
             message_id,

@@ -15,7 +15,7 @@ use crate::{
     admin::{self, Admin, socket_path},
     clock::Clock,
     config::{self, Config},
-    http::{Check, Limits, Readiness, Server, Tls},
+    http::{Check, Counters, Limits, Readiness, Server, Tls},
     intake::{self, Intake},
     ledger::Ledger,
     lifecycle::{IntoEnd, Lifecycle},
@@ -26,6 +26,7 @@ use crate::{
 
 /// How often a key that could not be opened is tried again.
 const REOPEN: Duration = Duration::from_secs(5);
+const REFUSED: &[(&str, &str)] = &[("http_refused", "Requests that were turned away before anything saw them")];
 
 /// Runs until it is told to stop.
 pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Result<ExitCode> {
@@ -50,6 +51,7 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let server = Server::bind(config.server.listen, limits.clone(), tls.clone()).await?;
     let socket = Server::bind_unix(&socket_path(state_folder(&config)), limits).await?;
     let address = server.local_addr();
+    attach_refused(&metrics, [("http", server.counters()), ("socket", socket.counters())]);
 
     let readiness = readiness(&queue, &ledger, &pipeline);
     let router = intake::router(intake.clone())
@@ -116,6 +118,21 @@ fn attach_intake(metrics: &Metrics, intake: &Arc<Intake>) {
     metrics.attach(INTAKE_FAMILIES, move || {
         let samples = intake.counters().samples().into_iter();
         samples.map(|sample| Sample { name: sample.name, labels: sample.labels, value: sample.value }).collect()
+    });
+}
+
+/// What the two listeners turned away.
+fn attach_refused(metrics: &Metrics, listeners: [(&'static str, Arc<Counters>); 2]) {
+    metrics.attach(REFUSED, move || {
+        let refused = listeners.iter().flat_map(|(listener, counters)| {
+            let sample = move |(reason, value): (&str, u64)| Sample {
+                name: REFUSED[0].0,
+                labels: vec![("listener", (*listener).to_owned()), ("reason", reason.to_owned())],
+                value,
+            };
+            counters.refused().map(sample)
+        });
+        refused.collect()
     });
 }
 
@@ -253,7 +270,7 @@ impl Reloader {
                 Ok(open) => match super::check_rules(&self.config, &open) {
                     Ok(()) => {
                         info!(witness = witness.name, "its key is open now");
-                        opened.insert(witness.name.clone(), Arc::new(open));
+                        opened.insert(witness.name.clone(), super::watched(open, &self.metrics));
                     }
                     Err(error) => {
                         error!(

@@ -17,7 +17,6 @@ use tracing::debug;
 
 use crate::{
     clock::Clock,
-    kms,
     ledger::{Intent, Ledger},
     oci::{Digest, Repository, Tag, media_type},
     pipeline::{
@@ -26,7 +25,6 @@ use crate::{
     },
     registry::{self, Address, Registry},
     signature::cosign::{self, EMPTY_CONFIG, Layer, SignatureManifest, extend_config},
-    telemetry::Metrics,
     verify::{self, Trust, Verified},
 };
 
@@ -73,7 +71,6 @@ impl Turns {
 pub struct Desk<'a> {
     pub registry: &'a Registry,
     pub ledger: &'a Ledger,
-    pub metrics: &'a Metrics,
     pub turns: &'a Turns,
     pub clock: &'a Clock,
     pub message_id: &'a str,
@@ -243,10 +240,7 @@ impl Desk<'_> {
 
     async fn sign(&self, target: &Target, wanted: &Wanted) -> Result<Verified, Error> {
         let prepared = &wanted.prepared;
-        let began = Instant::now();
-        let signed = wanted.witness.sign(wanted.algorithm, prepared.payload_sha256()).await;
-        self.metrics.kms_asked(wanted.witness.name(), signed.as_ref().map_or_else(kms::Error::name, |_| "ok"), began.elapsed());
-        let raw = signed?;
+        let raw = wanted.witness.sign(wanted.algorithm, prepared.payload_sha256()).await?;
         let asked = verify::Wanted { digest: target.subject.digest().clone(), reference: prepared.reference().clone() };
         let own = Trust { witness: wanted.witness.name(), keys: wanted.witness.trusted_keys() };
         let layer = prepared.assemble(&raw);
