@@ -15,7 +15,7 @@ use std::{
 
 use futures::{StreamExt as _, stream};
 use queue::{Burial, Delivery, Queue, Retry};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tracing::{Instrument as _, error, info, warn};
 
 use crate::{
@@ -172,14 +172,11 @@ impl Pipeline {
 
     /// Does what the rules want of one event, within the deadline.
     async fn carry_out(&self, event: &PushEvent, trigger: Trigger, message_id: &str) -> Report {
-        match tokio::time::timeout(DEADLINE, self.try_carry_out(event, trigger, message_id)).await {
-            Ok(Ok(report)) => report,
-            Ok(Err(error)) => Report::failed(error),
-            Err(_) => Report::failed(Error::Deadline),
-        }
+        self.try_carry_out(event, trigger, message_id).await.unwrap_or_else(Report::failed)
     }
 
     async fn try_carry_out(&self, event: &PushEvent, trigger: Trigger, message_id: &str) -> Result<Report, Error> {
+        let deadline = Instant::now() + DEADLINE;
         let setup = self.setup();
         let Matches { matched, skipped } = setup.rules.matching(&Occasion {
             registry: &event.registry,
@@ -193,20 +190,14 @@ impl Pipeline {
         }
         let registry = setup.registries.get(&event.registry).ok_or_else(|| Error::UnknownRegistry(event.registry.clone()))?;
         let located = Instant::now();
-        let image = match subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest).await? {
+        let looking = subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest);
+        let image = match timeout_at(deadline, looking).await.map_err(|_| Error::Deadline { throttled: false })?? {
             Located::Image(image) => image,
             Located::Attachment => return Ok(Report::skipped(Skip::Attachment)),
             Located::Missing => return Ok(Report::skipped(Skip::NotFound)),
         };
         let Plan { targets, skipped, unwitnessed } = plan::plan(&image, &matched, &setup.witnesses);
-        let desk = Desk {
-            registry,
-            ledger: &self.ledger,
-            turns: &self.turns,
-            clock: &self.clock,
-            message_id,
-            located,
-        };
+        let desk = Desk { registry, ledger: &self.ledger, turns: &self.turns, clock: &self.clock, message_id, located, deadline };
         let work: Vec<_> = targets.iter().map(|target| desk.see_to(target)).collect();
         let done: Vec<_> = stream::iter(work).buffered(DIGESTS_AT_ONCE).collect().await;
 

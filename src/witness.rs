@@ -216,6 +216,12 @@ impl Witness {
         .await
     }
 
+    /// Whether somebody waits for a turn now: the witness is asked for more than its rate or its KMS allows.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        self.pace.is_waited_for()
+    }
+
     /// What would make every signature useless is said without asking the KMS for one.
     fn check_fitness(&self, algorithm: Algorithm) -> Result<(), kms::Error> {
         let key = || Arc::new(self.key_uri().clone());

@@ -41,8 +41,11 @@ pub enum Error {
     TagMoved { tag: Tag },
     #[error("other writers replaced the signatures under {tag} {rounds} times in a row")]
     Overwritten { tag: String, rounds: u32 },
-    #[error("not done within {} s", DEADLINE.as_secs())]
-    Deadline,
+    #[error("not done within {} s{}", DEADLINE.as_secs(), if *throttled { ", most of it in line for the key" } else { "" })]
+    Deadline {
+        /// There was a line for a witness's key, whose rate or whose KMS asks for patience.
+        throttled: bool,
+    },
     #[error("the body is no push event")]
     NotAnEvent(#[from] event::Error),
     #[error("an authenticated sender sent a body that is no notification")]
@@ -64,7 +67,8 @@ impl Classify for Error {
                 Verdict::Refuse { cure: "look at what the tag holds; if nobody needs it, delete the tag and replay this event" }
             }
             Self::Unverified(_) => Verdict::Refuse { cure: "see that the rule's algorithm and the witness's key go together" },
-            Self::NoWitness { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } | Self::Deadline => Verdict::TRANSIENT,
+            Self::Deadline { throttled } => Verdict::Retry { after: None, throttled: *throttled },
+            Self::NoWitness { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } => Verdict::TRANSIENT,
             Self::NotAnEvent(_) | Self::Quarantined => Verdict::Poison,
             Self::Shared(error) => error.verdict(),
         }

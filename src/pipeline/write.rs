@@ -12,7 +12,7 @@ use std::{
 };
 
 use futures::future::{join_all, try_join_all};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use crate::{
@@ -76,28 +76,37 @@ pub struct Desk<'a> {
     pub message_id: &'a str,
     /// When the tag was resolved.
     pub located: Instant,
+    /// What is not done by then has failed.
+    pub deadline: Instant,
 }
 
 impl Desk<'_> {
     /// Sees to every signature of the target. One answer for each of `target.wanted`, in order.
     pub async fn see_to(&self, target: &Target) -> Vec<Written> {
-        let turn = format!("{}/{}@{}", target.subject.registry(), target.subject.repository(), target.subject.digest());
-        let _turn = self.turns.take(turn).await;
         let mut answers: Vec<Option<Written>> = target.wanted.iter().map(|_| None).collect();
-        if let Err(error) = self.try_see_to(target, &mut answers).await {
-            // What is open after a failure failed by it: the error is one, so it is shared in words.
-            let error = Arc::new(error);
-            return answers
-                .into_iter()
-                .map(|answer| answer.unwrap_or_else(|| Written::Failed(Error::Shared(error.clone()))))
-                .collect();
-        }
-        answers.into_iter().map(|answer| answer.unwrap_or(Written::Found)).collect()
+        let ended = {
+            let mut work = pin!(self.try_see_to(target, &mut answers));
+            match timeout_at(self.deadline, work.as_mut()).await {
+                Ok(ended) => ended,
+                // Asked while this work itself still stands in the line, if there is one.
+                Err(_) => Err(Error::Deadline { throttled: target.wanted.iter().any(|one| one.witness.is_waited_for()) }),
+            }
+        };
+        // What is open after a failure failed by it: one error, which all of them share.
+        let failure = ended.err().map(Arc::new);
+        let answer = |answer: Option<Written>| match (answer, &failure) {
+            (Some(answer), _) => answer,
+            (None, Some(failure)) => Written::Failed(Error::Shared(failure.clone())),
+            (None, None) => unreachable!("without a failure every signature was found, made or refused"),
+        };
+        answers.into_iter().map(answer).collect()
     }
 
     async fn try_see_to(&self, target: &Target, answers: &mut [Option<Written>]) -> Result<(), Error> {
         let subject = &target.subject;
         let repository = subject.repository();
+        let turn = format!("{}/{}@{}", subject.registry(), repository, subject.digest());
+        let _turn = self.turns.take(turn).await;
         let tag = Tag::cosign_signatures(subject.digest()).expect("only SHA-256 digests are planned for");
         let current = self.read(target, &tag).await?;
         let mut missing = vec![];
