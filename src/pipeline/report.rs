@@ -141,11 +141,21 @@ impl Report {
         })
     }
 
-    /// All failures with their causes, in words.
+    /// All failures with their causes, in words: each once, and of many (an index has many children) the first.
     #[must_use]
     pub fn detail(&self) -> Option<String> {
-        let mut texts: Vec<String> = self.failures.iter().map(in_words).collect();
-        texts.dedup();
+        const MOST: usize = 5;
+        let mut texts: Vec<String> = vec![];
+        for text in self.failures.iter().map(in_words) {
+            if !texts.contains(&text) {
+                texts.push(text);
+            }
+        }
+        let more = texts.len().saturating_sub(MOST);
+        texts.truncate(MOST);
+        if more > 0 {
+            texts.push(format!("and {more} more"));
+        }
         (!texts.is_empty()).then(|| texts.join("; "))
     }
 }
