@@ -384,3 +384,6 @@ fn facts(delivery: &Delivery, event: Option<&PushEvent>) -> EventFacts {
     let id = &delivery.message().id;
     event.map_or_else(|| EventFacts::poison(id, delivery.pushed_at()), |event| EventFacts::of(id, event))
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,741 @@
+//! Events through the whole pipeline, beside a registry that misbehaves on request.
+
+pub(crate) mod fake;
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    path::PathBuf,
+    pin::pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
+    task::Poll,
+};
+
+use async_trait::async_trait;
+use queue::{DeadLetter, Embedded, Message, Options, PartitionKey};
+use serde_json::{Value, json};
+use sha2::Digest as _;
+use tempfile::TempDir;
+
+use super::*;
+use crate::{
+    kms::{self, Algorithm, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey},
+    oci::{Digest, Repository, Tag, media_type},
+    rule::{Scope, SignatureType, TagFilter},
+    signature::cosign::{SignatureManifest, Statement},
+    verify::is_signed_by,
+    witness::{Rate, WitnessSettings},
+};
+use fake::{Act, Fake, NAME, image, index};
+
+type KeyAnswer = Result<RawSignature, kms::Error>;
+
+/// A key that answers as it is told to, and honestly after that.
+#[derive(Debug)]
+pub(crate) struct Key {
+    honest: Arc<dyn SigningKey>,
+    script: Mutex<VecDeque<KeyAnswer>>,
+    always_denied: bool,
+    slow: Mutex<Duration>,
+    pub(crate) calls: AtomicU32,
+}
+
+#[async_trait]
+impl SigningKey for Key {
+    fn uri(&self) -> &KeyUri {
+        self.honest.uri()
+    }
+    fn resolved(&self) -> &str {
+        self.honest.resolved()
+    }
+    fn public_key(&self) -> &PublicKey {
+        self.honest.public_key()
+    }
+    async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> KeyAnswer {
+        self.calls.fetch_add(1, SeqCst);
+        let slow = *self.slow.lock().unwrap();
+        if !slow.is_zero() {
+            tokio::time::sleep(slow).await;
+        }
+        let scripted = self.script.lock().unwrap().pop_front();
+        match scripted {
+            Some(answer) => answer,
+            None if self.always_denied => Err(denied()),
+            None => self.honest.sign(algorithm, digest).await,
+        }
+    }
+}
+
+fn key_uri() -> Arc<KeyUri> {
+    Arc::new("awskms:///alias/release".parse().unwrap())
+}
+
+fn denied() -> kms::Error {
+    kms::Error::Denied { key: key_uri(), what: "kms:Sign is not allowed".into() }
+}
+
+/// A registry, a queue, a ledger, and two witnesses: `release`, and `denied` whose KMS never lets us.
+pub(crate) struct House {
+    folder: TempDir,
+    pub(crate) registry: Fake,
+    pub(crate) queue: Arc<Embedded>,
+    pub(crate) ledger: Ledger,
+    pub(crate) key: Arc<Key>,
+    witnesses: HashMap<String, Arc<Witness>>,
+}
+
+impl House {
+    pub(crate) async fn new() -> Self {
+        Self::with_rate(None).await
+    }
+
+    async fn with_rate(rate: Option<Rate>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let clock = Clock::system();
+        let now = clock.clone();
+        let queue = Embedded::open(&folder.path().join("state"), Options::new(move || now.now())).unwrap();
+        let ledger = Ledger::open(&ledger_path(&folder), clock.clone()).unwrap();
+        let mut witnesses = HashMap::new();
+        let mut open = async |name: &str, always_denied| {
+            let path = folder.path().join(format!("{name}.pem"));
+            kms::generate(KeySpec::EcP256, &path).unwrap();
+            let uri = KeyUri::File(path);
+            let honest = kms::open(&uri, clock.clone()).await.unwrap();
+            let key = Arc::new(Key {
+                honest,
+                script: Mutex::default(),
+                always_denied,
+                slow: Mutex::default(),
+                calls: AtomicU32::new(0),
+            });
+            let settings =
+                WitnessSettings { name: name.into(), description: String::new(), key: uri, verify: vec![], rate, pin: None };
+            let witness = Witness::from_key(&settings, key.clone(), clock.clone()).unwrap();
+            witnesses.insert(name.to_owned(), Arc::new(witness));
+            key
+        };
+        let key = open("release", false).await;
+        open("denied", true).await;
+        Self { registry: Fake::start().await, queue: Arc::new(queue), ledger, key, witnesses, folder }
+    }
+
+    pub(crate) fn pipeline(&self, rules: Vec<Rule>) -> Pipeline {
+        let setup = Setup {
+            registries: HashMap::from([(NAME.parse().unwrap(), self.registry.client())]),
+            witnesses: self.witnesses.clone(),
+            rules: Rules::new(rules).unwrap(),
+            ..Setup::default()
+        };
+        let patience =
+            Patience { first: Duration::from_millis(1), longest: Duration::from_millis(20), give_up: Duration::from_secs(60) };
+        Pipeline::new(setup, self.ledger.clone(), Metrics::new(), Clock::system(), patience)
+    }
+
+    /// Puts an image of this name there under `1.0`.
+    pub(crate) fn image(&self, name: &str) -> Digest {
+        self.registry.store().put("team/app", Some("1.0"), media_type::OCI_MANIFEST, &image(name))
+    }
+
+    /// Queues the event of a push.
+    pub(crate) async fn push(&self, tag: Option<&str>, digest: &Digest) -> String {
+        let now = Clock::system().now();
+        let event = PushEvent {
+            id: "sender's".into(),
+            source: "main".into(),
+            registry: NAME.parse().unwrap(),
+            repository: app(),
+            tag: tag.map(|tag| tag.parse().unwrap()),
+            digest: digest.clone(),
+            pushed_at: now,
+            received_at: now,
+            actor: None,
+        };
+        self.enqueue(event::CONTENT_TYPE, &event.partition_key(), event.to_cloud_event()).await
+    }
+
+    async fn enqueue(&self, content_type: &str, key: &str, body: Vec<u8>) -> String {
+        let id = uuid::Uuid::now_v7().to_string();
+        let message =
+            Message { id: id.clone(), content_type: content_type.into(), key: PartitionKey(key.to_owned()), body: body.into() };
+        self.queue.push(vec![message]).await.unwrap();
+        id
+    }
+
+    async fn handle_next(&self, pipeline: &Pipeline) {
+        Self::handle_one(&self.queue, pipeline).await;
+    }
+
+    async fn handle_one(queue: &Embedded, pipeline: &Pipeline) {
+        let delivery = tokio::time::timeout(Duration::from_secs(20), queue.pull()).await;
+        pipeline.handle(delivery.expect("a delivery is due").unwrap().unwrap()).await.unwrap();
+    }
+
+    pub(crate) async fn settle_queue(queue: &Embedded, pipeline: &Pipeline) {
+        while queue.stats().await.unwrap().queued() > 0 {
+            Self::handle_one(queue, pipeline).await;
+        }
+    }
+
+    /// Handles what is queued, retries included, until nothing is, and sees that the sums add up.
+    pub(crate) async fn settle(&self, pipeline: &Pipeline) {
+        Self::settle_queue(&self.queue, pipeline).await;
+        let (stats, sums) = (self.queue.stats().await.unwrap(), self.ledger.sums().await.unwrap());
+        assert_eq!(stats.pushed_total, sums.concluded(), "{sums:?}");
+        assert_eq!(stats.dead + stats.discarded_total, sums.dead, "{sums:?}");
+    }
+
+    /// What the witness `release` signed for this digest, sorted, each as often as it stands there. All must be readable.
+    fn signed(&self, digest: &Digest) -> Vec<String> {
+        let tag = format!("sha256-{}.sig", digest.encoded());
+        let Some((kind, content)) = self.registry.store().manifest("team/app", &tag) else { return vec![] };
+        let manifest = SignatureManifest::read(&kind, &content).unwrap();
+        let ours = |hash: &[u8; 32], signature: &[u8]| is_signed_by(self.key.public_key(), hash, signature);
+        let mut references: Vec<_> = manifest
+            .layers()
+            .iter()
+            .filter(|layer| ours(&layer.payload_sha256().unwrap(), layer.signature()))
+            .map(|layer| {
+                let payload = self.registry.store().blob(layer.payload().as_str()).expect("a payload is missing");
+                let statement = Statement::read(&payload).unwrap();
+                assert_eq!(statement.digest, *digest);
+                statement.reference
+            })
+            .collect();
+        references.sort();
+        references
+    }
+
+    async fn dead(&self) -> Vec<DeadLetter> {
+        self.queue.dead_letters(None, 100).await.unwrap()
+    }
+
+    async fn outcome(&self, digest: &Digest) -> (Outcome, Vec<(String, Outcome)>) {
+        let query = ledger::StoryQuery {
+            registry: NAME.parse().unwrap(),
+            repository: app(),
+            tag: None,
+            digest: Some(digest.clone()),
+            limit: 1,
+        };
+        let record = self.ledger.story(query).await.unwrap().remove(0);
+        (record.outcome, record.rules.into_iter().map(|rule| (rule.rule, rule.outcome)).collect())
+    }
+
+    fn calls(&self) -> u32 {
+        self.key.calls.load(SeqCst)
+    }
+
+    /// Does something to the ledger's file behind its back.
+    fn meddle(&self, sql: &str) {
+        rusqlite::Connection::open(ledger_path(&self.folder)).unwrap().execute_batch(sql).unwrap();
+    }
+}
+
+fn ledger_path(folder: &TempDir) -> PathBuf {
+    folder.path().join("ledger.db")
+}
+
+fn app() -> Repository {
+    "team/app".parse().unwrap()
+}
+
+fn tagged(tag: &str) -> String {
+    format!("{NAME}/team/app:{tag}")
+}
+
+fn pinned(digest: &Digest) -> String {
+    format!("{NAME}/team/app@{digest}")
+}
+
+pub(crate) fn rule(name: &str, witness: &str) -> Rule {
+    Rule {
+        name: name.into(),
+        registry: None,
+        scope: Scope::parse("team").unwrap(),
+        exclude: vec![],
+        tags: None,
+        created: None,
+        witness: witness.into(),
+        algorithm: Algorithm::EcdsaSha256,
+        signature_type: SignatureType::Default,
+        trigger: Trigger::Automatic,
+        untagged: false,
+        enabled: true,
+    }
+}
+
+fn release() -> Vec<Rule> {
+    vec![rule("team", "release")]
+}
+
+fn sig(digest: &Digest) -> String {
+    Tag::cosign_signatures(digest).unwrap().to_string()
+}
+
+#[tokio::test]
+async fn redelivered_event_is_signed_once() {
+    let house = House::new().await;
+    let pipeline = house.pipeline(release());
+    let digest = house.image("once");
+    for _ in 0..3 {
+        house.push(Some("1.0"), &digest).await;
+    }
+    house.settle(&pipeline).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+    assert_eq!(house.calls(), 1);
+    let sums = house.ledger.sums().await.unwrap();
+    assert_eq!((sums.signed, sums.already_signed), (1, 2));
+    // What the README says it costs: seven requests and two for the config that a repository needs once; then two.
+    assert_eq!(house.registry.store().asked.len(), 7 + 2 + 2 * 2);
+}
+
+#[tokio::test]
+async fn a_tag_that_moved_is_signed_by_digest_alone_or_superseded() {
+    let house = House::new().await;
+    let by_tag = Rule { tags: Some(TagFilter::parse(&["1.*"]).unwrap()), ..rule("by tag", "release") };
+    let old = house.image("old");
+    house.image("new");
+
+    house.push(Some("1.0"), &old).await;
+    house.settle(&house.pipeline(vec![by_tag.clone()])).await;
+    assert!(house.signed(&old).is_empty());
+    assert_eq!(house.outcome(&old).await.0, Outcome::Skipped(Skip::Superseded));
+    assert_eq!(house.calls(), 0);
+
+    house.push(Some("1.0"), &old).await;
+    house.settle(&house.pipeline(vec![by_tag, rule("all", "release")])).await;
+    assert_eq!(house.signed(&old), [pinned(&old)]);
+    let (outcome, rules) = house.outcome(&old).await;
+    assert_eq!(outcome, Outcome::Signed);
+    assert_eq!(rules, [("all".into(), Outcome::Signed), ("by tag".into(), Outcome::Skipped(Skip::Superseded))]);
+}
+
+#[tokio::test]
+async fn a_tag_that_moves_while_the_key_is_asked_is_not_signed_for_the_old_digest() {
+    let house = House::new().await;
+    let old = house.image("old");
+    *house.key.slow.lock().unwrap() = Duration::from_millis(2100);
+    house.push(Some("1.0"), &old).await;
+    let pipeline = house.pipeline(release());
+    let moving = async {
+        tokio::time::sleep(Duration::from_millis(1000)).await;
+        house.image("new");
+        *house.key.slow.lock().unwrap() = Duration::ZERO;
+    };
+    tokio::join!(house.settle(&pipeline), moving);
+    assert_eq!(house.signed(&old), [pinned(&old)]);
+}
+
+#[tokio::test]
+async fn one_rule_denied_and_one_signed_ends_dead_with_the_signature_written() {
+    let house = House::new().await;
+    let digest = house.image("mixed");
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(vec![rule("works", "release"), rule("does not", "denied")])).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+    let dead = house.dead().await;
+    assert_eq!((dead.len(), dead[0].burial.kind.as_str(), dead[0].attempts), (1, "refused", 0));
+    for words in ["kms:Sign is not allowed", "allow countersign's identity"] {
+        assert!(dead[0].burial.reason.contains(words), "{}", dead[0].burial.reason);
+    }
+    let (outcome, rules) = house.outcome(&digest).await;
+    assert_eq!(outcome, Outcome::Dead);
+    assert_eq!(rules, [("does not".into(), Outcome::Dead), ("works".into(), Outcome::Signed)]);
+}
+
+#[tokio::test]
+async fn what_may_pass_is_tried_again_before_what_cannot_is_buried() {
+    let house = House::new().await;
+    let digest = house.image("mixed");
+    let passing = kms::Error::Transient { key: key_uri(), what: "having a moment".into() };
+    house.key.script.lock().unwrap().push_back(Err(passing));
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(vec![rule("works", "release"), rule("does not", "denied")])).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+    let dead = house.dead().await;
+    assert_eq!((dead.len(), dead[0].burial.kind.as_str(), dead[0].attempts), (1, "refused", 1));
+}
+
+#[tokio::test]
+async fn throttling_uses_up_no_patience() {
+    let house = House::new().await;
+    let digest = house.image("throttled");
+    for _ in 0..3 {
+        let throttled = kms::Error::Throttled { key: key_uri(), what: "slow down".into(), retry_after: None };
+        house.key.script.lock().unwrap().push_back(Err(throttled));
+    }
+    house.push(Some("1.0"), &digest).await;
+    let pipeline = house.pipeline(release());
+    for _ in 0..3 {
+        house.handle_next(&pipeline).await;
+        assert_eq!(house.queue.stats().await.unwrap().queued(), 1);
+    }
+    let delivery = house.queue.pull().await.unwrap().unwrap();
+    assert_eq!((delivery.attempts(), delivery.waited()), (0, Duration::ZERO));
+    drop(delivery);
+    house.settle(&pipeline).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+}
+
+#[tokio::test]
+async fn a_deadline_that_is_spent_in_line_for_the_key_uses_up_no_patience() {
+    let house = House::with_rate(Some(Rate { per_second: 1, burst: 1 })).await;
+    let digest = house.image("in line");
+    let witness = house.witnesses["release"].clone();
+    witness.sign(Algorithm::EcdsaSha256, &[0; 32]).await.unwrap();
+    assert!(!witness.is_waited_for());
+
+    let pipeline = house.pipeline(release());
+    let setup = pipeline.setup();
+    let (registry, tag) = (&setup.registries[&NAME.parse().unwrap()], "1.0".parse().unwrap());
+    let located = subject::locate(registry, &app(), Some(&tag), &digest).await;
+    let Ok(Located::Image(image)) = located else { panic!("{located:?}") };
+    let plan = plan::plan(&image, setup.rules.all(), &setup.witnesses);
+    let desk = Desk {
+        registry,
+        ledger: &house.ledger,
+        turns: &pipeline.turns,
+        clock: &pipeline.clock,
+        message_id: "1",
+        located: Instant::now(),
+        deadline: Instant::now() + Duration::from_millis(300),
+    };
+    let answers = desk.see_to(&plan.targets[0]).await;
+    let [Written::Failed(error)] = answers.as_slice() else { panic!("{answers:?}") };
+    assert_eq!(error.verdict(), Verdict::Retry { after: None, throttled: true });
+}
+
+#[tokio::test]
+async fn a_ledger_that_refuses_intents_keeps_the_key_unasked() {
+    let house = House::new().await;
+    let digest = house.image("off the record");
+    let pipeline = house.pipeline(release());
+    house.meddle("ALTER TABLE signature RENAME TO hidden");
+    house.push(Some("1.0"), &digest).await;
+    for _ in 0..3 {
+        house.handle_next(&pipeline).await;
+    }
+    assert_eq!(house.calls(), 0);
+    assert!(house.signed(&digest).is_empty());
+    assert_eq!(house.queue.stats().await.unwrap().queued(), 1);
+    house.meddle("ALTER TABLE hidden RENAME TO signature");
+    house.settle(&pipeline).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+}
+
+#[tokio::test]
+async fn an_outcome_that_is_not_on_record_is_not_done() {
+    let house = House::new().await;
+    let digest = house.image("no outcome");
+    let pipeline = house.pipeline(release());
+    house.meddle("ALTER TABLE event RENAME TO hidden");
+    house.push(Some("1.0"), &digest).await;
+    for _ in 0..2 {
+        house.handle_next(&pipeline).await;
+    }
+    assert_eq!(house.signed(&digest), [tagged("1.0")], "written all the same");
+    assert_eq!(house.queue.stats().await.unwrap().queued(), 1);
+    house.meddle("ALTER TABLE hidden RENAME TO event");
+    house.settle(&pipeline).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+    assert_eq!(house.calls(), 1);
+}
+
+#[tokio::test]
+async fn a_lost_signature_is_written_again() {
+    let house = House::new().await;
+    let digest = house.image("contended");
+    let theirs = house.registry.store().put_blob(b"their payload");
+    let own = house.registry.store().put_blob(b"{}");
+    let foreign = json!({
+        "schemaVersion": 2,
+        "mediaType": media_type::OCI_MANIFEST,
+        "config": { "mediaType": media_type::OCI_CONFIG, "digest": own, "size": 2 },
+        "layers": [{
+            "mediaType": crate::signature::cosign::LAYER_MEDIA_TYPE, "digest": theirs, "size": 13,
+            "annotations": { crate::signature::cosign::SIGNATURE_ANNOTATION: "AAAA", "theirs": "kept" },
+        }],
+    });
+    // Each of our first three writes is overwritten before we look.
+    let (tag, mut overwrites, theirs) = (sig(&digest), 3, foreign.clone());
+    let mut wrote = false;
+    house.registry.on_request(move |asked, store| {
+        let path = format!("team/app/manifests/{tag}");
+        if std::mem::replace(&mut wrote, asked == format!("PUT {path}")) && overwrites > 0 {
+            overwrites -= 1;
+            store.put("team/app", Some(&tag), media_type::OCI_MANIFEST, &theirs);
+        }
+        Act::Serve
+    });
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(release())).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+    assert_eq!(house.calls(), 1, "a signature that was lost is written again, not made again");
+    let stored = house.registry.signatures(&app(), &digest).unwrap();
+    assert_eq!(stored["layers"][0], foreign["layers"][0], "what others wrote stays as it was");
+    assert_eq!(house.ledger.sums().await.unwrap().signed, 1);
+}
+
+#[tokio::test]
+async fn an_equal_signature_that_another_replica_wrote_meanwhile_is_not_doubled() {
+    let house = House::new().await;
+    let digest = house.image("replicas");
+    let pipeline = house.pipeline(release());
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&pipeline).await;
+    let tag = sig(&digest);
+    let written = house.registry.signatures(&app(), &digest).unwrap();
+    house.registry.store().remove("team/app", &tag);
+
+    // Not there at the first look; there at the second.
+    let mut looks = 0;
+    house.registry.on_request(move |asked, store| {
+        if asked == format!("GET team/app/manifests/{tag}") {
+            looks += 1;
+            if looks == 2 {
+                store.put("team/app", Some(&tag), media_type::OCI_MANIFEST, &written);
+            }
+        }
+        Act::Serve
+    });
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&pipeline).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+    assert_eq!(house.outcome(&digest).await.0, Outcome::AlreadySigned);
+}
+
+#[tokio::test]
+async fn an_index_is_signed_with_its_children() {
+    let house = House::new().await;
+    let (amd64, arm64) = {
+        let mut store = house.registry.store();
+        let put = |store: &mut fake::Store, name| store.put("team/app", None, media_type::OCI_MANIFEST, &image(name));
+        (put(&mut store, "amd64"), put(&mut store, "arm64"))
+    };
+    let inner = house.registry.store().put("team/app", None, media_type::OCI_INDEX, &index([arm64.as_str()]));
+    let outer = json!({
+        "schemaVersion": 2, "mediaType": media_type::OCI_INDEX, "manifests": [
+            { "mediaType": media_type::OCI_MANIFEST, "digest": amd64, "size": 1 },
+            { "mediaType": media_type::OCI_INDEX, "digest": inner, "size": 1 },
+            { "mediaType": media_type::OCI_MANIFEST, "digest": Digest::of(b"sparse"), "size": 1 },
+        ],
+    });
+    let outer = house.registry.store().put("team/app", Some("1.0"), media_type::OCI_INDEX, &outer);
+    house.push(Some("1.0"), &outer).await;
+    house.settle(&house.pipeline(release())).await;
+    for digest in [&outer, &amd64, &inner, &arm64] {
+        assert_eq!(house.signed(digest), [tagged("1.0")]);
+    }
+    assert!(house.signed(&Digest::of(b"sparse")).is_empty());
+}
+
+#[tokio::test]
+async fn children_of_digests_that_no_verifier_looks_for_are_left_out() {
+    let house = House::new().await;
+    let known = house.registry.store().put("team/app", None, media_type::OCI_MANIFEST, &image("sha256"));
+    let content = image("sha512").to_string();
+    let unknown = format!("sha512:{}", hex::encode(sha2::Sha512::digest(content.as_bytes())));
+    house.registry.store().put_as("team/app", &unknown, media_type::OCI_MANIFEST, content.into());
+    let outer = index([known.as_str(), unknown.as_str()]);
+    let outer = house.registry.store().put("team/app", Some("1.0"), media_type::OCI_INDEX, &outer);
+    house.push(Some("1.0"), &outer).await;
+    house.settle(&house.pipeline(release())).await;
+    assert_eq!((house.signed(&outer), house.signed(&known)), (vec![tagged("1.0")], vec![tagged("1.0")]));
+}
+
+#[tokio::test]
+async fn an_index_of_more_children_than_are_known_is_refused() {
+    let house = House::new().await;
+    for (children, signed) in [(256, 1), (257, 0)] {
+        let digests: Vec<_> = (0..children).map(|n: usize| Digest::of(&n.to_le_bytes()).to_string()).collect();
+        let content = index(digests.iter().map(String::as_str));
+        let outer = house.registry.store().put("team/app", Some("1.0"), media_type::OCI_INDEX, &content);
+        house.push(Some("1.0"), &outer).await;
+        house.settle(&house.pipeline(release())).await;
+        assert_eq!(house.signed(&outer).len(), signed, "{children} children");
+    }
+    assert!(house.dead().await[0].burial.reason.contains("more than 256 children"));
+}
+
+#[tokio::test]
+async fn two_rules_of_one_witness_and_type_make_one_signature() {
+    let house = House::new().await;
+    let digest = house.image("two rules");
+    let simple = Rule { signature_type: SignatureType::Simple, ..rule("simple", "release") };
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(vec![rule("one", "release"), rule("other", "release"), simple])).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0"), pinned(&digest)]);
+    assert_eq!(house.calls(), 2);
+    assert_eq!(house.outcome(&digest).await.1.len(), 3);
+}
+
+#[tokio::test]
+async fn a_rule_without_its_witness_waits_and_holds_up_no_other() {
+    let house = House::new().await;
+    let (old, new) = (house.image("old"), house.image("new"));
+    let by_tag = Rule { tags: Some(TagFilter::parse(&["1.*"]).unwrap()), ..rule("waits", "shut") };
+    let pipeline = house.pipeline(vec![rule("works", "release"), by_tag]);
+    house.push(Some("1.0"), &new).await;
+    house.handle_next(&pipeline).await;
+    assert_eq!(house.signed(&new), [tagged("1.0")]);
+    assert_eq!(house.queue.stats().await.unwrap().queued(), 1);
+    let (outcome, rules) = house.outcome(&new).await;
+    assert_eq!(outcome, Outcome::Retrying);
+    assert_eq!(rules, [("waits".into(), Outcome::Retrying), ("works".into(), Outcome::Signed)]);
+
+    // Where it had nothing to sign anyway, nothing waits for it.
+    let house = House::new().await;
+    house.image("other");
+    house.registry.store().put("team/app", None, media_type::OCI_MANIFEST, &image("old"));
+    let by_tag = Rule { tags: Some(TagFilter::parse(&["1.*"]).unwrap()), ..rule("waits", "shut") };
+    house.push(Some("1.0"), &old).await;
+    house.settle(&house.pipeline(vec![rule("works", "release"), by_tag])).await;
+    assert_eq!(house.signed(&old), [pinned(&old)]);
+}
+
+#[tokio::test]
+async fn what_stands_under_the_signature_tag_and_is_no_signature_manifest_is_never_overwritten() {
+    let house = House::new().await;
+    let pipeline = house.pipeline(release());
+    let huge = json!({ "schemaVersion": 2, "mediaType": media_type::OCI_MANIFEST, "config": {}, "layers": [],
+        "annotations": { "x": "x".repeat(4 * 1024 * 1024 - 200) } });
+    for (kind, content) in [(media_type::OCI_INDEX, index([])), (media_type::OCI_MANIFEST, huge)] {
+        let digest = house.image(kind);
+        let before = house.registry.store().put("team/app", Some(&sig(&digest)), kind, &content);
+        house.push(Some("1.0"), &digest).await;
+        house.settle(&pipeline).await;
+        let (_, after) = house.registry.store().manifest("team/app", &sig(&digest)).unwrap();
+        assert_eq!(Digest::of(&after), before);
+        assert!(house.dead().await.last().unwrap().burial.reason.contains("delete the tag"), "{:?}", house.dead().await);
+    }
+    assert_eq!(house.dead().await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_signature_manifest_of_dockers_type_is_added_to_and_becomes_an_oci_one() {
+    let house = House::new().await;
+    let digest = house.image("docker");
+    let mut theirs: Value = image("theirs");
+    theirs["mediaType"] = json!(media_type::DOCKER_MANIFEST);
+    theirs["config"]["digest"] = json!(house.registry.store().put_blob(b"{\"not\":\"a config\"}"));
+    house.registry.store().put("team/app", Some(&sig(&digest)), media_type::DOCKER_MANIFEST, &theirs);
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(release())).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+    let (kind, content) = house.registry.store().manifest("team/app", &sig(&digest)).unwrap();
+    let content: Value = serde_json::from_slice(&content).unwrap();
+    assert_eq!((kind.as_str(), content["annotations"]["name"].as_str()), (media_type::OCI_MANIFEST, Some("theirs")));
+}
+
+#[tokio::test]
+async fn a_config_that_lists_its_layers_lists_ours_too() {
+    let house = House::new().await;
+    let digest = house.image("listed");
+    let config = house.registry.store().put_blob(br#"{"rootfs":{"type":"layers","diff_ids":[]},"history":[]}"#);
+    let mut theirs = image("theirs");
+    theirs["config"]["digest"] = json!(config);
+    house.registry.store().put("team/app", Some(&sig(&digest)), media_type::OCI_MANIFEST, &theirs);
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(release())).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+    let stored = house.registry.signatures(&app(), &digest).unwrap();
+    let config = house.registry.store().blob(stored["config"]["digest"].as_str().unwrap()).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    assert_eq!(config["rootfs"]["diff_ids"], json!([stored["layers"][0]["digest"]]));
+}
+
+#[tokio::test]
+async fn a_body_that_is_no_event_is_buried_untouched() {
+    let house = House::new().await;
+    let pipeline = house.pipeline(release());
+    let quarantined = house.enqueue(event::QUARANTINE_CONTENT_TYPE, "quarantine/main", b"\xff{".to_vec()).await;
+    let foreign = house.enqueue(event::CONTENT_TYPE, "x", b"{\"specversion\":\"2.0\"}".to_vec()).await;
+    house.settle(&pipeline).await;
+    let mut dead = house.dead().await;
+    dead.sort_by(|one, other| one.message.id.cmp(&other.message.id));
+    let seen: Vec<_> = dead.iter().map(|letter| (&letter.message.id, letter.burial.kind.as_str())).collect();
+    assert_eq!(seen, [(&quarantined, "poison"), (&foreign, "poison")]);
+    assert_eq!(&dead[0].message.body[..], b"\xff{");
+    assert!(house.registry.store().asked.is_empty());
+}
+
+#[tokio::test]
+async fn a_registry_that_fails_for_a_while_delays_and_loses_nothing() {
+    let house = House::new().await;
+    let digest = house.image("later");
+    let mut failures = 40;
+    house.registry.on_request(move |_, _| {
+        failures -= 1;
+        if failures > 0 { Act::Refuse(503) } else { Act::Serve }
+    });
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(release())).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+}
+
+/// Polls `future` so many times, then drops it, as a crash at one of its await points would.
+async fn dropped_after<F: Future>(polls: usize, future: F) -> Option<F::Output> {
+    let mut future = pin!(future);
+    let mut left = polls;
+    poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(done) => Poll::Ready(Some(done)),
+        Poll::Pending => {
+            left -= 1;
+            if left == 0 { Poll::Ready(None) } else { Poll::Pending }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn handling_that_ends_at_any_await_point_is_done_again_and_signs_once() {
+    let house = House::new().await;
+    let (mut polls, mut survived) = (0, 0);
+    while survived < 3 {
+        polls += 1;
+        let digest = house.image(&format!("crash {polls}"));
+        house.push(Some("1.0"), &digest).await;
+        // What a process knows goes with it; what is on disk and in the registry stays.
+        let first = house.pipeline(release());
+        let delivery = house.queue.pull().await.unwrap().unwrap();
+        survived += u32::from(dropped_after(polls, first.handle(delivery)).await.is_some());
+        house.settle(&house.pipeline(release())).await;
+        assert_eq!(house.signed(&digest), [tagged("1.0")], "dropped after {polls} polls");
+    }
+    assert!(polls > 12, "only {polls} polls: the drops did not reach every stage");
+    assert!(house.dead().await.is_empty());
+}
+
+#[tokio::test]
+async fn a_queue_or_a_ledger_whose_thread_died_ends_the_work_with_an_error() {
+    #[derive(Debug)]
+    struct Broken;
+    #[async_trait]
+    impl Queue for Broken {
+        async fn push(&self, _: Vec<Message>) -> Result<(), queue::Error> {
+            unreachable!()
+        }
+        async fn pull(&self) -> Result<Option<Delivery>, queue::Error> {
+            Err(queue::Error::Died)
+        }
+        async fn stats(&self) -> Result<queue::Stats, queue::Error> {
+            unreachable!()
+        }
+        async fn dead_letters(&self, _: Option<&str>, _: usize) -> Result<Vec<DeadLetter>, queue::Error> {
+            unreachable!()
+        }
+        async fn replay(&self, _: &str) -> Result<bool, queue::Error> {
+            unreachable!()
+        }
+        async fn discard(&self, _: &str) -> Result<bool, queue::Error> {
+            unreachable!()
+        }
+        async fn close(&self) {}
+    }
+    let house = House::new().await;
+    let error = house.pipeline(release()).work(&Broken).await.unwrap_err();
+    assert!(error.to_string().contains("restart"), "{error}");
+}
