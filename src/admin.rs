@@ -228,9 +228,10 @@ fn view(letter: DeadLetter) -> DeadLetterView {
 async fn replay(State(admin): State<Admin>, Json(request): Json<Ids>) -> Result<Json<Moved>, Problem> {
     let mut moved = Moved::default();
     for id in request.ids {
+        let now = admin.clock.now();
         if admin.queue.replay(&id).await.map_err(unavailable)? {
-            // It is queued again, so it no longer counts as dead. Its new outcome would say so too, later.
-            admin.ledger.forget_event(&id).await.map_err(unavailable)?;
+            // It is queued again, so it no longer counts as dead, unless it has died anew by now.
+            admin.ledger.forget_event(&id, now).await.map_err(unavailable)?;
             moved.done += 1;
         } else {
             moved.unknown.push(id);
@@ -338,3 +339,6 @@ fn unavailable(error: impl std::error::Error) -> Problem {
     }
     Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail)
 }
+
+#[cfg(test)]
+mod tests;

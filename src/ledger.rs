@@ -54,10 +54,14 @@ impl Ledger {
         self.0.write(sqlite::Work::Conclude(Box::new(conclusion))).await
     }
 
-    /// To be called before the queue replays a dead letter: it is queued again, and no longer counts as dead. Its story
-    /// stays. An event that is not dead here is left alone.
-    pub async fn forget_event(&self, message_id: &str) -> Result<(), Error> {
-        self.0.write(sqlite::Work::Forget(message_id.to_owned())).await
+    /// To be called after the queue replayed a dead letter: it is queued again, and no longer counts as dead. Its story
+    /// stays. An event that is not dead here is left alone, and so is one that died later than `replayed_at`, a moment just
+    /// before the replay: it has been handled again already.
+    ///
+    /// In this order a crash between the two leaves an event that counts twice until it is handled, which mends it; in the
+    /// other, one that counts nowhere until somebody replays it again.
+    pub async fn forget_event(&self, message_id: &str, replayed_at: Timestamp) -> Result<(), Error> {
+        self.0.write(sqlite::Work::Forget(message_id.to_owned(), replayed_at)).await
     }
 
     /// Whether the ledger can be written now, found out by writing.

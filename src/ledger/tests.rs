@@ -215,7 +215,7 @@ async fn a_replayed_dead_letter_is_no_longer_dead() {
     ledger.conclude(conclusion(2, Outcome::Signed)).await.unwrap();
 
     for n in [1, 1, 2, 99] {
-        ledger.forget_event(&message(n)).await.unwrap();
+        ledger.forget_event(&message(n), Clock::system().now()).await.unwrap();
     }
     assert_eq!(ledger.sums().await.unwrap(), Sums { signed: 1, ..Sums::default() });
     let story = ledger.story(story_of(1)).await.unwrap();
@@ -224,6 +224,12 @@ async fn a_replayed_dead_letter_is_no_longer_dead() {
     ledger.conclude(conclusion(1, Outcome::Signed)).await.unwrap();
     assert_eq!(ledger.sums().await.unwrap(), Sums { signed: 2, ..Sums::default() });
     assert_eq!(recount(&path), ledger.sums().await.unwrap());
+
+    // One that was handled before it could be forgotten, and died again, is dead.
+    let replayed_at = Clock::system().now();
+    ledger.conclude(conclusion(3, Outcome::Dead)).await.unwrap();
+    ledger.forget_event(&message(3), replayed_at).await.unwrap();
+    assert_eq!(ledger.sums().await.unwrap().dead, 1);
 }
 
 #[tokio::test]

@@ -28,7 +28,7 @@ const MOST_WORDS: usize = 20_000;
 pub(in crate::ledger) enum Work {
     Intend(Vec<Intent>),
     Conclude(Box<Conclusion>),
-    Forget(String),
+    Forget(String, Timestamp),
     Check,
 }
 
@@ -104,7 +104,7 @@ impl Page<'_> {
         match work {
             Work::Intend(intents) => intents.iter().try_for_each(|intent| self.intend(intent)),
             Work::Conclude(conclusion) => self.conclude(conclusion),
-            Work::Forget(message) => self.forget(message),
+            Work::Forget(message, replayed_at) => self.forget(message, *replayed_at),
             Work::Check => self.check(),
         }
     }
@@ -262,8 +262,12 @@ impl Page<'_> {
         Ok(())
     }
 
-    fn forget(&mut self, message: &str) -> rusqlite::Result<()> {
+    fn forget(&mut self, message: &str, replayed_at: Timestamp) -> rusqlite::Result<()> {
         let Some((id, before @ Outcome::Dead)) = self.outcome_of(message)? else { return Ok(()) };
+        let mut died = self.transaction.prepare_cached("SELECT concluded_at <= ?2 FROM event WHERE id = ?1")?;
+        if !died.query_row(params![id, TimeColumn(replayed_at)], |row| row.get(0))? {
+            return Ok(());
+        }
         self.count(&before, -1);
         let mut forget = self.transaction.prepare_cached(
             "UPDATE event SET outcome = ?2, detail = 'replayed: ' || coalesce(detail, ''), concluded_at = ?3 WHERE id = ?1",
