@@ -117,13 +117,9 @@ fn witness_settings(config: &Config, witness: &config::Witness) -> anyhow::Resul
     })
 }
 
-/// Every witness with the public keys that are known of it without asking a KMS.
-pub fn trusted_keys(config: &Config) -> anyhow::Result<Vec<(String, TrustedKeys)>> {
-    config
-        .witnesses
-        .iter()
-        .map(|witness| Ok((witness.name.clone(), TrustedKeys::offline(&witness_settings(config, witness)?)?)))
-        .collect()
+/// The witness's name with the public keys that are known of it without asking a KMS.
+pub fn trusted_keys(config: &Config, witness: &config::Witness) -> anyhow::Result<(String, TrustedKeys)> {
+    Ok((witness.name.clone(), TrustedKeys::offline(&witness_settings(config, witness)?)?))
 }
 
 /// The same, as verification takes it.

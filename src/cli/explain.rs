@@ -28,6 +28,9 @@ struct Explanation {
     /// Why the registry could not be asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     registry_error: Option<String>,
+    /// Witnesses whose signatures could not be told, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    unknown_witnesses: Vec<String>,
     story: Story,
     dead_letters: Vec<DeadLetterView>,
     queued_in_all: u64,
@@ -61,10 +64,16 @@ pub async fn run(config: &Config, client: &Client, clock: &Clock, reference: &st
     });
     let rules = signing.chain(others).collect();
 
-    let (mut examination, mut registry_error) = (None, None);
+    let (mut examination, mut registry_error, mut unknown_witnesses) = (None, None, vec![]);
     match app::registry_of(config, &reference.registry) {
         Ok(registry) => {
-            let known = app::trusted_keys(config)?;
+            let mut known = vec![];
+            for witness in &config.witnesses {
+                match app::trusted_keys(config, witness) {
+                    Ok(keys) => known.push(keys),
+                    Err(error) => unknown_witnesses.push(format!("{error:#}")),
+                }
+            }
             let trusts: Vec<_> = app::trusts(&known).collect();
             match examine(&registry, &reference, &trusts, clock.now()).await {
                 Ok(found) => examination = Some(found),
@@ -88,11 +97,13 @@ pub async fn run(config: &Config, client: &Client, clock: &Clock, reference: &st
         rules,
         examination,
         registry_error,
+        unknown_witnesses,
         story,
         queued_in_all: status.queued,
     };
     output::print(output, &explanation, render);
-    Ok(ExitCode::SUCCESS)
+    // All that is known has been told, and it is not all.
+    Ok(if explanation.registry_error.is_some() { ExitCode::from(3) } else { ExitCode::SUCCESS })
 }
 
 async fn dead_letters(client: &Client, reference: &Reference) -> anyhow::Result<Vec<DeadLetterView>> {
@@ -135,6 +146,9 @@ fn render(explanation: &Explanation) -> String {
             text.push_str(&render_signatures(examination));
         }
         (None, None) => {}
+    }
+    for error in &explanation.unknown_witnesses {
+        text.push_str(&format!("\n  signatures of a witness cannot be told: {error}"));
     }
     text.push_str("\n\nevents, newest first");
     if explanation.story.events.is_empty() {
