@@ -1,6 +1,6 @@
 //! `countersign sign`: signs now, by the rules.
 
-use std::process::ExitCode;
+use std::{collections::HashMap, process::ExitCode};
 
 use anyhow::Context as _;
 use serde::Serialize;
@@ -28,12 +28,13 @@ struct Answer {
 pub async fn run(config: &Config, client: &Client, clock: &Clock, args: &SignArgs, output: Output) -> anyhow::Result<ExitCode> {
     let rules = app::rules(config)?;
     let mut images = vec![];
-    for reference in &args.references {
-        if args.recursive {
-            images.extend(namespace(config, reference).await?);
-        } else {
-            images.push(parse_image(reference)?);
+    let mut registries = HashMap::new();
+    for text in &args.references {
+        let listed = if args.recursive { namespace(config, text).await? } else { vec![parse_image(text)?] };
+        if let Some(name) = listed.first().map(|image| &image.registry) {
+            registries.insert(name.clone(), app::registry_of(config, name)?);
         }
+        images.extend(listed);
     }
     let bar = if args.recursive { progress(images.len() as u64, "signing") } else { indicatif::ProgressBar::hidden() };
     let mut answers = vec![];
@@ -46,7 +47,11 @@ pub async fn run(config: &Config, client: &Client, clock: &Clock, args: &SignArg
             trigger: Trigger::Manual,
         });
         let names = matches.matched.iter().map(|rule| rule.name.clone()).collect();
-        let result = if args.dry_run { None } else { Some(sign(config, client, &reference).await?) };
+        // One image that fails is no reason to leave the others, nor to keep silent about those that are done.
+        let result = match &registries[&reference.registry] {
+            _ if args.dry_run => None,
+            registry => Some(sign(registry, client, &reference).await.unwrap_or_else(|error| unreached(&error))),
+        };
         answers.push(Answer { reference, rules: names, result });
         bar.inc(1);
     }
@@ -65,8 +70,18 @@ pub async fn run(config: &Config, client: &Client, clock: &Clock, args: &SignArg
     Ok(ExitCode::from(code))
 }
 
-async fn sign(config: &Config, client: &Client, reference: &Reference) -> anyhow::Result<SignAnswer> {
-    let registry = app::registry_of(config, &reference.registry)?;
+fn unreached(error: &anyhow::Error) -> SignAnswer {
+    SignAnswer {
+        outcome: "failed".into(),
+        reason: None,
+        rules: vec![],
+        signatures: vec![],
+        error: Some(format!("{error:#}")),
+        retry: true,
+    }
+}
+
+async fn sign(registry: &Registry, client: &Client, reference: &Reference) -> anyhow::Result<SignAnswer> {
     let digest = match (&reference.digest, &reference.tag) {
         (Some(digest), _) => {
             let manifest = registry.manifest(&reference.repository, &Address::Digest(digest.clone())).await?;
