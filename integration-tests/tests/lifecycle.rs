@@ -62,6 +62,80 @@ async fn a_second_sigterm_does_not_wait_for_a_registry_that_hangs() -> Result<()
 }
 
 #[tokio::test]
+async fn sigterm_gives_back_what_a_hanging_registry_holds_up_and_exits_0() -> Result<()> {
+    let mut house = House::build(Plan::default()).await?;
+    house.write_config(&house.config().replacen("[server]\n", "[server]\ngrace = \"4s\"\n", 1))?;
+    house.daemon.start().await?;
+    let image = Image::oci("given back")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
+    house.registry.pause()?;
+    let again = House::event(&house.registry.host(), "team/app", Some("1.0"), &image.manifest.digest);
+    house.notify(Some(TOKEN), &again).await?;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(house.daemon.terminate(LIMIT).await?.code(), Some(0), "{}", house.daemon.logged());
+    house.registry.resume()?;
+
+    house.daemon.start().await?;
+    house.wait_settled(2, LIMIT).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn it_is_ready_by_what_is_in_force_and_says_so_of_nothing_that_is_not() -> Result<()> {
+    let mut house = House::build(Plan::default()).await?;
+    let good = house.config();
+    let key = good.lines().find(|line| line.starts_with("key = ")).unwrap();
+    house.write_config(&format!("{good}\n[[witness]]\nname = \"leaves\"\n{key}\n"))?;
+    house.daemon.start().await?;
+    house.write_config(&format!("{good}\n[[witness]]\nname = \"comes\"\n{key}\n"))?;
+    house.daemon.signal(Signal::HUP)?;
+    wait_reloads(&house, "ok", 1).await?;
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let ready = http_client()?.get(format!("{}/readyz", house.daemon.url())).send().await?;
+    let (status, text) = (ready.status().as_u16(), ready.text().await?);
+    assert!(status == 200 && text.contains("comes") && !text.contains("leaves"), "{status} {text}");
+
+    for (number, changed) in
+        [("[queue]\n", "[queue]\nin_flight = 3\n"), ("[server]\n", "[server]\nmax_body = \"6MiB\"\n")].iter().enumerate()
+    {
+        house.write_config(&good.replacen(changed.0, changed.1, 1))?;
+        house.daemon.signal(Signal::HUP)?;
+        wait_reloads(&house, "failed", number as u64 + 1).await?;
+        let logged = house.daemon.logged();
+        assert!(logged.contains("cannot be changed while the daemon runs") && logged.contains(changed.0.trim()), "{logged}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn commands_tell_what_they_know_when_something_cannot_be_reached() -> Result<()> {
+    let mut house = House::start(Plan::default()).await?;
+    let image = Image::oci("unreached")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
+    let (there, missing) = (house.reference("team/app", "1.0"), house.reference("team/app", "2.0"));
+    let signed = house.run(&["sign", &missing, &there]).await?.expect_code(1)?.stdout;
+    assert!(signed.contains("no such image") && signed.contains("already signed"), "{signed}");
+
+    house.registry.kill()?;
+    let signed = house.run(&["sign", &there, &missing, "--output", "json"]).await?.expect_code(3)?.json()?;
+    assert_eq!((signed[0]["outcome"].as_str(), signed[1]["outcome"].as_str()), (Some("failed"), Some("failed")), "{signed}");
+    let story = house.run(&["explain", &there]).await?.expect_code(3)?.stdout;
+    assert!(story.contains("team signs it") && story.contains("could not be asked"), "{story}");
+    house.run(&["queue", "replay", "no-such-id"]).await?.expect_code(1)?;
+
+    // A witness that is not known here yet spoils the answers about no other.
+    house.registry.start_again().await?;
+    let unknown = "[[witness]]\nname = \"elsewhere\"\nkey = \"awskms:///alias/never-asked?region=eu-west-1\"\n";
+    house.write_config(&format!("{}\n{unknown}", house.config()))?;
+    house.run(&["verify", &there, "--witness", "release"]).await?.expect_code(0)?;
+    let story = house.run(&["explain", &there]).await?.expect_code(0)?.stdout;
+    assert!(story.contains("signed by release") && story.contains("elsewhere"), "{story}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn sighup_takes_a_good_file_and_leaves_a_bad_one() -> Result<()> {
     let mut house = House::start(Plan::default()).await?;
     let image = Image::oci("reload")?;

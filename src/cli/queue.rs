@@ -25,11 +25,11 @@ pub async fn run(client: &Client, clock: &Clock, command: &QueueCommand, output:
             output::print(output, &status, render_status);
         }
         QueueCommand::Dead(selection) => {
-            let letters = select(client, clock, selection).await?;
+            let letters = select(client, clock, selection, true).await?;
             output::print(output, &letters, |letters| render_letters(letters, clock));
         }
-        QueueCommand::Replay(action) => act(client, clock, action, "replay", output).await?,
-        QueueCommand::Discard(action) => act(client, clock, action, "discard", output).await?,
+        QueueCommand::Replay(action) => return act(client, clock, action, "replay", output).await,
+        QueueCommand::Discard(action) => return act(client, clock, action, "discard", output).await,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -42,12 +42,12 @@ struct Acted {
     unknown: Vec<String>,
 }
 
-async fn act(client: &Client, clock: &Clock, action: &SelectionAction, verb: &str, output: Output) -> anyhow::Result<()> {
+async fn act(client: &Client, clock: &Clock, action: &SelectionAction, verb: &str, output: Output) -> anyhow::Result<ExitCode> {
     let filtered = action.selection.is_filtered();
     if action.selection.ids.is_empty() && !action.all && !filtered {
         bail!(super::Usage(format!("say which: ids, a filter, or --all (`countersign queue {verb} --help`)")));
     }
-    let letters = select(client, clock, &action.selection).await?;
+    let letters = select(client, clock, &action.selection, false).await?;
     let mut acted = Acted { dry_run: action.dry_run, ..Acted::default() };
     acted.unknown = action.selection.ids.iter().filter(|id| !letters.iter().any(|letter| letter.id == **id)).cloned().collect();
     acted.ids = letters.into_iter().map(|letter| letter.id).collect();
@@ -72,7 +72,8 @@ async fn act(client: &Client, clock: &Clock, action: &SelectionAction, verb: &st
         }
         text
     });
-    Ok(())
+    let all_there = action.selection.ids.is_empty() || acted.unknown.is_empty();
+    Ok(if all_there { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
 /// A bar on a terminal, and nothing where nobody looks.
@@ -87,7 +88,8 @@ impl Selection {
     }
 }
 
-async fn select(client: &Client, clock: &Clock, selection: &Selection) -> anyhow::Result<Vec<DeadLetterView>> {
+/// `bodies`: with the bytes of what is no event, of which there may be much.
+async fn select(client: &Client, clock: &Clock, selection: &Selection, bodies: bool) -> anyhow::Result<Vec<DeadLetterView>> {
     let glob: Option<GlobMatcher> = selection
         .repository
         .as_deref()
@@ -116,7 +118,9 @@ async fn select(client: &Client, clock: &Clock, selection: &Selection) -> anyhow
         let more: Vec<DeadLetterView> = client.get("/api/v1/queue/dead", &page).await?;
         let Some(last) = more.last() else { return Ok(letters) };
         page.after = Some(last.id.clone());
-        letters.extend(more.into_iter().filter(&holds));
+        letters.extend(
+            more.into_iter().filter(&holds).map(|letter| DeadLetterView { body: letter.body.filter(|_| bodies), ..letter }),
+        );
     }
 }
 
