@@ -149,9 +149,9 @@ async fn signing_by_hand_is_told_recorded_and_counted_nowhere() {
 
     let story = get(&router, &format!("/api/v1/story?registry={NAME}&repository=team/app&digest={digest}")).await;
     assert_eq!((story["events"][0]["outcome"].as_str(), story["signatures"].as_array().unwrap().len()), (Some("dead"), 2));
-    let status = get(&router, "/api/v1/queue").await;
-    assert_sums(&status);
-    assert_eq!(status["received"], 0);
+    let sums = get(&router, "/api/v1/queue").await;
+    assert_sums(&sums);
+    assert_eq!(sums["received"], 0);
 }
 
 #[tokio::test]

@@ -321,7 +321,7 @@ async fn a_tag_that_moves_while_the_key_is_asked_is_not_signed_for_the_old_diges
     house.push(Some("1.0"), &old).await;
     let pipeline = house.pipeline(release());
     let moving = async {
-        tokio::time::sleep(Duration::from_millis(1000)).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
         house.image("new");
         *house.key.slow.lock().unwrap() = Duration::ZERO;
     };
