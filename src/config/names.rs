@@ -81,6 +81,10 @@ impl Given {
         self.names.iter().any(|(given, _)| given == name)
     }
 
+    pub(crate) fn span(&self, name: &str) -> Span {
+        self.names.iter().find(|(given, _)| given == name).map_or(0..0, |(_, span)| span.clone())
+    }
+
     /// Reports names that are given more than once, at each but the first.
     pub(crate) fn report_repeated(&self, report: &Report<'_>) {
         let mut first = HashMap::new();

@@ -11,9 +11,11 @@ use toml::{
 };
 
 use super::{
-    Secret,
+    ROOT, Secret, home_of,
+    names::Names,
     outside::Outside,
-    problem::{Place, Problem, Severity, Source},
+    problem::{Hidden, Place, Problem, Severity, Source},
+    secret,
     shape::{Key, Kind, Presence, Table, nearest},
     units,
 };
@@ -25,12 +27,13 @@ pub(crate) struct Report<'a> {
     pub source: Source<'a>,
     pub outside: Outside,
     /// The names that other sections refer to.
-    pub names: super::names::Names,
-    found: RefCell<Vec<Found>>,
+    pub names: Names,
+    errors: RefCell<Vec<Found>>,
+    warnings: RefCell<Vec<Found>>,
     hidden: RefCell<Vec<Span>>,
     /// Lines with syntax errors. Where there is one, what follows from something being absent is not reported: it may
     /// well stand in the part that could not be read.
-    broken_lines: Vec<usize>,
+    broken_lines: BTreeSet<usize>,
 }
 
 struct Found {
@@ -42,20 +45,33 @@ struct Found {
 }
 
 impl<'a> Report<'a> {
-    /// Parses, and reports syntax errors. What can be read in spite of them is returned.
-    pub(crate) fn parse(source: Source<'a>, outside: Outside) -> (Self, DeTable<'a>) {
-        let (document, errors) = DeTable::parse_recoverable(source.text);
-        let mut report = Self {
+    /// More errors than this nobody reads; a file that is no configuration could make one of each of its lines.
+    const MOST: usize = 1000;
+
+    pub(crate) fn new(source: Source<'a>, outside: Outside) -> Self {
+        Self {
             source,
             outside,
-            names: super::names::Names::default(),
-            found: RefCell::default(),
+            names: Names::default(),
+            errors: RefCell::default(),
+            warnings: RefCell::default(),
             hidden: RefCell::default(),
-            broken_lines: Vec::new(),
-        };
-        let broken = super::syntax::report(&report, &errors);
-        report.broken_lines = broken;
-        (report, document.into_inner())
+            broken_lines: BTreeSet::new(),
+        }
+    }
+
+    /// Reports the first syntax error of a line: later ones are mostly about what the first one left over.
+    pub(crate) fn syntax_error(&mut self, span: Span, (message, help): (String, Option<String>), show_line: bool) {
+        if self.broken_lines.contains(&self.source.line(span.start)) {
+            return;
+        }
+        self.break_line(self.source.line(span.start));
+        self.record(Severity::Error, Found { severity: Severity::Error, span, message, help, show_line });
+    }
+
+    /// Nothing more is reported on this line.
+    pub(crate) fn break_line(&mut self, line: usize) {
+        self.broken_lines.insert(line);
     }
 
     pub(crate) fn error(&self, span: Span, message: impl Into<String>, help: impl Into<Option<String>>) {
@@ -83,12 +99,18 @@ impl<'a> Report<'a> {
     fn push(&self, severity: Severity, span: Span, message: String, help: Option<String>) {
         // A line that is no TOML is reported as that, once.
         if !self.broken_lines.contains(&self.source.line(span.start)) {
-            self.found.borrow_mut().push(Found { severity, span, message, help, show_line: true });
+            self.record(severity, Found { severity, span, message, help, show_line: true });
         }
     }
 
-    pub(crate) fn syntax_error(&self, span: Span, message: String, help: Option<String>, show_line: bool) {
-        self.found.borrow_mut().push(Found { severity: Severity::Error, span, message, help, show_line });
+    fn record(&self, severity: Severity, found: Found) {
+        let mut list = match severity {
+            Severity::Error => self.errors.borrow_mut(),
+            Severity::Warning => self.warnings.borrow_mut(),
+        };
+        if list.len() < Self::MOST {
+            list.push(found);
+        }
     }
 
     /// Never shows this part of the file.
@@ -102,12 +124,13 @@ impl<'a> Report<'a> {
 
     /// Everything found, in the order of the file.
     pub(crate) fn into_problems(self) -> Vec<Problem> {
-        let mut found = self.found.into_inner();
+        let mut found = self.errors.into_inner();
+        found.append(&mut self.warnings.into_inner());
         found.sort_by_key(|one| one.span.start);
-        let hidden = self.hidden.into_inner();
+        let hidden = Hidden::new(self.hidden.into_inner());
         found
             .into_iter()
-            .map(|one| self.source.problem((one.severity, one.message, one.help), &one.span, &hidden, one.show_line))
+            .map(|one| self.source.problem((one.severity, one.message, one.help), &one.span, one.show_line.then_some(&hidden)))
             .collect()
     }
 }
@@ -184,32 +207,40 @@ impl<'a> Section<'a> {
     fn report_unknown_keys(&self) {
         for (key, value) in self.values.iter() {
             let name = key.get_ref().as_ref();
-            match self.shape.key(name) {
-                Some(Key { presence: Presence::Later, .. }) => {
-                    self.report.hide(value.span());
-                    let help = format!("remove it; {}", self.known_keys());
-                    self.report.error(key.span(), format!("`{name}` is not in this version"), help);
-                }
-                Some(_) => {}
-                None => {
-                    // It may be a password under a misspelt name.
-                    self.report.hide(value.span());
-                    let help = match nearest(name, self.shape.current_keys().map(|key| key.name)) {
-                        Some(near) => format!("did you mean `{near}`?"),
-                        None => super::home_of(name).map_or_else(
-                            || self.known_keys(),
-                            |home| format!("`{name}` belongs into {home}; {}", self.known_keys()),
-                        ),
-                    };
-                    self.report.error(key.span(), format!("unknown key `{}` in {}", cut(name), self.shape.title), help);
-                }
+            let declared = self.shape.key(name);
+            if declared.is_some_and(|key| key.presence != Presence::Later) {
+                continue;
             }
+            // It may be a password under a misspelt name. A section's header holds none.
+            let is_section = value.span().start <= key.span().start;
+            if !is_section {
+                self.report.hide(value.span());
+            }
+            let is_root = self.shape.title == ROOT.title;
+            let message = match (declared, is_section) {
+                (Some(_), _) => format!("`{name}` is not in this version"),
+                (None, false) if is_root => format!("`{}` stands in no section", cut(name)),
+                (None, true) => format!("there is no section `{}`", cut(name)),
+                (None, false) => format!("unknown key `{}` in {}", cut(name), self.shape.title),
+            };
+            let near = nearest(name, self.shape.current_keys().map(|key| key.name));
+            let help = match (declared, near.and_then(|near| self.shape.key(near)), home_of(name)) {
+                (None, Some(near), _) => format!("did you mean {}?", near.shown()),
+                (None, None, Some(home)) => format!("`{name}` belongs to {home}; {}", self.known_keys()),
+                _ => self.known_keys(),
+            };
+            self.report.error(key.span(), message, help);
         }
     }
 
+    /// Whether nothing at all was written into it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
     fn known_keys(&self) -> String {
-        let names: Vec<_> = self.shape.current_keys().map(|key| format!("`{}`", key.name)).collect();
-        format!("the keys of {} are {}", self.shape.title, names.join(", "))
+        let names: Vec<_> = self.shape.current_keys().map(Key::shown).collect();
+        format!("{} has {}", self.shape.title, names.join(", "))
     }
 }
 
@@ -227,7 +258,8 @@ impl Drop for Section<'_> {
 /// A name as it may be repeated in a message.
 pub(crate) fn cut(text: &str) -> String {
     const READABLE: usize = 60;
-    let mut shown: String = text.chars().take(READABLE).flat_map(char::escape_debug).collect();
+    let printable = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    let mut shown: String = text.chars().take(READABLE).map(printable).collect();
     if text.chars().count() > READABLE {
         shown.push('…');
     }
@@ -314,11 +346,12 @@ impl<'a> Value<'a> {
         debug_assert!(matches!(self.kind, Kind::Time), "{} is declared as something else", self.key.name);
         let DeValue::Datetime(written) = self.toml.get_ref() else { return self.mismatch() };
         if written.date.is_none() || written.time.is_none() {
+            let missing = if written.date.is_none() { "date" } else { "time of day" };
             let help = "write the date, the time and the offset: 2026-11-21T09:00:00Z";
-            return self.wrong(Wrong::new(format!("`{}` is only half a point in time", self.key.name), help));
+            return self.wrong(Wrong::new(format!("`{}` has no {missing}", self.key.name), help));
         }
         if written.offset.is_none() {
-            let help = format!("say from which zone: {written}Z for UTC, or with an offset as {written}+02:00");
+            let help = format!("write {written}Z if it is UTC, otherwise the offset as in {written}+02:00");
             return self.wrong(Wrong::new(format!("`{}` has no offset from UTC", self.key.name), help));
         }
         let Ok(time) = written.to_string().parse() else {
@@ -370,7 +403,7 @@ impl<'a> Value<'a> {
             return self.wrong(Wrong::new(format!("`{}` \"{text}\" is not in this version", self.key.name), words));
         }
         let help = match nearest(text, choice.words.iter().map(|word| word.text)) {
-            Some(near) => format!("did you mean \"{near}\"? {words}"),
+            Some(near) => format!("did you mean \"{near}\"?"),
             None => words,
         };
         self.wrong(Wrong::new(format!("`{}` cannot be \"{}\"", self.key.name, cut(text)), help))
@@ -419,7 +452,7 @@ impl<'a> Value<'a> {
     /// A secret: read from its file or its environment variable, or, with a warning, as it stands.
     pub(crate) fn secret(&self) -> Option<Secret> {
         debug_assert!(matches!(self.kind, Kind::Secret), "{} is declared as something else", self.key.name);
-        super::secret::read(self)
+        secret::read(self)
     }
 
     pub(crate) fn toml(&self) -> &DeValue<'a> {
@@ -441,7 +474,7 @@ impl<'a> Value<'a> {
 
     /// Reports that the value is of another TOML type.
     pub(crate) fn mismatch<T>(&self) -> Option<T> {
-        let article = match self.toml.get_ref() {
+        let written = match self.toml.get_ref() {
             DeValue::String(_) => "a text",
             DeValue::Integer(_) => "a number",
             DeValue::Float(_) => "a number with a decimal point",
@@ -450,7 +483,9 @@ impl<'a> Value<'a> {
             DeValue::Array(_) => "a list",
             DeValue::Table(_) => "a table",
         };
-        let message = format!("`{}` is {article}, and takes {}", self.key.name, self.kind.noun());
+        let is_element = matches!(self.key.kind, Kind::List(_)) && !matches!(self.kind, Kind::List(_));
+        let takes = if is_element { "holds" } else { "is" };
+        let message = format!("`{}` {takes} {}, not {written}", self.key.name, self.kind.noun());
         self.report.error(self.span.clone(), message, self.rewritten());
         None
     }
@@ -475,6 +510,7 @@ impl<'a> Value<'a> {
             (Kind::List(_), DeValue::String(_)) => Some(format!("in square brackets: {name} = [{}]", cut(written))),
             (Kind::Tables(_), DeValue::Table(_)) => Some(format!("write [[{name}]], once for each")),
             (Kind::Table(_), DeValue::Array(_)) => Some(format!("write [{name}], once")),
+            _ if self.key.example == "[]" => None,
             _ => Some(self.example()),
         }
     }

@@ -64,13 +64,13 @@ pub(crate) static TABLE: Table = Table {
 };
 
 pub(crate) static NAME: Grammar = Grammar { noun: "a registry's name in quotes", pattern: Some("^[^/\\s]+$") };
-static URL: Grammar = Grammar { noun: "a URL in quotes", pattern: Some("^https?://[^/?#]+/?$") };
+static URL: Grammar = Grammar { noun: "a URL in quotes", pattern: Some("^[A-Za-z]+://[^/?#\\s]+/?$") };
 
 pub(crate) fn read(section: &Section<'_>) -> Option<Registry> {
     let name: Option<RegistryName> = section.value("name").and_then(|value| value.parse(registry_name));
     let url = match section.value("url") {
         Some(value) => value.parse(|text| api_url(section.report, &value.span, text)),
-        None => name.as_ref().map(default_url),
+        None => name.as_ref().and_then(|name| default_url(section, name)),
     };
     let username = section.value("username").and_then(|value| value.parse(username));
     let password = section.value("password").and_then(|value| value.secret());
@@ -102,10 +102,15 @@ pub(crate) fn registry_name(text: &str) -> Result<RegistryName, Wrong> {
     })
 }
 
-fn default_url(name: &RegistryName) -> Url {
+fn default_url(section: &Section<'_>, name: &RegistryName) -> Option<Url> {
     // Docker Hub's API has never been at its name.
     let host = if *name == RegistryName::docker_hub() { "registry-1.docker.io" } else { name.as_str() };
-    format!("https://{host}").parse().expect("a registry name is a host that URLs can have")
+    let url = format!("https://{host}").parse().ok();
+    if url.is_none() {
+        let message = format!("{name} is no host that can be reached");
+        section.report.error(section.value_span("name"), message, "write in `url` where the registry's API is".to_owned());
+    }
+    url
 }
 
 fn api_url(report: &Report<'_>, span: &Span, text: &str) -> Result<Url, Wrong> {
@@ -113,6 +118,12 @@ fn api_url(report: &Report<'_>, span: &Span, text: &str) -> Result<Url, Wrong> {
     if text.contains('@') {
         report.hide(span.clone());
         return Err(Wrong::new("`url` holds a user", "remove it from the URL, and use `username` and `password`"));
+    }
+    if !text.contains("://") {
+        return Err(Wrong::new("`url` has no scheme", format!("write \"https://{}\"", cut(text))));
+    }
+    if text.contains(char::is_whitespace) {
+        return Err(Wrong::new("there is a blank in `url`", EXAMPLE));
     }
     let url: Url = text.parse().map_err(|error| Wrong::new(format!("`url` is no URL: {error}"), EXAMPLE))?;
     if !matches!(url.scheme(), "http" | "https") || !url.has_host() {

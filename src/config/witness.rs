@@ -2,12 +2,12 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
-use crate::kms::KeyUri;
+use crate::kms::{KeyUri, UriError};
 
 use super::{
     names::{self, PLAIN},
     problem::Place,
-    reader::{Section, Wrong, optional},
+    reader::{Section, Wrong, cut, optional},
     shape::{ANY_TEXT, Grammar, Key, Kind, Table},
 };
 
@@ -135,8 +135,19 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
 }
 
 fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
-    text.parse().map_err(|error: crate::kms::UriError| {
-        Wrong::new(error.to_string(), "file:///etc/countersign/key.pem, or awskms:///alias/NAME?region=REGION")
+    const LATER: [&str; 5] = ["alibabakms", "hashivault", "gcpkms", "azurekms", "pkcs11"];
+    const EXAMPLES: &str = "write file:///path/key.pem, or awskms:///alias/NAME?region=REGION";
+    let scheme = text.split(':').next().unwrap_or_default();
+    if LATER.contains(&scheme) {
+        return Err(Wrong::new(format!("keys in {scheme} are not in this version"), EXAMPLES));
+    }
+    text.parse().map_err(|error| match error {
+        UriError::NoScheme(_) if text.starts_with('/') => {
+            Wrong::new(format!("\"{}\" is a path, not a key's URI", cut(text)), format!("write \"file://{}\"", cut(text)))
+        }
+        UriError::NoScheme(_) => Wrong::new(format!("\"{}\" is no key's URI: it has no scheme", cut(text)), EXAMPLES),
+        UriError::UnknownScheme(scheme) => Wrong::new(format!("\"{}\" is no key provider", cut(&scheme)), EXAMPLES),
+        UriError::Malformed { what, .. } => Wrong::new(format!("\"{}\" is no key's URI", cut(text)), what),
     })
 }
 
