@@ -43,11 +43,11 @@ bench: ## signatures, events and bytes: how many, how fast, beside a bare client
 	cargo build --release --workspace
 	cargo run --release --quiet --package integration-tests --bin bench
 
-fuzz: ## each fuzzing target for SECONDS=60 (needs a nightly toolchain)
+fuzz: ## each fuzzing target for SECONDS=60
 	@$(INSTALL) cargo-fuzz
 	@export PATH="$(CURDIR)/.tools/bin:$$PATH"; for target in $$(cargo fuzz list); do \
 	    echo "fuzzing $$target for $(or $(SECONDS),60) s"; \
-	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(or $(SECONDS),60); \
+	    RUSTC_BOOTSTRAP=1 cargo fuzz run "$$target" -- -max_total_time=$(or $(SECONDS),60); \
 	done
 
 tools: ## what the other targets run beside countersign, into .tools/
