@@ -5,7 +5,10 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt as _,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -239,6 +242,32 @@ async fn many_retries_that_are_due_at_once_all_come() {
         queue.pull().await.unwrap().unwrap().ack().await.unwrap();
     }
     assert_eq!(queue.stats().await.unwrap().queued(), 0);
+}
+
+#[tokio::test]
+async fn everybody_is_told_when_the_storage_thread_dies() {
+    let folder = tempdir().unwrap();
+    let broken = Arc::new(AtomicBool::new(false));
+    let clock = Arc::clone(&broken);
+    let options = Options::new(move || {
+        assert!(!clock.load(Ordering::Relaxed), "this clock is broken, as the test has it");
+        Timestamp::UNIX_EPOCH
+    });
+    let queue = Arc::new(Embedded::open(folder.path(), options).unwrap());
+    queue.push(vec![message(1, 1)]).await.unwrap();
+    let held = queue.pull().await.unwrap().unwrap();
+    let waiting = Arc::clone(&queue);
+    let mut waiting_pull = JoinSet::new();
+    waiting_pull.spawn(async move { waiting.pull().await.map(drop) });
+    broken.store(true, Ordering::Relaxed);
+    let told = |result: Result<(), Error>| assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
+    told(queue.push(vec![message(2, 2)]).await);
+    told(waiting_pull.join_next().await.unwrap().unwrap());
+    told(queue.pull().await.map(drop));
+    told(held.ack().await);
+    told(queue.stats().await.map(drop));
+    drop(queue);
+    assert_eq!(open(folder.path()).stats().await.unwrap().ready, 1);
 }
 
 /// Time per message may double or triple with the noise of the machine; looking through the backlog would make it hundreds.
