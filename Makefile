@@ -20,7 +20,7 @@ demo: ## a registry, a key and countersign on this machine: push an image, see i
 test: ## every test, the ones beside real registries, verifiers and KMSs included
 	@$(INSTALL) docker-registry cosign2 cosign3 skopeo ministack
 	cargo build --workspace
-	cargo test --workspace
+	cargo test --workspace --no-fail-fast
 
 check: ## format, lints, documentation, licences and advisories of dependencies
 	@$(INSTALL) cargo-deny
