@@ -63,7 +63,7 @@ impl fmt::Debug for Settings {
             .field("credentials", &self.credentials)
             .field("ca", &self.ca.as_ref().map(Vec::len))
             .field("timeouts", &self.timeouts)
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 

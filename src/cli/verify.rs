@@ -93,7 +93,7 @@ pub(super) fn render_signatures(examination: &Examination) -> String {
                 &verified.key_fingerprint()[..16]
             )),
             Judgement::Rejected { message, .. } => {
-                text.push_str(&format!("\n  does not count: {} signature, {message}", signature.format))
+                text.push_str(&format!("\n  does not count: {} signature, {message}", signature.format));
             }
         }
     }
