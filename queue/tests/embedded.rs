@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::{Seek as _, SeekFrom, Write as _},
     os::unix::fs::PermissionsExt as _,
     path::Path,
     sync::{
@@ -268,6 +269,28 @@ async fn everybody_is_told_when_the_storage_thread_dies() {
     told(queue.stats().await.map(drop));
     drop(queue);
     assert_eq!(open(folder.path()).stats().await.unwrap().ready, 1);
+}
+
+#[tokio::test]
+async fn disk_that_gives_nothing_readable_is_told_to_who_pulls() {
+    let folder = tempdir().unwrap();
+    let queue = open(folder.path());
+    queue.push((0..1000).map(|n| Message { body: vec![b'x'; 3000].into(), ..message(n, n) }).collect()).await.unwrap();
+    drop(queue);
+    let queue = open(folder.path());
+    queue.stats().await.unwrap();
+    let mut database = fs::OpenOptions::new().write(true).open(folder.path().join("queue.db")).unwrap();
+    let length = database.metadata().unwrap().len();
+    database.seek(SeekFrom::Start(length / 2)).unwrap();
+    database.write_all(&vec![0; usize::try_from(length / 4).unwrap()]).unwrap();
+    let mut held = Vec::new();
+    let error = loop {
+        match timeout(Duration::from_secs(10), queue.pull()).await.expect("told, not left waiting") {
+            Ok(delivery) => held.push(delivery),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
 }
 
 /// Time per message may double or triple with the noise of the machine; looking through the backlog would make it hundreds.
