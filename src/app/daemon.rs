@@ -116,7 +116,7 @@ fn readiness(queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>, 
     let mut readiness = Readiness::new()
         .check("queue", move || {
             let queue = queue.clone();
-            async move { queue.stats().await.map(drop).map_err(|error| error.to_string()) }
+            async move { queue.probe().await.map_err(|error| error.to_string()) }
         })
         .check("ledger", move || {
             let ledger = ledger.clone();
