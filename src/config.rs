@@ -33,7 +33,7 @@ pub use self::{
     problem::{Place, Problem, Problems, Severity, in_full},
     queue::{Backend, Queue, Retry},
     registry::{Login, Registry},
-    rule::{Format, Rule, SignatureType, Trigger, check_rule_against_key},
+    rule::{Rule, check_rule_against_key},
     schema::schema,
     scope::Scope,
     secret::Secret,
@@ -66,6 +66,14 @@ pub const DEFAULT_TOML: &str = include_str!("../config/default.toml");
 
 /// Ten thousand rules are four megabytes.
 const LARGEST_FILE: u64 = 16 << 20;
+
+/// Reads a length of time as the configuration has it: `500ms`, `30s`, `10m`, `24h`.
+///
+/// # Errors
+/// A sentence that shows how one is written.
+pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
+    units::duration(text).ok_or_else(|| format!("{text:?} is no length of time: write 500ms, 30s, 10m or 24h"))
+}
 
 impl Config {
     /// Reads a file, and the secrets that it refers to. The problems returned beside the configuration are warnings.

@@ -13,6 +13,10 @@ pub const CONTENT_TYPE: &str = "application/cloudevents+json";
 /// The content type of a body that was authenticated but is no event: it is kept, untouched, as a dead letter.
 pub const QUARANTINE_CONTENT_TYPE: &str = "application/vnd.countersign.quarantined";
 
+/// The source of what an administrator asks for by `countersign sign`: no configured source can have this name, and it is
+/// counted nowhere as received.
+pub const BY_HAND: &str = "(by hand)";
+
 const TYPE: &str = "io.countersign.image.pushed.v1";
 
 /// One image manifest that became available in a registry: a hint to look there, never an authority.
@@ -20,7 +24,7 @@ const TYPE: &str = "io.countersign.image.pushed.v1";
 pub struct PushEvent {
     /// The sender's own id, unique within `source`; a redelivery repeats it.
     pub id: String,
-    /// The configured source that it came in by; `manual` for `countersign sign`.
+    /// The configured source that it came in by, or [`BY_HAND`].
     pub source: String,
     /// From the source's configuration, never from the payload.
     pub registry: RegistryName,

@@ -1,12 +1,73 @@
 //! Keys that sign without leaving their KMS.
 
+mod aws;
+mod create;
+mod error;
+mod file;
+mod public_key;
 mod uri;
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
+use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Clock;
+pub use aws::Environment;
+pub(crate) use create::{create_file, replace_file};
+pub use error::Error;
+pub use file::generate;
+pub(crate) use file::public_key_of_file;
+pub use public_key::{KeySpec, PublicKey, PublicKeyError, VerifyError};
 pub use uri::{KeyUri, UriError};
+
+/// One asymmetric key that signs without leaving its KMS.
+#[async_trait]
+pub trait SigningKey: fmt::Debug + Send + Sync {
+    /// The reference as configured, for logs and metrics: `awskms:///alias/release`. Never a secret.
+    fn uri(&self) -> &KeyUri;
+
+    /// What the KMS itself called the key when it was opened, for the ledger: on AWS its ARN. An alias says nothing about old
+    /// signatures once it has been moved; this does.
+    fn resolved(&self) -> &str;
+
+    /// `SubjectPublicKeyInfo`, read once when the key was opened.
+    fn public_key(&self) -> &PublicKey;
+
+    /// Signs a SHA-256 digest (32 bytes); the caller has hashed, the provider only pads.
+    /// Returns PKCS#1 or PSS octets (modulus length) for RSA, an ASN.1 `ECDSA-Sig-Value` for ECDSA. What comes back is not
+    /// verified yet: [`crate::witness::Witness::sign`] does that.
+    async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, Error>;
+}
+
+/// Opens a key: finds it, and reads its public half once.
+pub async fn open(uri: &KeyUri, clock: Clock) -> Result<Arc<dyn SigningKey>, Error> {
+    open_in(uri, clock, &Environment::system()).await
+}
+
+/// The same, with the environment variables that its provider looks at said by the caller.
+pub async fn open_in(uri: &KeyUri, clock: Clock, environment: &Environment) -> Result<Arc<dyn SigningKey>, Error> {
+    match uri {
+        KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path)?)),
+        KeyUri::AwsKms { .. } => Ok(Arc::new(aws::AwsKey::open(uri, clock, environment).await?)),
+    }
+}
+
+/// The bytes of a signature as [`SigningKey::sign`] describes them.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct RawSignature(pub Vec<u8>);
+
+impl AsRef<[u8]> for RawSignature {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for RawSignature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RawSignature({} bytes)", self.0.len())
+    }
+}
 
 /// How a digest is signed, by the names that Alibaba Cloud KMS gave these and the seeds' rules use. All are over SHA-256.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -1,1 +1,90 @@
-fn main() {}
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{CommandFactory as _, Parser as _};
+use countersign::{
+    app,
+    cli::{self, Cli, Command, Output, Usage},
+    clock::Clock,
+    config::{Config, Problems},
+    telemetry::{self, LogFormat, LogSettings},
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let output = cli.output;
+    let result = runtime.block_on(start(cli));
+    // What still blocks a thread has no say in when we end.
+    runtime.shutdown_background();
+    result.unwrap_or_else(|error| report(&error, output))
+}
+
+async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
+    let clock = Clock::system();
+    let (output, path) = (cli.output, cli.config);
+    // Commands that need no configuration work where there is none.
+    match &cli.command {
+        Command::Check(args) if cli::check::print_reference(args) => return Ok(ExitCode::SUCCESS),
+        Command::Check(args) => {
+            log_to_stderr("warn")?;
+            return cli::check::run(Config::load(&path), &clock, args, output).await;
+        }
+        Command::Key(command) => return cli::key::run(command, output),
+        Command::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Cli::command(), "countersign", &mut std::io::stdout());
+            return Ok(ExitCode::SUCCESS);
+        }
+        _ => {}
+    }
+    let (config, warnings) = Config::load(&path)?;
+    if let Command::Serve = cli.command {
+        let format = match config.log.format {
+            countersign::config::LogFormat::Human => LogFormat::Human,
+            countersign::config::LogFormat::Json => LogFormat::Json,
+        };
+        let log = telemetry::install(&LogSettings { format, filter: config.log.level.to_string() })?;
+        for warning in &warnings {
+            tracing::warn!("{warning}");
+        }
+        return app::serve(&path, config, log).await;
+    }
+    log_to_stderr("error")?;
+    match &cli.command {
+        Command::Witness(command) => cli::witness::run(&config, &clock, command, output).await,
+        Command::Verify(args) => cli::verify::run(&config, &clock, args, output).await,
+        Command::Sign(args) => {
+            let client = app::client(&config, &clock, !args.dry_run).await?;
+            cli::sign::run(&config, &client, &clock, args, output).await
+        }
+        Command::Explain(args) => {
+            let client = app::client(&config, &clock, false).await?;
+            cli::explain::run(&config, &client, &clock, &args.reference, output).await
+        }
+        Command::Queue(command) => {
+            let client = app::client(&config, &clock, false).await?;
+            cli::queue::run(&client, &clock, command, output).await
+        }
+        Command::Serve | Command::Check(_) | Command::Key(_) | Command::Completions { .. } => unreachable!("handled above"),
+    }
+}
+
+fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
+    telemetry::install(&LogSettings { format: LogFormat::Human, filter: filter.to_owned() }).map(drop).context("cannot log")
+}
+
+/// Says what went wrong, and turns it into an exit code: 2 what was asked is wrong, 3 what was asked could not be reached.
+fn report(error: &anyhow::Error, output: Output) -> ExitCode {
+    let is_usage = error.chain().any(|cause| cause.is::<Usage>() || cause.is::<Problems>());
+    match output {
+        Output::Text => eprintln!("error: {error:#}"),
+        Output::Json => println!("{}", serde_json::json!({ "error": format!("{error:#}") })),
+    }
+    ExitCode::from(if is_usage { 2 } else { 3 })
+}

@@ -162,6 +162,12 @@ pub struct Tag(Arc<str>);
 validated_text!(Tag);
 
 impl Tag {
+    /// What a reference without tag and digest means.
+    #[must_use]
+    pub fn latest() -> Self {
+        Self("latest".into())
+    }
+
     /// The tag under which every cosign signature of `digest` is stored: `sha256-<hex>.sig`. None for a SHA-512 digest:
     /// such a tag would be longer than tags may be.
     #[must_use]

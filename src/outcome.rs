@@ -31,7 +31,8 @@ pub trait Classify {
 }
 
 /// What became of one (event, rule).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Outcome {
     /// At least one new signature was written, read back and verified.
     Signed,
@@ -83,6 +84,8 @@ pub enum Skip {
     NotFound,
     /// The manifest is a signature, attestation, SBOM or another referrer.
     Attachment,
+    /// The digest is not SHA-256, which is all that the signature formats' readers find.
+    UnsupportedDigest,
 }
 
 impl Skip {
@@ -100,6 +103,7 @@ impl Skip {
             Self::Superseded => "superseded",
             Self::NotFound => "not_found",
             Self::Attachment => "attachment",
+            Self::UnsupportedDigest => "unsupported_digest",
         }
     }
 
@@ -119,6 +123,7 @@ impl Skip {
             Self::Superseded => "the tag names another digest by now, whose push has its own event",
             Self::NotFound => "the registry does not have this manifest",
             Self::Attachment => "the manifest is itself a signature, attestation, SBOM or other referrer",
+            Self::UnsupportedDigest => "the digest is not SHA-256, and no verifier finds signatures for other digests",
         }
     }
 }

@@ -1,1 +1,22 @@
+//! The harness of the black-box tests: it uses what an administrator has (the `countersign` binary, its configuration
+//! and its ports) beside real components, all of them on 127.0.0.1 and in folders of their own.
+//!
+//! - [`registry`] starts Debian's docker-registry and talks to it; [`image`] builds what is pushed there.
+//! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
+//! - [`verifier`] asks the judges, stock cosign and stock skopeo; [`signature`] reads what is stored, and counts.
+//! - [`ministack`] is a KMS that checks its callers; [`proxy`] makes a network that is slow or broken; [`recorder`] keeps what
+//!   was said.
+//!
+//! Whatever a test started is killed and reaped when the test lets go of it, and its log is printed then: `cargo test` shows
+//! that for tests that fail. `make tools` installs what is run here.
 
+pub mod daemon;
+pub mod house;
+pub mod image;
+pub mod ministack;
+pub mod process;
+pub mod proxy;
+pub mod recorder;
+pub mod registry;
+pub mod signature;
+pub mod verifier;

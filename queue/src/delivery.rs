@@ -42,7 +42,7 @@ impl Delivery {
         self.pushed_at
     }
 
-    /// Counted retries before this delivery; 0 the first time.
+    /// Counted retries before this delivery; 0 the first time, and after a replay.
     #[must_use]
     pub fn attempts(&self) -> u32 {
         self.attempts
@@ -54,7 +54,11 @@ impl Delivery {
         self.waited
     }
 
-    /// Handled: the message is gone.
+    /// Handled: the message is gone, and stays so if this process is killed.
+    ///
+    /// Of all three ways to settle: with [`Error::Unavailable`] it is not on record yet. The queue remembers it and writes it as
+    /// soon as it can; only if the process ends before that is the message delivered again. The same holds for a call that is
+    /// cancelled, and after a power loss for an ack or a retry that was the last to be written.
     pub async fn ack(mut self) -> Result<(), Error> {
         self.take().ack().await
     }

@@ -10,6 +10,7 @@
 //! `tests/contract.rs` holds every backend to this.
 
 mod delivery;
+mod embedded;
 
 use std::{fmt, time::Duration};
 
@@ -18,6 +19,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 pub use delivery::{Delivery, Settle};
+pub use embedded::{Embedded, Options};
 
 /// What is kept: opaque bytes, and how to address and read them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -135,7 +137,9 @@ pub trait Queue: Send + Sync + fmt::Debug {
 
     async fn stats(&self) -> Result<Stats, Error>;
 
-    /// Dead letters, oldest burial first, at most `limit`, beginning after the one with id `after`.
+    /// Dead letters, oldest burial first, at most `limit` (a backend may give fewer; only an empty list is the end), beginning
+    /// after the one with id `after`; from the start if that is no dead letter any more, so that paging while others replay and
+    /// discard may repeat, but loses none.
     async fn dead_letters(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>, Error>;
 
     /// Puts a dead letter back, with its patience renewed. False if there is none with this id.
@@ -143,6 +147,11 @@ pub trait Queue: Send + Sync + fmt::Debug {
 
     /// Drops a dead letter for good. False if there is none with this id.
     async fn discard(&self, id: &str) -> Result<bool, Error>;
+
+    /// Whether a push would be taken now, found out by writing something. For readiness checks.
+    async fn probe(&self) -> Result<(), Error> {
+        self.stats().await.map(drop)
+    }
 
     /// Stops deliveries: pending and later [`Queue::pull`]s give `None`. What is in hand can still be settled; pushes fail.
     async fn close(&self);

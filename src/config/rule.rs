@@ -2,7 +2,12 @@ use std::collections::{HashMap, HashSet};
 
 use jiff::Timestamp;
 
-use crate::{kms::Algorithm, oci::RegistryName};
+use crate::{
+    kms::Algorithm,
+    oci::RegistryName,
+    rule::{SignatureType, Trigger},
+    signature::Format,
+};
 
 use super::{
     names::{self, PLAIN},
@@ -38,63 +43,6 @@ pub struct Rule {
     pub enabled: bool,
     /// Where its section begins, for messages about it.
     pub place: Place,
-}
-
-/// What a signature says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum SignatureType {
-    /// The digest and the tag: `registry/repository:tag`.
-    Default,
-    /// The digest alone: `registry/repository@digest`.
-    Simple,
-}
-
-/// When a rule signs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Trigger {
-    /// On every push.
-    Automatic,
-    /// Only by `countersign sign`.
-    Manual,
-}
-
-/// How a signature is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Format {
-    /// Simple signing, under the `.sig` tag.
-    Cosign,
-}
-
-impl SignatureType {
-    /// The word in the configuration.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Default => "default",
-            Self::Simple => "simple",
-        }
-    }
-}
-
-impl Trigger {
-    /// The word in the configuration.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Automatic => "automatic",
-            Self::Manual => "manual",
-        }
-    }
-}
-
-impl Format {
-    /// The word in the configuration.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Cosign => "cosign",
-        }
-    }
 }
 
 pub(crate) static TABLE: Table = Table {

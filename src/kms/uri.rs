@@ -1,5 +1,7 @@
 use std::{fmt, path::PathBuf, str::FromStr};
 
+use super::aws;
+
 /// Where a key is: a URI as cosign's users know them. It names a key and never holds a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum KeyUri {
@@ -8,6 +10,7 @@ pub enum KeyUri {
     /// `awskms://[ENDPOINT]/KEY[?region=REGION]`; KEY is an id, an ARN or `alias/NAME`.
     AwsKms {
         /// Host with optional port, or a whole `http://…`/`https://…` URL; the region's public endpoint if absent.
+        /// Without a scheme it is reached over https, or over plain http if it is this machine itself.
         endpoint: Option<String>,
         key: String,
         region: Option<String>,
@@ -23,6 +26,9 @@ pub enum UriError {
     UnknownScheme(String),
     #[error("{uri:?}: {what}")]
     Malformed { uri: String, what: &'static str },
+    /// Its text is not repeated: it may hold a password.
+    #[error("the endpoint in an awskms:// reference holds a user name or password: credentials come from the environment")]
+    Secret,
 }
 
 impl FromStr for KeyUri {
@@ -39,26 +45,47 @@ impl FromStr for KeyUri {
                 Ok(Self::File(rest.into()))
             }
             "awskms" => {
-                let (rest, query) = rest.split_once('?').map_or((rest, None), |(rest, query)| (rest, Some(query)));
-                let (endpoint, key) = rest
-                    .split_once('/')
-                    .ok_or_else(|| malformed("no key: awskms:///alias/NAME has three slashes when no endpoint is named"))?;
-                if key.is_empty() {
-                    return Err(malformed("no key after the endpoint: an id, an ARN or alias/NAME"));
+                if rest.contains('@') {
+                    return Err(UriError::Secret);
                 }
-                let mut region = None;
-                for pair in query.into_iter().flat_map(|query| query.split('&')) {
-                    match pair.split_once('=') {
-                        Some(("region", value)) if !value.is_empty() => region = Some(value.to_owned()),
-                        _ => return Err(malformed("the only parameter is region: ?region=eu-west-1")),
-                    }
-                }
-                let endpoint = (!endpoint.is_empty()).then(|| endpoint.to_owned());
-                Ok(Self::AwsKms { endpoint, key: key.to_owned(), region })
+                aws_kms(rest).map_err(malformed)
             }
             other => Err(UriError::UnknownScheme(other.to_owned())),
         }
     }
+}
+
+fn aws_kms(rest: &str) -> Result<KeyUri, &'static str> {
+    let (rest, query) = rest.split_once('?').map_or((rest, None), |(rest, query)| (rest, Some(query)));
+    let after_scheme = rest.find("://").map_or(0, |at| at + 3);
+    let slash = rest[after_scheme..].find('/').map(|at| after_scheme + at);
+    let slash = slash.ok_or("no key: awskms:///alias/NAME has three slashes when no endpoint is named")?;
+    let (endpoint, key) = (&rest[..slash], &rest[slash + 1..]);
+    if key.is_empty() {
+        return Err("no key after the endpoint: an id, an ARN or alias/NAME");
+    }
+    // What AWS's interface model allows in a KeyId.
+    if key.len() > 2048 || !key.bytes().all(|b| b.is_ascii_alphanumeric() || b"/_-:".contains(&b)) {
+        return Err("a key is an id, an ARN or alias/NAME, of letters, digits and / _ - :");
+    }
+    let mut region = None;
+    for pair in query.into_iter().flat_map(|query| query.split('&')) {
+        match pair.split_once('=') {
+            Some(("region", value)) if aws::is_region(value) && region.is_none() => region = Some(value.to_owned()),
+            _ => return Err("the only parameter is region, once: ?region=eu-west-1"),
+        }
+    }
+    if key.starts_with("arn:") {
+        let in_arn = aws::region_of_arn(key).ok_or("that is no ARN of a KMS key: arn:aws:kms:REGION:ACCOUNT:key/ID")?;
+        if region.as_deref().is_some_and(|region| region != in_arn) {
+            return Err("the region in the ARN and ?region= differ: leave ?region= out");
+        }
+    }
+    let endpoint = (!endpoint.is_empty()).then(|| endpoint.to_owned());
+    if let Some(endpoint) = &endpoint {
+        aws::endpoint_url(endpoint)?;
+    }
+    Ok(KeyUri::AwsKms { endpoint, key: key.to_owned(), region })
 }
 
 impl fmt::Display for KeyUri {
@@ -70,5 +97,66 @@ impl fmt::Display for KeyUri {
                 region.as_ref().map_or(Ok(()), |region| write!(f, "?region={region}"))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn references_are_read_and_written_back() {
+        for (text, endpoint, key, region) in [
+            ("awskms:///alias/release", None, "alias/release", None),
+            ("awskms:///alias/release?region=eu-west-1", None, "alias/release", Some("eu-west-1")),
+            (
+                "awskms:///arn:aws:kms:eu-west-1:111122223333:key/mrk-1",
+                None,
+                "arn:aws:kms:eu-west-1:111122223333:key/mrk-1",
+                None,
+            ),
+            ("awskms://kms.internal:8443/1234abcd-12ab", Some("kms.internal:8443"), "1234abcd-12ab", None),
+            ("awskms://localhost:4566/alias/a/b", Some("localhost:4566"), "alias/a/b", None),
+            ("awskms://http://127.0.0.1:4566/alias/a", Some("http://127.0.0.1:4566"), "alias/a", None),
+            ("awskms://[::1]:4566/alias/a", Some("[::1]:4566"), "alias/a", None),
+        ] {
+            let uri: KeyUri = text.parse().unwrap();
+            let expected =
+                KeyUri::AwsKms { endpoint: endpoint.map(str::to_owned), key: key.to_owned(), region: region.map(str::to_owned) };
+            assert_eq!(uri, expected);
+            assert_eq!(uri.to_string(), text);
+        }
+        assert_eq!("file:///a/key.pem".parse(), Ok(KeyUri::File("/a/key.pem".into())));
+    }
+
+    #[test]
+    fn what_is_no_reference_is_refused_with_its_reason() {
+        for (text, part) in [
+            ("/a/key.pem", "no scheme"),
+            ("gcpkms://projects/p", "is no key provider"),
+            ("file://key.pem", "three slashes"),
+            ("awskms://alias", "three slashes"),
+            ("awskms:///", "no key after"),
+            ("awskms://http://127.0.0.1:1", "no key"),
+            ("awskms:///alias/a b", "letters, digits"),
+            ("awskms:///alias/a?region=", "?region="),
+            ("awskms:///alias/a?region=eu-west-1.evil.com/", "?region="),
+            ("awskms:///alias/a?region=a&region=b", "once"),
+            ("awskms:///alias/a?profile=x", "?region="),
+            ("awskms:///arn:aws:s3:::bucket", "no ARN of a KMS key"),
+            ("awskms:///arn:aws:kms:eu-west-1:1:key/a?region=us-east-1", "differ"),
+            ("awskms://http://kms.example.com/alias/a", "plain http"),
+            ("awskms://ftp://kms.example.com/alias/a", "http"),
+            ("awskms://:80/alias/a", "endpoint"),
+        ] {
+            let error = text.parse::<KeyUri>().unwrap_err().to_string();
+            assert!(error.contains(part), "{text}: {error:?} does not say {part:?}");
+        }
+    }
+
+    #[test]
+    fn a_password_in_an_endpoint_is_refused_and_not_repeated() {
+        let error = "awskms://me:hunter2@kms.example.com/alias/a".parse::<KeyUri>().unwrap_err();
+        assert!(!format!("{error} {error:?}").contains("hunter2"));
     }
 }

@@ -1,0 +1,54 @@
+# Each target does its own set-up; `make help` lists them.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.PHONY: help demo test check build bench fuzz tools
+
+INSTALL := integration-tests/tools/install.sh
+# Where the tests find countersign; another build of it can be named: make test COUNTERSIGN_BIN=/usr/bin/countersign
+export COUNTERSIGN_BIN ?= $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/debug/countersign
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target words; do printf '  make %-8s %s\n' "$$target" "$$words"; done
+
+demo: ## a registry, a key and countersign on this machine: push an image, see it signed and verified (KEEP=1: leave it running)
+	@$(INSTALL) docker-registry cosign3 skopeo
+	@cargo build --quiet --workspace
+	@integration-tests/demo.sh
+
+test: ## every test, the ones beside real registries, verifiers and KMSs included
+	@$(INSTALL) docker-registry cosign2 cosign3 skopeo ministack
+	cargo build --workspace
+	cargo test --workspace --no-fail-fast
+
+check: ## format, lints, documentation, licences and advisories of dependencies
+	@$(INSTALL) cargo-deny
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps
+	.tools/bin/cargo-deny --all-features check --hide-inclusion-graph bans licenses sources
+	@if timeout 120 .tools/bin/cargo-deny fetch db > /dev/null 2>&1; then \
+	    echo ".tools/bin/cargo-deny check advisories"; \
+	    .tools/bin/cargo-deny check --disable-fetch --hide-inclusion-graph advisories; \
+	else \
+	    echo "NOT CHECKED: known vulnerabilities of dependencies; the RustSec advisory database cannot be reached from here."; \
+	fi
+
+build: ## the optimised binary, target/release/countersign
+	cargo build --release --package countersign
+
+bench: ## signatures, events and bytes: how many, how fast, beside a bare client on the same registry
+	@$(INSTALL) docker-registry cosign2 ministack
+	cargo build --release --workspace
+	cargo run --release --quiet --package integration-tests --bin bench
+
+fuzz: ## each fuzzing target for SECONDS=60
+	@$(INSTALL) cargo-fuzz
+	@export PATH="$(CURDIR)/.tools/bin:$$PATH"; for target in $$(cargo fuzz list); do \
+	    echo "fuzzing $$target for $(or $(SECONDS),60) s"; \
+	    RUSTC_BOOTSTRAP=1 cargo fuzz run "$$target" -- -max_total_time=$(or $(SECONDS),60); \
+	done
+
+tools: ## what the other targets run beside countersign, into .tools/
+	@$(INSTALL)

@@ -1,0 +1,151 @@
+//! Child processes, their ports and their folders.
+
+use std::fs::{self, File};
+use std::future::Future;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// A running child. Dropping it kills it with -9, reaps it and prints the end of its log.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    log: PathBuf,
+    child: Child,
+}
+
+impl Process {
+    /// Starts `command` with both outputs appended to the file `log`.
+    pub fn start(name: &str, command: &mut Command, log: &Path) -> Result<Self> {
+        let out = File::options().create(true).append(true).open(log).with_context(|| format!("open {}", log.display()))?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(out.try_clone()?)
+            .stderr(out)
+            .spawn()
+            .with_context(|| format!("start {name} ({})", command.get_program().display()))?;
+        Ok(Self { name: name.to_owned(), log: log.to_owned(), child })
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What the process has ended with, if it has.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal).with_context(|| format!("signal {} ({pid:?})", self.name))
+    }
+
+    /// kill -9, and wait until it is gone.
+    pub fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Waits until the process has ended by itself; an error if it is still there after `limit`.
+    pub async fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.ended()? {
+                return Ok(status);
+            }
+            ensure!(start.elapsed() < limit, "{} is still running after {limit:?}", self.name);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Waits until `ready` answers true; an error, with the log, if the process ends first or `limit` has passed.
+    pub async fn wait_ready<F: Future<Output = bool>>(&mut self, limit: Duration, mut ready: impl FnMut() -> F) -> Result<()> {
+        let start = Instant::now();
+        while !ready().await {
+            if let Some(status) = self.ended()? {
+                bail!("{} ended with {status} before it was ready:\n{}", self.name, self.log_end());
+            }
+            ensure!(start.elapsed() < limit, "{} is not ready after {limit:?}:\n{}", self.name, self.log_end());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(())
+    }
+
+    fn log_end(&self) -> String {
+        let log = fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        // docker-registry takes each 404 for an error and says so at length.
+        let lines: Vec<String> = log.lines().map(|line| line.chars().take(500).collect()).collect();
+        lines[lines.len().saturating_sub(100)..].join("\n")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Both are harmless on a child that is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        eprintln!("--- end of {} ({}) ---\n{}", self.name, self.log.display(), self.log_end());
+    }
+}
+
+/// A folder that is removed with its owner; in memory where the system has such a place.
+pub fn scratch() -> Result<TempDir> {
+    let memory = Path::new("/dev/shm");
+    let builder = tempfile::Builder::new().prefix("countersign-test-").tempdir_in(memory);
+    builder.or_else(|_| tempfile::tempdir()).context("make a scratch folder")
+}
+
+/// A port of 127.0.0.1 that nobody listens on, and that stays free while a server is down to be started again: it is below
+/// the range from which the system takes the ports of outgoing connections.
+pub fn free_port() -> Result<u16> {
+    const FIRST: u16 = 10_000;
+    const COUNT: u16 = 20_000;
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Test processes that run beside this one begin elsewhere.
+    let start = u32::from(FIRST) + std::process::id().wrapping_mul(97) % u32::from(COUNT);
+    for _ in 0..COUNT {
+        let step = u32::from(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = u16::try_from(u32::from(FIRST) + (start + step) % u32::from(COUNT))?;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("no port from {FIRST} on is free on 127.0.0.1")
+}
+
+/// Where `make tools` put a program.
+pub fn tool(name: &str) -> Result<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name(".tools").join(name);
+    ensure!(path.exists(), "{} is missing: run `make tools`", path.display());
+    Ok(path)
+}
+
+/// Asks `question` until it answers; an error saying `what` if it has not after `limit`.
+pub async fn eventually<T, F>(what: &str, limit: Duration, mut question: impl FnMut() -> F) -> Result<T>
+where
+    F: Future<Output = Result<Option<T>>>,
+{
+    let start = Instant::now();
+    loop {
+        if let Some(answer) = question().await.with_context(|| what.to_owned())? {
+            return Ok(answer);
+        }
+        ensure!(start.elapsed() < limit, "{what}: not after {limit:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A client with time limits that goes to 127.0.0.1 directly, whatever the environment says of proxies.
+pub fn http_client() -> Result<reqwest::Client> {
+    let limit = Duration::from_secs(20);
+    Ok(reqwest::Client::builder().no_proxy().connect_timeout(limit).timeout(limit).build()?)
+}

@@ -1,0 +1,88 @@
+//! An HTTP proxy that writes down what passes through it, so that a test can say who wrote what, and having read what.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use reqwest::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
+use reqwest::{Method, StatusCode};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use crate::process::http_client;
+
+/// One request and its answer.
+#[derive(Debug, Clone)]
+pub struct Exchange {
+    pub method: Method,
+    pub path: String,
+    pub sent: Bytes,
+    pub status: StatusCode,
+    pub received: Bytes,
+}
+
+#[derive(Debug)]
+pub struct Recorder {
+    port: u16,
+    exchanges: Arc<Mutex<Vec<Exchange>>>,
+    _server: JoinSet<()>,
+}
+
+#[derive(Clone)]
+struct Desk {
+    target: String,
+    http: reqwest::Client,
+    exchanges: Arc<Mutex<Vec<Exchange>>>,
+}
+
+impl Recorder {
+    /// Passes everything on to `target` (`host:port`).
+    pub async fn start(target: &str) -> Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("bind the recorder")?;
+        let port = listener.local_addr()?.port();
+        let exchanges = Arc::default();
+        let desk = Desk { target: target.to_owned(), http: http_client()?, exchanges: Arc::clone(&exchanges) };
+        let router = Router::new().fallback(pass).with_state(desk);
+        let mut server = JoinSet::new();
+        server.spawn(async move { axum::serve(listener, router).await.expect("serving ends with its task only") });
+        Ok(Self { port, exchanges, _server: server })
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// What has passed, in the order in which it was answered.
+    pub fn exchanges(&self) -> Vec<Exchange> {
+        self.exchanges.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+async fn pass(State(desk): State<Desk>, request: Request) -> Response {
+    forward(&desk, request).await.unwrap_or_else(|error| (StatusCode::BAD_GATEWAY, format!("{error:#}")).into_response())
+}
+
+async fn forward(desk: &Desk, request: Request) -> Result<Response> {
+    const LONGEST: usize = 16 << 20;
+    let (head, body) = request.into_parts();
+    let sent = to_bytes(body, LONGEST).await?;
+    let mut headers = head.headers;
+    headers.remove(CONNECTION);
+    headers.remove(TRANSFER_ENCODING);
+    headers.remove(CONTENT_LENGTH);
+    let url = format!("http://{}{}", desk.target, head.uri);
+    let answer = desk.http.request(head.method.clone(), url).headers(headers).body(sent.clone()).send().await?;
+    let (status, headers) = (answer.status(), answer.headers().clone());
+    let received = answer.bytes().await?;
+    let exchange = Exchange { method: head.method, path: head.uri.to_string(), sent, status, received: received.clone() };
+    desk.exchanges.lock().unwrap_or_else(PoisonError::into_inner).push(exchange);
+    let mut response = Response::new(Body::from(received));
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    response.headers_mut().remove(TRANSFER_ENCODING);
+    Ok(response)
+}

@@ -1,0 +1,221 @@
+//! A real docker-registry, and a plain client of it that pushes and reads.
+
+mod client;
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+pub use client::Client;
+
+use crate::process::{Process, eventually, free_port, http_client, scratch, tool};
+
+/// Who is told of pushes, and how stubbornly.
+#[derive(Debug, Clone)]
+pub struct Notify {
+    pub url: String,
+    pub token: String,
+    pub timeout: Duration,
+    /// So many failures in a row, then a pause of `backoff` before each further try.
+    pub threshold: u32,
+    pub backoff: Duration,
+}
+
+impl Notify {
+    /// As `countersign`'s documentation recommends it, with less patience.
+    pub fn new(url: impl Into<String>, token: impl Into<String>) -> Self {
+        Self {
+            url: url.into(),
+            token: token.into(),
+            timeout: Duration::from_secs(1),
+            threshold: 3,
+            backoff: Duration::from_secs(1),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    pub notify: Option<Notify>,
+    /// Logs each request, for [`Registry::requests`].
+    pub count_requests: bool,
+    /// Asks for [`LOGIN`] with basic authentication.
+    pub login: bool,
+}
+
+/// The one user of a registry that asks for a login: name and password.
+pub const LOGIN: (&str, &str) = ("tester", "tester");
+/// [`LOGIN`] as htpasswd writes it (bcrypt is all that this registry takes; cost 5, for it is checked on every request).
+const HTPASSWD: &str = "tester:$2b$05$okYPJYFNOLIZ9kKNfo6pX.ziqBTXkHaPYA4ai51k4NIu2mu.8iRl.\n";
+
+/// One request that the registry answered.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Request {
+    pub method: String,
+    /// With the query.
+    pub path: String,
+    pub status: u16,
+    pub user_agent: String,
+}
+
+#[derive(Debug)]
+pub struct Registry {
+    port: u16,
+    debug_port: u16,
+    folder: TempDir,
+    options: Options,
+    process: Option<Process>,
+}
+
+impl Registry {
+    /// A registry without notifications.
+    pub async fn start() -> Result<Self> {
+        Self::start_with(Options::default()).await
+    }
+
+    pub async fn start_with(options: Options) -> Result<Self> {
+        let mut registry = Self { port: free_port()?, debug_port: free_port()?, folder: scratch()?, options, process: None };
+        registry.write_config()?;
+        registry.start_again().await?;
+        Ok(registry)
+    }
+
+    /// As it stands in image references: `127.0.0.1:PORT`.
+    pub fn host(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.host())
+    }
+
+    pub fn client(&self) -> Result<Client> {
+        Client::new(&self.url(), self.options.login.then_some(LOGIN))
+    }
+
+    /// kill -9. Notifications that were not delivered are lost with it, as they are in life.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.take().map_or(Ok(()), Process::kill)
+    }
+
+    /// Starts it after a kill: same port, same data.
+    pub async fn start_again(&mut self) -> Result<()> {
+        let mut command = Command::new(tool("bin/docker-registry")?);
+        command.arg("serve").arg(self.folder.path().join("config.yml"));
+        // With its default its collector takes half of the processor.
+        command.env("GOGC", "1600").env("GOMEMLIMIT", "2GiB").env("OTEL_TRACES_EXPORTER", "none");
+        let mut process = Process::start("docker-registry", &mut command, &self.log())?;
+        let (http, probe) = (http_client()?, format!("{}/v2/", self.url()));
+        process.wait_ready(Duration::from_secs(20), || async { http.get(&probe).send().await.is_ok() }).await?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// Stops answering, with connections left open, until [`Registry::resume`].
+    pub fn pause(&self) -> Result<()> {
+        self.process.as_ref().map_or(Ok(()), |process| process.signal(Signal::STOP))
+    }
+
+    pub fn resume(&self) -> Result<()> {
+        self.process.as_ref().map_or(Ok(()), |process| process.signal(Signal::CONT))
+    }
+
+    /// How many notifications it still has to deliver. They are in its memory only.
+    pub async fn pending_notifications(&self) -> Result<u64> {
+        let url = format!("http://127.0.0.1:{}/debug/vars", self.debug_port);
+        let vars: Value = http_client()?.get(url).send().await?.json().await?;
+        let pending = vars["registry"]["notifications"]["endpoints"][0]["Metrics"]["Pending"].as_u64();
+        pending.with_context(|| format!("no count of pending notifications in {vars}"))
+    }
+
+    /// Waits until every notification is delivered.
+    pub async fn wait_delivered(&self, limit: Duration) -> Result<()> {
+        let nothing_pending = async || Ok((self.pending_notifications().await? == 0).then_some(()));
+        eventually("every notification is delivered", limit, nothing_pending).await
+    }
+
+    /// Every request so far, in the order of their answers; needs [`Options::count_requests`].
+    pub fn requests(&self) -> Result<Vec<Request>> {
+        let log = fs::read_to_string(self.log()).context("read the registry's log")?;
+        Ok(log.lines().filter_map(access_log_line).collect())
+    }
+
+    /// How many requests of each method and kind of path (`PUT manifest`, `POST upload`), from the clients with this user agent.
+    pub fn count_requests(&self, user_agent: &str) -> Result<BTreeMap<String, usize>> {
+        let mut counts = BTreeMap::new();
+        for request in self.requests()? {
+            if request.user_agent.contains(user_agent) {
+                *counts.entry(format!("{} {}", request.method, kind_of(&request.path))).or_default() += 1;
+            }
+        }
+        Ok(counts)
+    }
+
+    fn log(&self) -> PathBuf {
+        self.folder.path().join("log")
+    }
+
+    fn write_config(&self) -> Result<()> {
+        let folder = self.folder.path();
+        let (level, unlogged) = if self.options.count_requests { ("info", false) } else { ("error", true) };
+        let mut config = format!(
+            "version: 0.1\n\
+             log: {{level: {level}, accesslog: {{disabled: {unlogged}}}}}\n\
+             storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n  maintenance: {{uploadpurging: {{enabled: false}}}}\n\
+             http: {{addr: '{}', secret: test, debug: {{addr: '127.0.0.1:{}'}}}}\n",
+            folder.join("data").display(),
+            self.host(),
+            self.debug_port,
+        );
+        if self.options.login {
+            fs::write(folder.join("htpasswd"), HTPASSWD)?;
+            writeln!(config, "auth: {{htpasswd: {{realm: test, path: {}}}}}", folder.join("htpasswd").display())?;
+        }
+        if let Some(notify) = &self.options.notify {
+            let Notify { url, token, timeout, threshold, backoff } = notify;
+            writeln!(
+                config,
+                "notifications:\n  events: {{includereferences: true}}\n  endpoints:\n    - name: countersign\n      url: {url}\n      \
+                 headers: {{Authorization: [Bearer {token}]}}\n      timeout: {timeout:?}\n      threshold: {threshold}\n      \
+                 backoff: {backoff:?}\n      ignore: {{mediatypes: [application/octet-stream], actions: [pull, mount, delete]}}",
+            )?;
+        }
+        fs::write(folder.join("config.yml"), config).context("write the registry's configuration")
+    }
+}
+
+/// Reads a line of the combined log format: `ADDR - - [TIME] "METHOD PATH PROTOCOL" STATUS SIZE "REFERER" "AGENT"`.
+fn access_log_line(line: &str) -> Option<Request> {
+    let mut quoted = line.split('"');
+    let (_address, request, status, _referer, _, user_agent) =
+        (quoted.next()?, quoted.next()?, quoted.next()?, quoted.next()?, quoted.next()?, quoted.next()?);
+    let mut request = request.split(' ');
+    Some(Request {
+        method: request.next()?.to_owned(),
+        path: request.next()?.to_owned(),
+        status: status.split_whitespace().next()?.parse().ok()?,
+        user_agent: user_agent.to_owned(),
+    })
+}
+
+fn kind_of(path: &str) -> &'static str {
+    if path.contains("/manifests/") {
+        "manifest"
+    } else if path.contains("/blobs/uploads/") {
+        "upload"
+    } else if path.contains("/blobs/") {
+        "blob"
+    } else if path.contains("/referrers/") {
+        "referrers"
+    } else {
+        "other"
+    }
+}

@@ -1,0 +1,152 @@
+//! The judges: stock cosign 2, stock cosign 3 and stock skopeo, as their users run them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use crate::process::{scratch, tool};
+
+/// What a judge said.
+#[derive(Debug, Clone)]
+pub struct Ruling {
+    pub accepted: bool,
+    /// Everything it printed.
+    pub words: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cosign {
+    V2,
+    V3,
+}
+
+impl Cosign {
+    /// `cosign verify --key`. `reference` is `host/repo:tag` or `host/repo@digest`.
+    pub async fn verify(self, public_key: &Path, reference: &str) -> Result<Ruling> {
+        let home = scratch()?;
+        let mut command = self.command(home.path(), "verify")?;
+        command.arg("--key").arg(public_key).args(["--insecure-ignore-tlog=true", "--allow-http-registry", reference]);
+        rule(command).await
+    }
+
+    /// `cosign sign --key`, with the signature under the `.sig` tag whichever cosign it is.
+    pub async fn sign(self, key: &KeyPair, reference: &str) -> Result<()> {
+        let mut command = self.command(key.folder.path(), "sign")?;
+        command.args(["--yes", "--tlog-upload=false", "--allow-http-registry", "--key"]).arg(key.private());
+        if self == Self::V3 {
+            command.args(["--use-signing-config=false", "--new-bundle-format=false"]);
+        }
+        must(command.arg(reference)).await
+    }
+
+    fn command(self, home: &Path, verb: &str) -> Result<Command> {
+        let mut command = Command::new(tool(match self {
+            Self::V2 => "bin/cosign2",
+            Self::V3 => "bin/cosign3",
+        })?);
+        command.arg(verb).env("HOME", home).env("DOCKER_CONFIG", home).env("COSIGN_PASSWORD", KeyPair::PASSWORD);
+        Ok(command)
+    }
+}
+
+/// A key pair of cosign's own.
+#[derive(Debug)]
+pub struct KeyPair {
+    folder: TempDir,
+}
+
+impl KeyPair {
+    const PASSWORD: &str = "test";
+
+    pub async fn generate() -> Result<Self> {
+        let folder = scratch()?;
+        let mut command = Cosign::V2.command(folder.path(), "generate-key-pair")?;
+        must(command.current_dir(folder.path())).await?;
+        Ok(Self { folder })
+    }
+
+    pub fn public(&self) -> PathBuf {
+        self.folder.path().join("cosign.pub")
+    }
+
+    fn private(&self) -> PathBuf {
+        self.folder.path().join("cosign.key")
+    }
+}
+
+/// `skopeo copy` under a policy that demands a signature by one key, and rejects everything else.
+#[derive(Debug)]
+pub struct Skopeo {
+    folder: TempDir,
+    arguments: Vec<String>,
+}
+
+impl Skopeo {
+    /// Accepts images of `host` that `public_key` signed, under the default identity rule (`matchRepoDigestOrExact`).
+    pub fn requiring(public_key: &Path, host: &str) -> Result<Self> {
+        Self::with_identity(public_key, host, None)
+    }
+
+    /// The same with a `signedIdentity` of the caller's.
+    pub fn with_identity(public_key: &Path, host: &str, identity: Option<&Value>) -> Result<Self> {
+        let folder = scratch()?;
+        let mut requirement = json!({"type": "sigstoreSigned", "keyPath": public_key});
+        if let Some(identity) = identity {
+            requirement["signedIdentity"] = identity.clone();
+        }
+        let policy = json!({"default": [{"type": "reject"}], "transports": {"docker": {host: [requirement]}}});
+        fs::write(folder.path().join("policy.json"), policy.to_string())?;
+        fs::create_dir(folder.path().join("registries.d"))?;
+        let attachments = format!("docker: {{\"{host}\": {{use-sigstore-attachments: true}}}}\n");
+        fs::write(folder.path().join("registries.d/registry.yaml"), attachments)?;
+        Ok(Self { folder, arguments: Vec::new() })
+    }
+
+    /// Pulls for another platform than this machine's.
+    #[must_use]
+    pub fn architecture(mut self, architecture: &str) -> Self {
+        self.arguments.extend(["--override-os", "linux", "--override-arch", architecture].map(str::to_owned));
+        self
+    }
+
+    pub async fn copy(&self, reference: &str) -> Result<Ruling> {
+        let folder = self.folder.path();
+        let copied = tempfile::tempdir_in(folder)?;
+        let mut command = Command::new(tool("bin/skopeo")?);
+        command.env("HOME", folder).env("TMPDIR", folder).args(&self.arguments);
+        command.arg("--policy").arg(folder.join("policy.json")).arg("--registries.d").arg(folder.join("registries.d"));
+        command.args(["copy", "--src-tls-verify=false", &format!("docker://{reference}")]);
+        command.arg(format!("dir:{}", copied.path().display()));
+        rule(command).await
+    }
+}
+
+async fn must(command: &mut Command) -> Result<()> {
+    let ruling = run(command).await?;
+    ensure!(ruling.accepted, "{:?} failed:\n{}", command.as_std(), ruling.words);
+    Ok(())
+}
+
+async fn rule(mut command: Command) -> Result<Ruling> {
+    let ruling = run(&mut command).await?;
+    // Neither accepts nor refuses: the test is wrong, or the registry is away.
+    let broken = ["unknown flag", "connection refused", "no such host"].iter().any(|words| ruling.words.contains(words));
+    ensure!(!broken, "{:?} did not get to judge:\n{}", command.as_std(), ruling.words);
+    Ok(ruling)
+}
+
+async fn run(command: &mut Command) -> Result<Ruling> {
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    let limit = Duration::from_secs(60);
+    let output = tokio::time::timeout(limit, command.output()).await;
+    let output = output.with_context(|| format!("{:?} is still running after {limit:?}", command.as_std()))?;
+    let output = output.with_context(|| format!("start {:?}", command.as_std()))?;
+    let words = [output.stderr, output.stdout].concat();
+    Ok(Ruling { accepted: output.status.success(), words: String::from_utf8_lossy(&words).into_owned() })
+}

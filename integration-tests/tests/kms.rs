@@ -1,0 +1,72 @@
+//! Keys that never leave their KMS: ministack checks the signature of each request, as AWS does.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use integration_tests::house::{House, Keys, Plan};
+use integration_tests::image::Image;
+use integration_tests::ministack::{Ministack, REGION};
+use integration_tests::verifier::{Cosign, Skopeo};
+use serde_json::json;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+async fn plan(kms: &Ministack, keys: Keys) -> Result<(Plan, String)> {
+    let spec = if keys == Keys::P256 { "ECC_NIST_P256" } else { "RSA_2048" };
+    let id = kms.key(spec, "release").await?;
+    let user = kms.user("countersign", &["kms:Sign", "kms:GetPublicKey", "kms:DescribeKey"]).await?;
+    let key_uri = Some(format!("awskms://http://{}/alias/release?region={REGION}", kms.host()));
+    let environment = vec![("AWS_ACCESS_KEY_ID", user.access_key_id), ("AWS_SECRET_ACCESS_KEY", user.secret_access_key)];
+    Ok((Plan { keys, key_uri, environment, ..Plan::default() }, id))
+}
+
+async fn a_key_in_the_kms_signs_what_everybody_accepts(keys: Keys) -> Result<()> {
+    let kms = Ministack::start().await?;
+    let (plan, _) = plan(&kms, keys).await?;
+    let secret = plan.environment[1].1.clone();
+    let house = House::start(plan).await?;
+    let image = Image::index("kms")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
+    house.wait_signed("team/app", &image.child("amd64").digest, &["1.0"]).await?;
+    let (key, reference) = (house.public_key_path(), house.reference("team/app", "1.0"));
+    for cosign in [Cosign::V2, Cosign::V3] {
+        let ruling = cosign.verify(&key, &reference).await?;
+        assert!(ruling.accepted, "{cosign:?}: {}", ruling.words);
+    }
+    let ruling = Skopeo::requiring(&key, &house.registry.host())?.architecture("amd64").copy(&reference).await?;
+    assert!(ruling.accepted, "{}", ruling.words);
+    assert!(!house.daemon.logged().contains(&secret), "the log holds the KMS's secret");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_p256_key_in_the_kms_signs_what_everybody_accepts() -> Result<()> {
+    a_key_in_the_kms_signs_what_everybody_accepts(Keys::P256).await
+}
+
+#[tokio::test]
+async fn an_rsa_key_in_the_kms_signs_what_everybody_accepts() -> Result<()> {
+    a_key_in_the_kms_signs_what_everybody_accepts(Keys::Rsa2048).await
+}
+
+#[tokio::test]
+async fn a_disabled_key_makes_a_dead_letter_with_its_cure_and_a_replay_signs() -> Result<()> {
+    let kms = Ministack::start().await?;
+    let (plan, id) = plan(&kms, Keys::P256).await?;
+    let house = House::start(plan).await?;
+    kms.kms("DisableKey", &json!({"KeyId": id})).await?;
+    let image = Image::oci("disabled")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    let metrics = house.wait_settled(1, LIMIT).await?;
+    assert_eq!(metrics.ended("dead"), 1);
+    let dead = house.run(&["queue", "dead"]).await?.expect_code(0)?.stdout;
+    assert!(dead.contains("enable"), "no cure in: {dead}");
+
+    kms.kms("EnableKey", &json!({"KeyId": id})).await?;
+    house.run(&["queue", "replay", "--all"]).await?.expect_code(0)?;
+    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
+    let metrics = house.wait_settled(1, LIMIT).await?;
+    assert_eq!((metrics.ended("dead"), metrics.ended("signed")), (0, 1));
+    Ok(())
+}

@@ -1,0 +1,201 @@
+//! Starting, reloading, stopping, and refusing to.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use integration_tests::daemon::Daemon;
+use integration_tests::house::{House, Keys, Plan, TOKEN, rule};
+use integration_tests::image::Image;
+use integration_tests::process::{eventually, free_port, http_client};
+use rustix::process::Signal;
+use serde_json::json;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+#[tokio::test]
+async fn sigterm_finishes_and_exits_0_and_what_came_meanwhile_is_signed_after_the_next_start() -> Result<()> {
+    let mut house = House::start(Plan::default()).await?;
+    let images = (0..20).map(|number| Image::oci(&format!("stop {number}"))).collect::<Result<Vec<_>>>()?;
+    let (client, host) = (house.client.clone(), house.registry.host());
+    let pushing = async {
+        for image in &images {
+            client.push(image, "team/app", &[&image.manifest.digest[7..20]]).await?;
+        }
+        Ok(())
+    };
+    let stopping = async {
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        house.daemon.terminate(LIMIT).await
+    };
+    let (status, ()) = tokio::try_join!(stopping, pushing)?;
+    assert_eq!(status.code(), Some(0), "{host}: {status}");
+
+    house.daemon.start().await?;
+    for image in &images {
+        house.wait_signed("team/app", &image.manifest.digest, &[&image.manifest.digest[7..20]]).await?;
+    }
+    house.wait_settled(20, LIMIT).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_second_sigterm_does_not_wait_for_a_registry_that_hangs() -> Result<()> {
+    let mut house = House::start(Plan::default()).await?;
+    let image = Image::oci("abort")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
+    house.registry.pause()?;
+    let again = House::event(&house.registry.host(), "team/app", Some("1.0"), &image.manifest.digest);
+    house.notify(Some(TOKEN), &again).await?;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    house.daemon.signal(Signal::TERM)?;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(house.daemon.is_running()?, "the first SIGTERM did not wait for what was in hand");
+    house.daemon.signal(Signal::TERM)?;
+    house.daemon.wait(Duration::from_secs(3)).await?;
+    house.registry.resume()?;
+
+    // What was in hand is still in the queue.
+    house.daemon.start().await?;
+    house.wait_settled(2, LIMIT).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn sighup_takes_a_good_file_and_leaves_a_bad_one() -> Result<()> {
+    let mut house = House::start(Plan::default()).await?;
+    let image = Image::oci("reload")?;
+    house.push(&image, "other/app", &["1.0"]).await?;
+    house.wait_settled(1, LIMIT).await?;
+    assert!(house.signed("other/app", &image.manifest.digest).await?.is_empty());
+
+    let good = house.config();
+    house.write_config(&format!("{good}\n{}", rule("other", "other", Keys::P256)))?;
+    house.daemon.signal(Signal::HUP)?;
+    wait_reloads(&house, "ok", 1).await?;
+    house.push(&image, "other/app", &["2.0"]).await?;
+    house.wait_signed("other/app", &image.manifest.digest, &["2.0"]).await?;
+
+    house.write_config(&format!("{good}\n[[rule]]\nname = \"broken\"\nscoop = \"x\"\n"))?;
+    house.daemon.signal(Signal::HUP)?;
+    wait_reloads(&house, "failed", 1).await?;
+    let metrics = house.daemon.metrics().await?;
+    assert_eq!(metrics.count("countersign_config_last_reload_success", &[]), 0);
+    let line = good.lines().count() + 4;
+    let logged = house.daemon.logged();
+    assert!(logged.contains("scoop") && logged.contains(&format!(":{line}:")), "the log does not name line {line}:\n{logged}");
+    house.push(&image, "other/app", &["3.0"]).await?;
+    house.wait_signed("other/app", &image.manifest.digest, &["2.0", "3.0"]).await?;
+    assert!(house.daemon.is_running()?);
+    Ok(())
+}
+
+async fn wait_reloads(house: &House, result: &str, count: u64) -> Result<()> {
+    eventually(&format!("{count} reloads were {result}"), LIMIT, async || {
+        let reloads = house.daemon.metrics().await?.count("countersign_config_reloads_total", &[("result", result)]);
+        Ok((reloads >= count).then_some(()))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_second_process_on_the_same_folder_is_refused_and_does_no_harm() -> Result<()> {
+    let house = House::start(Plan::default()).await?;
+    let port = free_port()?;
+    let own_port = house.daemon.url().rsplit_once(':').unwrap().1.to_owned();
+    let second_config = house.config_path().with_file_name("second.toml");
+    std::fs::write(&second_config, house.config().replacen(&own_port, &port.to_string(), 1))?;
+    let mut second = Daemon::new(&second_config, port, &[]);
+    second.start_unready()?;
+    let status = second.wait(LIMIT).await?;
+    assert!(!status.success(), "{status}");
+    let words = second.logged();
+    assert!(words.contains("another") && words.contains("state"), "not said clearly: {words}");
+
+    let image = Image::oci("first")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await
+}
+
+#[tokio::test]
+async fn a_bad_configuration_is_refused_with_all_its_errors() -> Result<()> {
+    let mut house = House::build(Plan::default()).await?;
+    let good = house.config();
+    let pss = good.replace("algorithm = \"ECDSA_SHA_256\"", "algorithm = \"RSA_PSS_SHA_256\"");
+    house.write_config(&pss.replace("kind = \"distribution\"", "kind = \"distributor\"").replace("scope = ", "scoop = "))?;
+    let check = house.run(&["check"]).await?.expect_code(1)?;
+    let words = check.stdout + &check.stderr;
+    for expected in ["countersign.toml:", "distributor", "scoop", "scope"] {
+        assert!(words.contains(expected), "no {expected} in: {words}");
+    }
+    house.daemon.start_unready()?;
+    assert!(!house.daemon.wait(LIMIT).await?.success());
+
+    house.write_config(&pss)?;
+    let check = house.run(&["check"]).await?.expect_code(1)?;
+    let words = check.stdout + &check.stderr;
+    assert!(words.contains("RSA_PSS_SHA_256"), "{words}");
+    house.write_config(&good)?;
+    house.run(&["check"]).await?.expect_code(0)?;
+    house.run(&["check", "--online"]).await?.expect_code(0)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_taken_port_is_said_to_be_taken() -> Result<()> {
+    let mut house = House::build(Plan::default()).await?;
+    let address = house.daemon.url().trim_start_matches("http://").to_owned();
+    let _taken = std::net::TcpListener::bind(&address)?;
+    house.daemon.start_unready()?;
+    assert!(!house.daemon.wait(LIMIT).await?.success());
+    assert!(house.daemon.logged().contains(&address), "{}", house.daemon.logged());
+    Ok(())
+}
+
+#[tokio::test]
+async fn it_is_alive_but_not_ready_without_its_registry() -> Result<()> {
+    let mut house = House::build(Plan::default()).await?;
+    house.registry.kill()?;
+    house.daemon.start_alive().await?;
+    let ready = http_client()?.get(format!("{}/readyz", house.daemon.url())).send().await?;
+    assert_eq!(ready.status().as_u16(), 503);
+    assert!(ready.text().await?.contains(&house.registry.host()));
+    house.registry.start_again().await?;
+    eventually("it is ready", LIMIT, async || {
+        let ready = http_client()?.get(format!("{}/readyz", house.daemon.url())).send().await?;
+        Ok(ready.status().is_success().then_some(()))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn dead_letters_are_listed_replayed_and_discarded_with_the_daemon_and_without() -> Result<()> {
+    let mut house = House::start(Plan::default()).await?;
+    for number in 0..4 {
+        house.notify(Some(TOKEN), &json!({"events": [{"action": "push", "no": number}]})).await?;
+    }
+    let ids = async |house: &House| {
+        let dead = house.run(&["queue", "dead", "--output", "json"]).await?.expect_code(0)?.json()?;
+        let ids = dead.as_array().into_iter().flatten().map(|letter| letter["id"].as_str().unwrap().to_owned());
+        anyhow::Ok(ids.collect::<Vec<_>>())
+    };
+    let listed = ids(&house).await?;
+    assert_eq!(listed.len(), 4);
+
+    house.run(&["queue", "discard", &listed[0]]).await?.expect_code(0)?;
+    assert_eq!(ids(&house).await?, listed[1..]);
+    assert_eq!(house.daemon.terminate(LIMIT).await?.code(), Some(0));
+
+    assert_eq!(ids(&house).await?, listed[1..]);
+    house.run(&["queue", "discard", &listed[1], "--dry-run"]).await?.expect_code(0)?;
+    assert_eq!(ids(&house).await?, listed[1..]);
+    house.run(&["queue", "discard", &listed[1]]).await?.expect_code(0)?;
+    assert_eq!(ids(&house).await?, listed[2..]);
+
+    house.daemon.start().await?;
+    // They are no better the second time, and come back.
+    house.run(&["queue", "replay", "--all"]).await?.expect_code(0)?;
+    eventually("both are dead again", LIMIT, async || Ok((ids(&house).await?.len() == 2).then_some(()))).await?;
+    assert!(house.daemon.metrics().await?.adds_up());
+    Ok(())
+}

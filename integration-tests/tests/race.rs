@@ -1,0 +1,131 @@
+//! Many signers at one digest. Registries have no conditional write, so cosign may lose what others wrote in between; countersign
+//! never loses what it found or wrote itself.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use futures::future::try_join_all;
+use integration_tests::house::{House, Keys, Plan, TOKEN, rule};
+use integration_tests::image::Image;
+use integration_tests::recorder::{Exchange, Recorder};
+use integration_tests::signature::{PublicKey, signatures, tag_of};
+use integration_tests::verifier::{Cosign, KeyPair};
+use reqwest::{Method, StatusCode};
+use serde_json::Value;
+
+#[tokio::test]
+async fn eight_tags_at_once_are_eight_signatures() -> Result<()> {
+    let house = House::start(Plan::default()).await?;
+    let tags = ["1", "2", "3", "4", "5", "6", "7", "8"];
+    for round in 0..5 {
+        let image = Image::oci(&format!("eight {round}"))?;
+        let repository = format!("team/app-{round}");
+        house.push(&image, &repository, &tags).await?;
+        house.wait_signed(&repository, &image.manifest.digest, &tags).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn two_rules_and_four_tags_at_once_are_all_there() -> Result<()> {
+    let rules = rule("tags", "team", Keys::P256) + "\n" + &rule("digest", "team", Keys::P256) + "signature_type = \"simple\"\n";
+    let house = House::start(Plan { rules: Some(rules), ..Plan::default() }).await?;
+    let image = Image::oci("two rules")?;
+    house.push(&image, "team/app", &["1", "2", "3", "4"]).await?;
+    let digest = &image.manifest.digest;
+    house.wait_signed("team/app", digest, &["1", "2", "3", "4", digest]).await
+}
+
+#[tokio::test]
+async fn countersign_beside_four_cosigns_loses_nothing_that_it_found_or_wrote() -> Result<()> {
+    let mut house = House::build(Plan::default()).await?;
+    let recorder = Recorder::start(&house.registry.host()).await?;
+    house.route_registry(&recorder.url())?;
+    house.daemon.start().await?;
+    let keys = try_join_all((0..4).map(|_| KeyPair::generate())).await?;
+    let tags = ["1", "2", "3", "4"];
+
+    for round in 0..4 {
+        let image = Image::oci(&format!("beside {round}"))?;
+        let (repository, digest) = (format!("team/app-{round}"), &image.manifest.digest);
+        house.push(&image, &repository, &[]).await?;
+        let reference = house.reference(&repository, digest);
+        let cosigns = keys.iter().zip([Cosign::V2, Cosign::V3].into_iter().cycle());
+        let cosigns = try_join_all(cosigns.map(|(key, cosign)| cosign.sign(key, &reference)));
+        // A cosign needs most of its time to open its key.
+        let ours = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            house.push(&image, &repository, &tags).await
+        };
+        tokio::try_join!(cosigns, ours)?;
+
+        // cosign may have written over ours after we were done: the same push again puts that right.
+        house.registry.wait_delivered(Duration::from_secs(20)).await?;
+        house.wait_settled(u64::try_from(5 + round * 9)?, Duration::from_secs(20)).await?;
+        house.push(&image, &repository, &tags).await?;
+        house.wait_signed(&repository, digest, &tags).await?;
+        house.wait_settled(u64::try_from(9 + round * 9)?, Duration::from_secs(20)).await?;
+
+        // The last cosign to write lost nothing of its own; and every signature that is there is somebody's valid one.
+        let public_keys = keys.iter().map(|key| PublicKey::from_pem(&std::fs::read_to_string(key.public())?));
+        let mut public_keys = public_keys.collect::<Result<Vec<_>>>()?;
+        public_keys.push(house.public_key().clone());
+        let stored = signatures(&house.client, &repository, digest).await?;
+        for signature in &stored {
+            assert!(public_keys.iter().any(|key| signature.is_by(key)), "a signature of nobody's: {signature:?}");
+        }
+        let path = format!("/v2/{repository}/manifests/{}", tag_of(digest));
+        assert_what_was_found_was_kept(&recorder.exchanges(), &path)?;
+    }
+    Ok(())
+}
+
+/// docker-registry announces a push just before it lets the tag point to it.
+#[tokio::test]
+async fn an_event_that_is_faster_than_its_tag_signs_the_tag() -> Result<()> {
+    let house = House::start_quiet(None).await?;
+    let (old, new) = (Image::oci("old")?, Image::oci("new")?);
+    house.push(&old, "team/moved", &["1.0"]).await?;
+    for repository in ["team/new", "team/moved"] {
+        house.push(&new, repository, &[]).await?;
+        let event = House::event(&house.registry.host(), repository, Some("1.0"), &new.manifest.digest);
+        house.notify(Some(TOKEN), &event).await?;
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    for repository in ["team/new", "team/moved"] {
+        house.push(&new, repository, &["1.0"]).await?;
+    }
+    for repository in ["team/new", "team/moved"] {
+        house.wait_signed(repository, &new.manifest.digest, &["1.0"]).await?;
+    }
+    Ok(())
+}
+
+/// Each manifest that countersign wrote under this path holds all the layers of the one that it read last before.
+fn assert_what_was_found_was_kept(exchanges: &[Exchange], path: &str) -> Result<()> {
+    let mut found = BTreeSet::new();
+    let mut writes = 0;
+    for exchange in exchanges.iter().filter(|exchange| exchange.path == path) {
+        match (&exchange.method, exchange.status) {
+            (&Method::GET, StatusCode::OK) => found = layers(&exchange.received)?,
+            (&Method::GET, StatusCode::NOT_FOUND) => found.clear(),
+            (&Method::PUT, StatusCode::CREATED) => {
+                let written = layers(&exchange.sent)?;
+                assert!(written.is_superset(&found), "countersign dropped {:?}", found.difference(&written));
+                writes += 1;
+                found = written;
+            }
+            _ => {}
+        }
+    }
+    assert!(writes > 0, "countersign wrote nothing to {path}");
+    Ok(())
+}
+
+/// Each layer as the text of its descriptor, annotations included.
+fn layers(manifest: &[u8]) -> Result<BTreeSet<String>> {
+    let manifest: Value = serde_json::from_slice(manifest)?;
+    let layers = manifest["layers"].as_array().context("a manifest without layers")?;
+    Ok(layers.iter().map(Value::to_string).collect())
+}

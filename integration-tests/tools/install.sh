@@ -1,0 +1,182 @@
+#!/bin/bash
+# Brings what the tests and the demo need: a registry, stock verifiers, a KMS to talk to, a dependency checker.
+# Everything but a few Debian packages goes into .tools/ at the top of the tree, so that nothing here starts a service
+# or changes the machine's own cosign or skopeo. Run again at any time: what is there already is left alone.
+set -euo pipefail
+
+# Which version of each; cosign 3 is whatever Debian unstable has.
+MINISTACK=1.5.33
+CARGO_DENY=0.20.2
+CARGO_FUZZ=0.13.2
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+tools=$top/.tools
+mkdir -p "$tools/bin"
+
+say() { printf '  %-16s %s\n' "$1" "$2"; }
+fail() {
+    printf 'make tools: %s\n' "$@" >&2
+    exit 1
+}
+
+# Two runs at once would unpack into each other; and two apt runs at once delete each other's downloads.
+exec 9> "$tools/.lock"
+flock -n 9 || { say waiting "for another run of make tools"; flock 9; }
+scratch=$(mktemp -d "$tools/.unpack.XXXXXX")
+trap 'rm -rf "$scratch"' EXIT
+
+# --- Debian packages of this machine's own release ---------------------------------------------------------------
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif command -v sudo > /dev/null; then
+        sudo "$@"
+    else
+        fail "these Debian packages are missing: ${missing[*]}" "run as root once, or install them: apt-get install ${missing[*]}"
+    fi
+}
+
+install_missing() {
+    as_root apt-get -qq -o DPkg::Lock::Timeout=300 update &&
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=300 \
+            install "${missing[@]}" > /dev/null
+}
+
+debian_packages() {
+    command -v dpkg-query > /dev/null || fail "this is not a Debian system; Debian 12 is what the tests run on"
+    missing=()
+    local package
+    for package in "$@"; do
+        [ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2> /dev/null)" = "ii " ] || missing+=("$package")
+    done
+    [ ${#missing[@]} = 0 ] && return
+    say apt "installing ${missing[*]}"
+    # Another apt run may have removed what this one downloaded: once more is the cure.
+    install_missing || install_missing || fail "apt-get could not install: ${missing[*]}"
+}
+
+# --- Single packages of other Debian releases, unpacked and not installed -------------------------------------------
+
+# Where this machine gets Debian from, whichever way its sources are written.
+debian_uri() {
+    local release uri
+    release=$(. /etc/os-release && echo "${VERSION_CODENAME:-bookworm}")
+    uri=$(apt-get indextargets --format '$(REPO_URI)' "Release: $release" 'Component: main' 2> /dev/null |
+        grep -m 1 '/debian/*$' || true)
+    echo "${uri:-http://deb.debian.org/debian}"
+}
+
+# unpack SUITE FOLDER PACKAGE...: FOLDER appears whole or not at all.
+unpack() {
+    local suite=$1 folder=$2
+    shift 2
+    say "$folder" "unpacking $1 of Debian $suite"
+    local apt=$scratch/$suite
+    local options=(-qq -o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$apt/lists"
+        -o "Dir::Cache=$apt/cache" -o APT::Update::Post-Invoke= -o APT::Sandbox::User=root -o Acquire::Languages=none)
+    if [ ! -d "$apt" ]; then
+        mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
+        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(debian_uri) $suite main" > "$apt/sources.list"
+        apt-get "${options[@]}" update || fail "apt-get cannot read the package list of Debian $suite from $(debian_uri)"
+    fi
+    mkdir -p "$apt/$folder/tree"
+    (cd "$apt/$folder" && apt-get "${options[@]}" download "$@") || fail "apt-get cannot download from Debian $suite: $*"
+    local archive
+    for archive in "$apt/$folder"/*.deb; do dpkg -x "$archive" "$apt/$folder/tree"; done
+    # Debian's cosign does not know its own version.
+    echo "$1 $(dpkg-deb -f "$apt/$folder/$1"_*.deb Version) of Debian $suite" > "$apt/$folder/tree/VERSION"
+    rm -rf "${tools:?}/$folder"
+    mv "$apt/$folder/tree" "$tools/$folder"
+}
+
+# wrap NAME COMMAND...: .tools/bin/NAME runs COMMAND; $here in it is .tools.
+wrap() {
+    local name=$1
+    shift
+    printf '#!/bin/sh\nhere=$(dirname "$0")/..\nexec %s "$@"\n' "$*" > "$tools/bin/$name"
+    chmod +x "$tools/bin/$name"
+}
+
+docker_registry() {
+    # Installed, it would start listening on port 5000.
+    unpack "$(. /etc/os-release && echo "${VERSION_CODENAME:-bookworm}")" docker-registry docker-registry
+    wrap docker-registry '"$here/docker-registry/usr/bin/docker-registry"'
+}
+
+cosign2() {
+    unpack trixie cosign-2 cosign
+    wrap cosign2 '"$here/cosign-2/usr/bin/cosign"'
+}
+
+cosign3() {
+    unpack sid cosign-3 cosign
+    wrap cosign3 '"$here/cosign-3/usr/bin/cosign"'
+}
+
+skopeo() {
+    # Debian 12's own skopeo has sigstore signatures switched off. Debian 13's wants its own libc beside it.
+    unpack trixie skopeo skopeo libc6 libgpgme11t64 libassuan9 libgpg-error0 libdevmapper1.02.1 libselinux1 libpcre2-8-0 \
+        libudev1 libcap2 libsqlite3-0 libbtrfs0t64 libsubid5 libaudit1 libcap-ng0 libcrypt1
+    local loader libraries
+    loader=$(cd "$tools/skopeo" && find usr -name 'ld-linux*.so.*' | head -n 1)
+    libraries=$(cd "$tools/skopeo" && echo usr/lib/*-linux-gnu*)
+    wrap skopeo "\"\$here/skopeo/$loader\" --library-path \"\$here/skopeo/$libraries\" \"\$here/skopeo/usr/bin/skopeo\""
+}
+
+# --- What comes from Python's and Rust's registries ------------------------------------------------------------------
+
+ministack() {
+    say ministack "installing ministack $MINISTACK into its own Python environment"
+    rm -rf "$tools/ministack"
+    /usr/bin/python3 -m venv "$tools/ministack" || fail "python3 -m venv failed"
+    "$tools/ministack/bin/pip" install --quiet --disable-pip-version-check "ministack==$MINISTACK" cryptography ||
+        fail "pip cannot install ministack $MINISTACK"
+}
+
+cargo_deny() { build cargo-deny $CARGO_DENY; }
+
+cargo_fuzz() { build cargo-fuzz $CARGO_FUZZ; }
+
+build() {
+    command -v cargo > /dev/null || fail "there is no cargo; install a Rust toolchain (https://rustup.rs)"
+    say "$1" "building version $2 (a minute or two, once)"
+    # The wait for its compiler matters, its own speed does not.
+    CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
+        CARGO_TARGET_DIR="$scratch/$1" cargo install --quiet --locked --root "$tools" "$1@$2" ||
+        fail "cargo cannot build $1 $2"
+}
+
+# --- Which of it is there, and the rest ------------------------------------------------------------------------------
+
+version_of() {
+    case $1 in
+        docker-registry) "$tools/bin/docker-registry" --version && cat "$tools/docker-registry/VERSION" ;;
+        cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
+        cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
+        skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
+        ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography; print("ministack", version("ministack"))' ;;
+        cargo-deny | cargo-fuzz) "$tools/bin/$1" --version ;;
+    esac 2> /dev/null | tail -n 1
+}
+
+wanted=("$@")
+[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack cargo-deny)
+
+debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
+for tool in "${wanted[@]}"; do
+    version=$(version_of "$tool") || true
+    case $tool:$version in
+        *:) ;;
+        "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
+        docker-registry:* | cosign?:* | skopeo:*) continue ;;
+    esac
+    case $tool in
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        *) fail "there is no tool named $tool" ;;
+    esac
+    [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"
+done
+
+echo "tools in $tools:"
+for tool in "${wanted[@]}"; do say "$tool" "$(version_of "$tool")"; done

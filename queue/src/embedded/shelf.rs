@@ -1,0 +1,157 @@
+//! The few ready messages that are in memory, between the storage thread that fills in and the pullers that take out.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard},
+};
+
+use tokio::sync::Semaphore;
+
+use super::store::Stored;
+use crate::Error;
+
+/// Bodies of this many bytes at most are read ahead (a single larger message is, too).
+const BYTES: usize = 1024 * 1024;
+
+pub(super) struct Shelf {
+    inner: Mutex<Inner>,
+    /// One permit for each message in `next`, and for the error: waiting for it is waiting for a message, first come, first served.
+    arrivals: Semaphore,
+    capacity: usize,
+}
+
+#[derive(Default)]
+struct Inner {
+    next: VecDeque<Stored>,
+    /// Handed to one puller, once.
+    error: Option<Error>,
+    /// Of the bodies in `next`.
+    bytes: usize,
+    in_flight: usize,
+    /// There are ready messages on disk that are not here.
+    more: bool,
+    /// The storage thread was told already that there is room.
+    refill_asked: bool,
+    end: Option<End>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Closed,
+    /// The storage thread is gone, and not because it was asked to.
+    Died,
+}
+
+/// How much the shelf holds, for the storage thread.
+pub(super) struct Level {
+    pub messages: usize,
+    pub in_flight: usize,
+    /// It is at most half full, so that reading is worth while, and not closed.
+    pub is_low: bool,
+    /// So many more may be put on it.
+    pub room: usize,
+    pub room_bytes: usize,
+}
+
+impl Shelf {
+    pub fn new(capacity: usize) -> Self {
+        Self { inner: Mutex::default(), arrivals: Semaphore::new(0), capacity: capacity.max(1) }
+    }
+
+    /// Waits for a message; cancel-safe. With it, whether the storage thread is to be told to refill. `None` after the end.
+    pub async fn take(&self) -> Result<Option<(Stored, bool)>, Error> {
+        let Ok(arrival) = self.arrivals.acquire().await else {
+            return match self.lock().end {
+                Some(End::Died) => Err(died()),
+                Some(End::Closed) | None => Ok(None),
+            };
+        };
+        arrival.forget();
+        let mut inner = self.lock();
+        if let Some(error) = inner.error.take() {
+            return Err(error);
+        }
+        // Closed since the permit was given: the messages are still on disk.
+        let Some(stored) = inner.next.pop_front() else { return Ok(None) };
+        inner.bytes -= stored.message.body.len();
+        inner.in_flight += 1;
+        let low = inner.more && !inner.refill_asked && self.is_low(&inner);
+        inner.refill_asked |= low;
+        Ok(Some((stored, low)))
+    }
+
+    /// Puts messages behind those that are there. `more`: on disk there are further ones.
+    pub fn add(&self, messages: Vec<Stored>, more: bool) {
+        let mut inner = self.lock();
+        inner.refill_asked = false;
+        inner.more = more;
+        if inner.end.is_some() {
+            return;
+        }
+        let added = messages.len();
+        for stored in messages {
+            inner.bytes += stored.message.body.len();
+            inner.next.push_back(stored);
+        }
+        self.arrivals.add_permits(added);
+    }
+
+    /// Tells one puller that the queue cannot give messages now.
+    pub fn add_error(&self, error: Error) {
+        let mut inner = self.lock();
+        if inner.end.is_none() && inner.error.replace(error).is_none() {
+            self.arrivals.add_permits(1);
+        }
+    }
+
+    /// So many messages that were in flight are settled, or given back.
+    pub fn landed(&self, messages: usize) {
+        self.lock().in_flight -= messages;
+    }
+
+    pub fn level(&self) -> Level {
+        let inner = self.lock();
+        Level {
+            messages: inner.next.len(),
+            in_flight: inner.in_flight,
+            is_low: self.is_low(&inner) && inner.end.is_none(),
+            room: self.capacity.saturating_sub(inner.next.len()),
+            room_bytes: BYTES.saturating_sub(inner.bytes),
+        }
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.lock().end.is_some()
+    }
+
+    /// No message is handed out any more.
+    pub fn close(&self) {
+        self.end(End::Closed);
+    }
+
+    /// As [`Shelf::close`], and pullers are told that something broke, if it was not closed before.
+    pub fn died(&self) {
+        self.end(End::Died);
+    }
+
+    fn end(&self, end: End) {
+        let mut inner = self.lock();
+        inner.end.get_or_insert(end);
+        inner.next = VecDeque::new();
+        inner.bytes = 0;
+        self.arrivals.close();
+    }
+
+    fn is_low(&self, inner: &Inner) -> bool {
+        inner.next.len() <= self.capacity / 2
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("nothing panics while it holds the shelf")
+    }
+}
+
+/// What everybody hears once the storage thread is gone.
+pub(super) fn died() -> Error {
+    Error::Unavailable { what: "its storage thread ended early; restart the daemon".into(), source: None }
+}

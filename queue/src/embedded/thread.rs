@@ -1,0 +1,356 @@
+//! The one thread that reads and writes the database.
+
+use std::{
+    collections::VecDeque,
+    error::Error as StdError,
+    mem,
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, RecvTimeoutError},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use jiff::Timestamp;
+use tokio::sync::oneshot;
+
+use super::{
+    folder::Folder,
+    shelf::{Shelf, died},
+    store::{Change, Failure, Outcome, Store, Stored, nanoseconds},
+};
+use crate::{DeadLetter, Error, Stats};
+
+/// Commands that share a transaction, at most.
+const BATCH: usize = 1024;
+/// Retries whose time has come that are put in line at once; the rest in the next transaction.
+const WOKEN: usize = 256;
+/// After the disk refused something that has to be done: when to try again.
+const PAUSE: Duration = Duration::from_millis(500);
+/// The wall clock may be set while we wait for a retry's time, so it is looked at this often.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+pub(super) type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+pub(super) enum Command {
+    Change(Change, Reply<bool>),
+    /// A message was given back unsettled.
+    Release(i64),
+    /// There is room on the shelf.
+    Refill,
+    Stats(Reply<Stats>),
+    DeadLetters {
+        after: Option<String>,
+        limit: usize,
+        reply: Reply<Vec<DeadLetter>>,
+    },
+}
+
+/// The way to the thread. The thread ends, and the folder is free, once this is gone.
+pub(super) struct StorageThread {
+    commands: mpsc::Sender<Command>,
+    handle: JoinHandle<()>,
+}
+
+impl StorageThread {
+    pub fn start(
+        folder: Folder,
+        store: Store,
+        shelf: Arc<Shelf>,
+        now: Arc<dyn Fn() -> Timestamp + Send + Sync>,
+    ) -> Result<Self, Error> {
+        let (commands, inbox) = mpsc::channel();
+        let worker = Worker {
+            store,
+            _folder: folder,
+            shelf,
+            now,
+            inbox,
+            cursor: 0,
+            returned: VecDeque::new(),
+            unwritten: Vec::new(),
+            pause: None,
+        };
+        let handle = thread::Builder::new().name("queue".into()).spawn(move || worker.run()).map_err(|cause| {
+            Error::Unavailable { what: "its storage thread could not be started".into(), source: Some(cause.into()) }
+        })?;
+        Ok(Self { commands, handle })
+    }
+
+    /// Sends a command that nobody waits for. Does not block.
+    pub fn tell(&self, command: Command) {
+        // A thread that is gone has told the pullers so.
+        let _ = self.commands.send(command);
+    }
+
+    pub async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.tell(command(reply));
+        answer.await.unwrap_or_else(|_| Err(died()))
+    }
+
+    /// Has it changed, durably. False if there was no such dead letter.
+    pub async fn change(&self, change: Change) -> Result<bool, Error> {
+        self.ask(|reply| Command::Change(change, reply)).await
+    }
+
+    /// Waits until everything that was sent is done and the folder is free.
+    pub fn join(self) {
+        drop(self.commands);
+        // If it panicked, the panic has been printed, and pullers have been told.
+        let _ = self.handle.join();
+    }
+}
+
+/// A change, and who wants to know; nobody if they have been told that it could not be written yet.
+struct Asked {
+    change: Change,
+    reply: Option<Reply<bool>>,
+}
+
+impl Asked {
+    fn answer(self, answer: Result<bool, Error>) {
+        // The memory it took is free when its caller goes on.
+        drop(self.change);
+        if let Some(reply) = self.reply {
+            // They may have gone away.
+            let _ = reply.send(answer);
+        }
+    }
+
+    fn is_settlement(&self) -> bool {
+        matches!(self.change, Change::Settle { .. })
+    }
+}
+
+struct Worker {
+    // Closed before the folder is unlocked: fields drop in this order.
+    store: Store,
+    _folder: Folder,
+    shelf: Arc<Shelf>,
+    now: Arc<dyn Fn() -> Timestamp + Send + Sync>,
+    inbox: Receiver<Command>,
+    /// Everything that is ready and was in line up to this turn has been on the shelf.
+    cursor: i64,
+    /// What was given back, and is to go on the shelf again.
+    returned: VecDeque<i64>,
+    /// Settlements that the disk did not take. Their messages count as in flight.
+    unwritten: Vec<Asked>,
+    /// Until when nothing is tried that nobody asks for, because it failed.
+    pause: Option<Instant>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let _on_panic = Guard(Arc::clone(&self.shelf));
+        self.fill();
+        while let Some(commands) = self.next_commands() {
+            self.round(commands);
+        }
+        let unwritten = mem::take(&mut self.unwritten);
+        self.write(unwritten);
+    }
+
+    /// Waits for commands, or for the time to do something unasked. `None` at the end.
+    fn next_commands(&self) -> Option<Vec<Command>> {
+        let first = match self.wait() {
+            None => Some(self.inbox.recv().ok()?),
+            Some(wait) => match self.inbox.recv_timeout(wait) {
+                Ok(command) => Some(command),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return None,
+            },
+        };
+        Some(first.into_iter().chain(self.inbox.try_iter()).take(BATCH).collect())
+    }
+
+    fn wait(&self) -> Option<Duration> {
+        if let Some(end) = self.pause {
+            return Some(end.saturating_duration_since(Instant::now()));
+        }
+        let left = self.store.books().next_due?.saturating_sub(self.now());
+        Some(Duration::from_nanos(left.max(0).unsigned_abs()).min(LONGEST_WAIT))
+    }
+
+    fn round(&mut self, commands: Vec<Command>) {
+        let mut changes = Vec::new();
+        let mut questions = Vec::new();
+        for command in commands {
+            match command {
+                // Nobody waits for it any more, so nobody will say that it is durable.
+                Command::Change(Change::Push { .. }, reply) if reply.is_closed() => {}
+                Command::Change(change, reply) => changes.push(Asked { change, reply: Some(reply) }),
+                Command::Release(seq) => {
+                    self.returned.push_back(seq);
+                    self.shelf.landed(1);
+                }
+                Command::Refill => {}
+                Command::Stats(_) | Command::DeadLetters { .. } => questions.push(command),
+            }
+        }
+        let paused = self.pause.is_some_and(|end| Instant::now() < end);
+        if !paused || !changes.is_empty() {
+            changes.append(&mut self.unwritten);
+            self.write(changes);
+        }
+        self.fill();
+        for question in questions {
+            self.answer(question);
+        }
+    }
+
+    fn write(&mut self, changes: Vec<Asked>) {
+        let now = self.now();
+        let is_due = self.store.books().next_due.is_some_and(|due| due <= now);
+        if changes.is_empty() && !is_due {
+            self.pause = None;
+            return;
+        }
+        let failure = match self.transact(&changes, now) {
+            Ok(outcomes) => return self.written(changes, outcomes),
+            Err(failure) => failure,
+        };
+        let (settlements, refused): (Vec<_>, Vec<_>) = changes.into_iter().partition(Asked::is_settlement);
+        let alone = refused.is_empty();
+        for asked in refused {
+            asked.answer(Err(failure.error()));
+        }
+        // They may fit where a push did not.
+        if !alone
+            && !settlements.is_empty()
+            && let Ok(outcomes) = self.transact(&settlements, now)
+        {
+            return self.written(settlements, outcomes);
+        }
+        if is_due || !settlements.is_empty() {
+            self.rest(&failure);
+        }
+        for Asked { change, reply } in settlements {
+            if let Some(reply) = reply {
+                let _ = reply.send(Err(failure.error()));
+            }
+            self.unwritten.push(Asked { change, reply: None });
+        }
+    }
+
+    fn transact(&mut self, changes: &[Asked], now: i64) -> Result<Vec<Outcome>, Failure> {
+        let synced = changes.iter().any(|asked| asked.change.is_synced());
+        let is_due = self.store.books().next_due.is_some_and(|due| due <= now);
+        self.store.write(synced, |writing| {
+            if is_due {
+                writing.wake(now, WOKEN)?;
+            }
+            changes.iter().map(|asked| writing.apply(&asked.change, now)).collect()
+        })
+    }
+
+    fn written(&mut self, changes: Vec<Asked>, outcomes: Vec<Outcome>) {
+        if self.pause.take().is_some() {
+            tracing::info!("the queue writes again");
+        }
+        self.shelf.landed(changes.iter().filter(|asked| asked.is_settlement()).count());
+        for (asked, outcome) in changes.into_iter().zip(outcomes) {
+            asked.answer(match outcome {
+                Outcome::Done => Ok(true),
+                Outcome::Nothing => Ok(false),
+                Outcome::Duplicate(id) => Err(Error::Duplicate(id)),
+            });
+        }
+        if let Err(failure) = self.store.tidy() {
+            tracing::warn!(error = &failure.error() as &dyn StdError, "the queue's log could not be written back");
+        }
+    }
+
+    /// Puts messages on the shelf, if it is half empty and the disk is well.
+    fn fill(&mut self) {
+        if self.pause.is_some() || !self.unwritten.is_empty() {
+            return;
+        }
+        let level = self.shelf.level();
+        let ready = usize::try_from(self.store.books().ready).unwrap_or_default();
+        let mut on_disk = ready.saturating_sub(level.in_flight + level.messages);
+        let mut found = Vec::new();
+        if on_disk > 0 && level.is_low {
+            if let Err(failure) =
+                self.read_ahead(&mut found, on_disk.saturating_sub(self.returned.len()), level.room, level.room_bytes)
+            {
+                self.shelf.add_error(failure.error());
+                self.rest(&failure);
+            }
+            on_disk -= found.len();
+        }
+        self.shelf.add(found, on_disk > 0);
+    }
+
+    fn read_ahead(&mut self, found: &mut Vec<Stored>, in_line: usize, room: usize, room_bytes: usize) -> Result<(), Failure> {
+        let mut bytes = 0;
+        while found.len() < room
+            && bytes < room_bytes
+            && let Some(seq) = self.returned.front()
+        {
+            if let Some(stored) = self.store.ready(*seq)? {
+                bytes += stored.message.body.len();
+                found.push(stored);
+            }
+            self.returned.pop_front();
+        }
+        if in_line > 0 && found.len() < room && bytes < room_bytes {
+            let cursor = &mut self.cursor;
+            self.store.ready_after(*cursor, |stored| {
+                *cursor = stored.turn;
+                bytes += stored.message.body.len();
+                found.push(stored);
+                found.len() < room && bytes < room_bytes
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Leaves the disk alone for a moment.
+    fn rest(&mut self, failure: &Failure) {
+        if self.pause.replace(Instant::now() + PAUSE).is_none() {
+            tracing::error!(error = &failure.error() as &dyn StdError, "the queue waits for its disk");
+        }
+    }
+
+    fn answer(&self, question: Command) {
+        match question {
+            Command::Stats(reply) => {
+                let _ = reply.send(self.stats().map_err(|failure| failure.error()));
+            }
+            Command::DeadLetters { after, limit, reply } => {
+                let letters = self.store.dead_letters(after.as_deref(), limit);
+                let _ = reply.send(letters.map_err(|failure| failure.error()));
+            }
+            Command::Change(..) | Command::Release(_) | Command::Refill => {}
+        }
+    }
+
+    fn stats(&self) -> Result<Stats, Failure> {
+        let books = self.store.books();
+        let in_flight = self.shelf.level().in_flight as u64;
+        Ok(Stats {
+            pushed_total: books.pushed.unsigned_abs(),
+            discarded_total: books.discarded.unsigned_abs(),
+            ready: (books.ready + books.blocked).unsigned_abs().saturating_sub(in_flight),
+            waiting: books.waiting.unsigned_abs(),
+            in_flight,
+            dead: books.dead.unsigned_abs(),
+            oldest: self.store.oldest()?,
+        })
+    }
+
+    fn now(&self) -> i64 {
+        nanoseconds((self.now)())
+    }
+}
+
+/// Tells the pullers when the thread ends, be it by a panic.
+struct Guard(Arc<Shelf>);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.0.died();
+    }
+}

@@ -1,0 +1,45 @@
+//! Every backend keeps what the crate and its trait promise: one suite, run on each.
+
+mod contract {
+    pub mod suite;
+}
+
+use std::{path::Path, sync::Arc};
+
+use async_trait::async_trait;
+use contract::suite::{self, Backend};
+use countersign_queue::{Embedded, Options, Queue};
+use jiff::Timestamp;
+use tempfile::TempDir;
+
+struct EmbeddedBackend {
+    folder: TempDir,
+    queue: Option<Arc<dyn Queue>>,
+}
+
+#[async_trait]
+impl Backend for EmbeddedBackend {
+    async fn fresh() -> Self {
+        let folder = TempDir::new().unwrap();
+        let queue = Some(open(folder.path()));
+        Self { folder, queue }
+    }
+
+    fn queue(&self) -> Arc<dyn Queue> {
+        Arc::clone(self.queue.as_ref().unwrap())
+    }
+
+    async fn restart(&mut self) -> Arc<dyn Queue> {
+        self.queue = None;
+        self.queue = Some(open(self.folder.path()));
+        self.queue()
+    }
+}
+
+fn open(folder: &Path) -> Arc<dyn Queue> {
+    #[expect(clippy::disallowed_methods, reason = "the suite runs in real time")]
+    let options = Options::new(Timestamp::now);
+    Arc::new(Embedded::open(folder, options).unwrap())
+}
+
+suite::hold_to_the_contract!(embedded, EmbeddedBackend);

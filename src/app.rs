@@ -1,0 +1,278 @@
+//! Builds everything from a `Config`. The only place that names every module.
+
+mod daemon;
+
+use std::{collections::HashMap, fs, path::Path, sync::Arc};
+
+use anyhow::{Context as _, anyhow};
+use futures::future::join_all;
+use queue::{Embedded, Options};
+use tracing::{error, warn};
+
+use crate::{
+    admin::{self, Admin},
+    cli::Client,
+    clock::Clock,
+    config::{self, Backend, Config},
+    intake,
+    kms::PublicKey,
+    ledger::Ledger,
+    oci::RegistryName,
+    outcome::{Classify as _, Verdict},
+    pipeline::{Patience, Pipeline, Setup},
+    registry::{self, Registry},
+    rule::{self, Rules, Scope, TagFilter},
+    telemetry::Metrics,
+    verify::Trust,
+    witness::{self, Rate, TrustedKeySettings, TrustedKeys, Witness, WitnessSettings},
+};
+
+pub use daemon::serve;
+
+/// The state folder: queue, ledger, socket, pinned keys.
+#[must_use]
+pub fn state_folder(config: &Config) -> &Path {
+    let Backend::Embedded { path } = &config.queue.backend;
+    path
+}
+
+/// The client of a configured registry.
+pub fn registry_of(config: &Config, name: &RegistryName) -> anyhow::Result<Registry> {
+    let registry = config.registries.iter().find(|registry| registry.name == *name).ok_or_else(|| {
+        let known: Vec<_> = config.registries.iter().map(|registry| registry.name.as_str()).collect();
+        crate::cli::Usage(format!("no [[registry]] is named {name}; the configuration has {}", known.join(", ")))
+    })?;
+    open_registry(registry, None)
+}
+
+fn open_registry(registry: &config::Registry, metrics: Option<&Metrics>) -> anyhow::Result<Registry> {
+    let observer = metrics.map(|metrics| {
+        let (metrics, name) = (metrics.clone(), registry.name.to_string());
+        let observe = move |operation, result, took| metrics.registry_asked(&name, operation, result, took);
+        Arc::new(observe) as registry::Observer
+    });
+    let ca = registry
+        .ca
+        .as_ref()
+        .map(|path| fs::read(path).with_context(|| format!("{}: cannot be read", path.display())))
+        .transpose()?;
+    let settings = registry::Settings {
+        name: registry.name.clone(),
+        url: registry.url.clone(),
+        credentials: registry.login.as_ref().map(|login| registry::Credentials {
+            username: login.username.clone(),
+            password: login.password.expose().to_owned().into(),
+        }),
+        ca,
+        timeouts: registry::Timeouts::default(),
+        observer,
+    };
+    Ok(Registry::new(settings)?)
+}
+
+/// The rules, ready to be looked up.
+pub fn rules(config: &Config) -> anyhow::Result<Rules> {
+    let rule = |rule: &config::Rule| -> Result<rule::Rule, String> {
+        Ok(rule::Rule {
+            name: rule.name.clone(),
+            registry: rule.registry.clone(),
+            scope: Scope::parse(rule.scope.as_str())?,
+            exclude: rule.exclude.iter().map(|scope| Scope::parse(scope.as_str())).collect::<Result<_, _>>()?,
+            tags: (!rule.tags.is_empty()).then(|| TagFilter::parse(&rule.tags)).transpose()?,
+            created: rule.created,
+            witness: rule.witness.clone(),
+            algorithm: rule.algorithm,
+            signature_type: rule.signature_type,
+            trigger: rule.trigger,
+            untagged: rule.untagged,
+            enabled: rule.enabled,
+        })
+    };
+    let parsed: Result<Vec<_>, _> = config.rules.iter().map(rule).collect();
+    parsed.and_then(Rules::new).map_err(|error| anyhow!(error).context("the rules cannot be used"))
+}
+
+fn witness_settings(config: &Config, witness: &config::Witness) -> anyhow::Result<WitnessSettings> {
+    let verify = witness
+        .verify
+        .iter()
+        .map(|former| {
+            let pem = fs::read_to_string(&former.key)
+                .with_context(|| format!("witness {}: {} cannot be read", witness.name, former.key.display()))?;
+            let revoked = former.revoked.map(|at| (at, former.reason.clone().unwrap_or_default()));
+            Ok(TrustedKeySettings { pem, until: former.until, revoked })
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let pin = witness
+        .public_key
+        .clone()
+        .unwrap_or_else(|| state_folder(config).join("witnesses").join(format!("{}.pub.pem", witness.name)));
+    Ok(WitnessSettings {
+        name: witness.name.clone(),
+        description: witness.description.clone(),
+        key: witness.key.clone(),
+        verify,
+        rate: witness.rate.map(|rate| Rate { per_second: rate.per_second, burst: rate.burst }),
+        pin: Some(pin),
+    })
+}
+
+/// Every witness with the public keys that are known of it without asking a KMS.
+pub fn trusted_keys(config: &Config) -> anyhow::Result<Vec<(String, TrustedKeys)>> {
+    config
+        .witnesses
+        .iter()
+        .map(|witness| Ok((witness.name.clone(), TrustedKeys::offline(&witness_settings(config, witness)?)?)))
+        .collect()
+}
+
+/// The same, as verification takes it.
+pub fn trusts(known: &[(String, TrustedKeys)]) -> impl Iterator<Item = Trust<'_>> {
+    known.iter().map(|(witness, keys)| Trust { witness, keys })
+}
+
+/// A witness's public key: what is known here, else what its KMS says.
+pub async fn public_key(config: &Config, witness: &config::Witness, clock: &Clock) -> anyhow::Result<PublicKey> {
+    let settings = witness_settings(config, witness)?;
+    let known = match TrustedKeys::offline(&settings) {
+        Ok(known) => known.own().cloned(),
+        Err(witness::Error::NoKeyOffline { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    match known {
+        Some(key) => Ok(key),
+        // Not pinned from here: only the daemon decides which key it saw first.
+        None => Ok(crate::kms::open(&settings.key, clock.clone()).await?.public_key().clone()),
+    }
+}
+
+/// A witness that cannot be opened for now, and why.
+pub type Unopened = (config::Witness, witness::Error);
+
+/// Opens every witness that an enabled rule names or that is named at all; pins the keys that are seen for the first time.
+pub async fn open_witnesses(config: &Config, clock: &Clock) -> anyhow::Result<(HashMap<String, Arc<Witness>>, Vec<Unopened>)> {
+    let pins = state_folder(config).join("witnesses");
+    fs::create_dir_all(&pins).with_context(|| format!("{}: cannot be created", pins.display()))?;
+    let opened = join_all(config.witnesses.iter().map(|witness| async move {
+        let settings = witness_settings(config, witness)?;
+        anyhow::Ok((witness, Witness::open(&settings, clock.clone()).await))
+    }))
+    .await;
+    let (mut witnesses, mut unopened) = (HashMap::new(), vec![]);
+    for opened in opened {
+        match opened? {
+            (witness, Ok(open)) => {
+                check_rules(config, &open)?;
+                witnesses.insert(witness.name.clone(), Arc::new(open));
+            }
+            (witness, Err(error)) => unopened.push((witness.clone(), error)),
+        }
+    }
+    Ok((witnesses, unopened))
+}
+
+/// No rule may ask a key for what it cannot do.
+fn check_rules(config: &Config, witness: &Witness) -> anyhow::Result<()> {
+    for rule in config.rules.iter().filter(|rule| rule.witness == witness.name()) {
+        config::check_rule_against_key(rule, witness.public_key().spec().name()).map_err(|problem| anyhow!(problem))?;
+    }
+    Ok(())
+}
+
+/// Everything that the pipeline looks up. Witnesses that a KMS outage keeps shut are returned beside it; one that can never
+/// be opened as things stand is an error.
+pub async fn setup(config: &Config, clock: &Clock, metrics: &Metrics) -> anyhow::Result<(Setup, Vec<Unopened>)> {
+    let registries =
+        config.registries.iter().map(|registry| Ok((registry.name.clone(), open_registry(registry, Some(metrics))?)));
+    let registries = registries.collect::<anyhow::Result<HashMap<_, _>>>()?;
+    let rules = rules(config)?;
+    let (witnesses, unopened) = open_witnesses(config, clock).await?;
+    let mut shut = vec![];
+    for (witness, error) in unopened {
+        match error.verdict() {
+            Verdict::Retry { .. } => {
+                warn!(
+                    witness = witness.name,
+                    error = &error as &dyn std::error::Error,
+                    "a key cannot be opened for now; what it signs waits"
+                );
+                shut.push((witness, error));
+            }
+            Verdict::Refuse { cure } => return Err(anyhow::Error::from(error).context(cure)),
+            Verdict::Poison => return Err(error.into()),
+        }
+    }
+    Ok((Setup { registries, witnesses, rules }, shut))
+}
+
+/// The doors.
+#[must_use]
+pub fn sources(config: &Config) -> Vec<intake::Source> {
+    let source = |source: &config::Source| intake::Source {
+        name: source.name.clone(),
+        kind: match source.kind {
+            config::SourceKind::Distribution => intake::Kind::Distribution,
+        },
+        registry: source.registry.clone(),
+        auth: match &source.auth {
+            config::SourceAuth::Bearer { token, token_old } => intake::Auth::Bearer {
+                tokens: [Some(token), token_old.as_ref()]
+                    .into_iter()
+                    .flatten()
+                    .map(|token| token.expose().to_owned().into())
+                    .collect(),
+            },
+            config::SourceAuth::Basic(login) => {
+                intake::Auth::Basic { username: login.username.clone(), password: login.password.expose().to_owned().into() }
+            }
+        },
+    };
+    config.sources.iter().map(source).collect()
+}
+
+fn patience(config: &Config) -> Patience {
+    let retry = config.queue.retry;
+    Patience { first: retry.first, longest: retry.longest, give_up: retry.give_up }
+}
+
+fn open_queue(config: &Config, clock: &Clock) -> anyhow::Result<Embedded> {
+    let clock = clock.clone();
+    Ok(Embedded::open(state_folder(config), Options::new(move || clock.now()))?)
+}
+
+fn open_ledger(config: &Config, clock: &Clock) -> anyhow::Result<Ledger> {
+    let config::Ledger::Sqlite { path } = &config.ledger;
+    Ok(Ledger::open(path, clock.clone())?)
+}
+
+/// The administrator's API: the running daemon's, or, when none runs, one on the files. `signing` also opens the keys then.
+pub async fn client(config: &Config, clock: &Clock, signing: bool) -> anyhow::Result<Client> {
+    if let Some(client) = Client::daemon(state_folder(config)).await? {
+        return Ok(client);
+    }
+    let queue = open_queue(config, clock)?;
+    let ledger = open_ledger(config, clock)?;
+    let pipeline = if signing {
+        let metrics = Metrics::new();
+        let (setup, shut) = setup(config, clock, &metrics).await?;
+        if let Some((witness, error)) = shut.into_iter().next() {
+            error!(witness = witness.name, "its key cannot be opened");
+            return Err(error.into());
+        }
+        Some(Arc::new(Pipeline::new(setup, ledger.clone(), metrics, clock.clone(), patience(config))))
+    } else {
+        None
+    };
+    Ok(Client::Here(admin::router(Admin { queue: Arc::new(queue), ledger, pipeline, clock: clock.clone() })))
+}
+
+/// Signs a probe with a witness: 32 bytes that are no image's payload.
+pub async fn probe(config: &Config, witness: &config::Witness, clock: &Clock) -> anyhow::Result<()> {
+    const PROBE: &[u8] = b"countersign probe: this signature approves nothing";
+    let settings = WitnessSettings { pin: None, ..witness_settings(config, witness)? };
+    let opened = Witness::open(&settings, clock.clone()).await?;
+    check_rules(config, &opened)?;
+    let algorithm = crate::verify::cosign_algorithm(opened.public_key().spec());
+    opened.sign(algorithm, &sha2::Digest::finalize(<sha2::Sha256 as sha2::Digest>::new_with_prefix(PROBE)).into()).await?;
+    Ok(())
+}

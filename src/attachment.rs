@@ -1,0 +1,37 @@
+//! Media types by which a signature, attestation or SBOM is told from an image. A list of what to leave alone, not of what
+//! to sign: Helm charts and other artifacts are signed like images.
+
+/// Whether a manifest with a config of this type (or of this `artifactType`) belongs to another manifest.
+pub fn is_config(media_type: &str) -> bool {
+    is_bundle(media_type)
+        || matches!(
+            media_type,
+            "application/vnd.dev.cosign.artifact.sig.v1+json"
+                | "application/vnd.dev.cosign.artifact.att.v1+json"
+                | "application/vnd.dev.cosign.artifact.sbom.v1+json"
+                | "application/vnd.cncf.notary.signature"
+                | "application/vnd.in-toto+json"
+        )
+}
+
+/// Whether a manifest whose layers are all of such types belongs to another manifest.
+pub fn is_layer(media_type: &str) -> bool {
+    is_bundle(media_type)
+        || matches!(
+            media_type,
+            "application/vnd.dev.cosign.simplesigning.v1+json"
+                | "application/vnd.dsse.envelope.v1+json"
+                | "application/vnd.in-toto+json"
+                | "application/jose+json"
+                | "application/cose"
+                | "text/spdx"
+                | "text/spdx+json"
+                | "application/vnd.cyclonedx+json"
+                | "application/vnd.cyclonedx+xml"
+                | "application/vnd.syft+json"
+        )
+}
+
+fn is_bundle(media_type: &str) -> bool {
+    media_type.starts_with("application/vnd.dev.sigstore.bundle")
+}

@@ -1,0 +1,195 @@
+//! What an administrator types. One file a subcommand.
+
+pub mod check;
+mod client;
+pub mod explain;
+pub mod key;
+pub mod output;
+pub mod queue;
+pub mod sign;
+pub mod verify;
+pub mod witness;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use client::Client;
+
+/// Signs what is pushed to a container registry, and verifies it before it runs.
+///
+/// Start with `countersign key generate` and `countersign serve`, or read config/examples. Every command says with
+/// --help what it does and what its exit codes mean.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, arg_required_else_help = true, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// The configuration file.
+    #[arg(
+        long,
+        short,
+        global = true,
+        env = "COUNTERSIGN_CONFIG",
+        value_name = "FILE",
+        default_value = "/etc/countersign/countersign.toml"
+    )]
+    pub config: PathBuf,
+
+    /// How answers are printed.
+    #[arg(long, short, global = true, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 a negative answer (not attested, check failed); 2 wrong usage or \
+                          configuration; 3 something could not be reached.";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// For programs: one JSON document.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the daemon: take push events in, sign, answer.
+    ///
+    /// SIGTERM finishes what is in hand and exits 0; a second one aborts. SIGHUP reads the configuration again: a bad
+    /// file changes nothing and is reported in the log and in `countersign_config_last_reload_success`.
+    Serve,
+    /// Validate the configuration: all errors at once, each with file, line and column.
+    Check(CheckArgs),
+    /// Make a local key, for trying out and for small set-ups.
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Who signs.
+    #[command(subcommand)]
+    Witness(WitnessCommand),
+    /// Sign images now: what rules with `trigger = "manual"` wait for, and what was pushed before a rule was there.
+    ///
+    /// A reference is an image (`host/repository:tag`, `host/repository@sha256:…`) or, with --recursive, a namespace
+    /// (`host/namespace`) of which every tag is signed. The rules decide by whom and how.
+    Sign(SignArgs),
+    /// Say whether images are attested, by whom, and otherwise what is missing. Needs public keys only.
+    Verify(VerifyArgs),
+    /// The whole story of an image: rules that match or why they don't, signatures it has, what is queued or dead.
+    Explain(ExplainArgs),
+    /// The queue from outside. Works whether the daemon runs or not.
+    #[command(subcommand)]
+    Queue(QueueCommand),
+    /// Print completions for a shell: `countersign completions bash > /etc/bash_completion.d/countersign`.
+    Completions { shell: clap_complete::Shell },
+}
+
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Also reach every registry and key, and sign a probe with each witness.
+    #[arg(long)]
+    pub online: bool,
+    /// Print the JSON Schema of the configuration file, which editors use, and do nothing else.
+    #[arg(long, conflicts_with = "online")]
+    pub schema: bool,
+    /// Print the defaults, every key with a sentence, and do nothing else.
+    #[arg(long, conflicts_with_all = ["online", "schema"])]
+    pub defaults: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Write a new private key (PKCS#8 PEM, readable by you alone) and print its public half.
+    Generate {
+        /// `RSA_2048`, `RSA_3072`, `RSA_4096` or `EC_P256`.
+        #[arg(long, default_value = "EC_P256")]
+        spec: String,
+        /// Where to write it. An existing file is never overwritten.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum WitnessCommand {
+    /// List the witnesses with their keys. Opens each key.
+    List,
+    /// Print a witness's public key in PEM, for `cosign verify --key` and policy.json.
+    PublicKey { name: String },
+}
+
+#[derive(Debug, Args)]
+pub struct SignArgs {
+    #[arg(required = true, value_name = "REFERENCE")]
+    pub references: Vec<String>,
+    /// Take each reference for a namespace, and sign every tag of every repository in it.
+    #[arg(long, short)]
+    pub recursive: bool,
+    /// Only say what would be signed, and by which rules.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    #[arg(required = true, value_name = "REFERENCE")]
+    pub references: Vec<String>,
+    /// Only signatures of this witness count; may be given more than once, and then each must have signed.
+    #[arg(long, value_name = "NAME")]
+    pub witness: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    #[arg(value_name = "REFERENCE")]
+    pub reference: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum QueueCommand {
+    /// How many events came in, and where each stands.
+    Status,
+    /// List the dead letters: events that ran out of attempts or can never succeed.
+    Dead(Selection),
+    /// Put dead letters back into the queue, with their patience renewed.
+    Replay(SelectionAction),
+    /// Drop dead letters for good.
+    Discard(SelectionAction),
+}
+
+/// Which dead letters. Filters are combined: all must hold.
+#[derive(Debug, Args)]
+pub struct Selection {
+    /// These dead letters.
+    #[arg(value_name = "ID")]
+    pub ids: Vec<String>,
+    /// Only those of repositories that this glob matches: `team-*/**`.
+    #[arg(long, value_name = "GLOB")]
+    pub repository: Option<String>,
+    /// Only those of this kind: refused, `gave_up` or poison.
+    #[arg(long, value_name = "KIND")]
+    pub kind: Option<String>,
+    /// Only those whose reason holds this text.
+    #[arg(long, value_name = "TEXT")]
+    pub error: Option<String>,
+    /// Only those that were buried at least this long ago: 30m, 24h.
+    #[arg(long, value_name = "AGE")]
+    pub older_than: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct SelectionAction {
+    #[command(flatten)]
+    pub selection: Selection,
+    /// All dead letters (that the filters hold).
+    #[arg(long)]
+    pub all: bool,
+    /// Only say which.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// What was asked cannot be meant: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);

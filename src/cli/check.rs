@@ -1,0 +1,95 @@
+//! `countersign check`: is this configuration good, and with `--online`, does all that it names answer.
+
+use std::process::ExitCode;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::{CheckArgs, Output, output};
+use crate::{
+    app,
+    clock::Clock,
+    config::{Config, DEFAULT_TOML, Problem, Problems, in_full, schema},
+};
+
+#[derive(Debug, Serialize)]
+struct Answer {
+    ok: bool,
+    problems: Vec<Value>,
+    online: Vec<Reached>,
+}
+
+/// One thing that was asked.
+#[derive(Debug, Serialize)]
+struct Reached {
+    what: String,
+    ok: bool,
+    error: Option<String>,
+}
+
+/// `loaded` is what loading the configuration gave.
+pub async fn run(
+    loaded: Result<(Config, Vec<Problem>), Problems>,
+    clock: &Clock,
+    args: &CheckArgs,
+    output: Output,
+) -> anyhow::Result<ExitCode> {
+    let (config, problems) = match loaded {
+        Ok((config, warnings)) => (Some(config), warnings),
+        Err(problems) => (None, problems.iter().cloned().collect()),
+    };
+    let mut answer = Answer { ok: config.is_some(), problems: problems.iter().map(Problem::to_json).collect(), online: vec![] };
+    if let Some(config) = config.as_ref().filter(|_| args.online) {
+        answer.online = online(config, clock).await;
+    }
+    let unreached = answer.online.iter().any(|reached| !reached.ok);
+    output::print(output, &answer, |answer| {
+        let mut text = in_full(&problems);
+        for reached in &answer.online {
+            match &reached.error {
+                None => text.push_str(&format!("ok: {}\n", reached.what)),
+                Some(error) => text.push_str(&format!("failed: {}: {error}\n", reached.what)),
+            }
+        }
+        if answer.ok && !unreached {
+            text.push_str("the configuration is good");
+        }
+        text
+    });
+    Ok(match (answer.ok, unreached) {
+        (false, _) => ExitCode::from(1),
+        (true, true) => ExitCode::from(3),
+        (true, false) => ExitCode::SUCCESS,
+    })
+}
+
+/// Prints what needs no configuration.
+pub fn print_reference(args: &CheckArgs) -> bool {
+    let text = if args.schema {
+        serde_json::to_string_pretty(&schema()).expect("a schema is plain data")
+    } else if args.defaults {
+        DEFAULT_TOML.to_owned()
+    } else {
+        return false;
+    };
+    output::print(Output::Text, &json!(null), |_| text);
+    true
+}
+
+async fn online(config: &Config, clock: &Clock) -> Vec<Reached> {
+    let mut all = vec![];
+    for registry in &config.registries {
+        let reached = async { anyhow::Ok(app::registry_of(config, &registry.name)?.ping().await?) }.await;
+        all.push(reached_or(format!("registry {}", registry.name), reached));
+    }
+    for witness in &config.witnesses {
+        let what = format!("witness {} signs a probe with {}", witness.name, witness.key);
+        all.push(reached_or(what, app::probe(config, witness, clock).await));
+    }
+    all
+}
+
+fn reached_or(what: String, result: anyhow::Result<()>) -> Reached {
+    let error = result.err().map(|error| format!("{error:#}"));
+    Reached { what, ok: error.is_none(), error }
+}

@@ -1,0 +1,157 @@
+//! `countersign explain`: the whole story of an image.
+
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use super::{
+    Client, Output, output,
+    verify::{parse_image, render_signatures},
+};
+use crate::{
+    admin::{DeadLetterView, Page, QueueStatus, Story, StoryRequest},
+    app,
+    clock::Clock,
+    config::Config,
+    oci::Reference,
+    outcome::Outcome,
+    rule::{Matches, Occasion, Trigger},
+    verify::{Examination, examine},
+};
+
+#[derive(Debug, Serialize)]
+struct Explanation {
+    reference: Reference,
+    rules: Vec<RuleLine>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    examination: Option<Examination>,
+    /// Why the registry could not be asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    registry_error: Option<String>,
+    story: Story,
+    dead_letters: Vec<DeadLetterView>,
+    queued_in_all: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct RuleLine {
+    rule: String,
+    witness: String,
+    signs: bool,
+    reason: Option<&'static str>,
+}
+
+pub async fn run(config: &Config, client: &Client, clock: &Clock, reference: &str, output: Output) -> anyhow::Result<ExitCode> {
+    let reference = parse_image(reference)?;
+    let rules = app::rules(config)?;
+    let Matches { matched, skipped } = rules.matching(&Occasion {
+        registry: &reference.registry,
+        repository: &reference.repository,
+        tag: reference.tag.as_ref(),
+        pushed_at: clock.now(),
+        trigger: Trigger::Automatic,
+    });
+    let signing =
+        matched.iter().map(|rule| RuleLine { rule: rule.name.clone(), witness: rule.witness.clone(), signs: true, reason: None });
+    let others = skipped.iter().map(|(rule, skip)| RuleLine {
+        rule: rule.name.clone(),
+        witness: rule.witness.clone(),
+        signs: false,
+        reason: Some(skip.reason()),
+    });
+    let rules = signing.chain(others).collect();
+
+    let (mut examination, mut registry_error) = (None, None);
+    match app::registry_of(config, &reference.registry) {
+        Ok(registry) => {
+            let known = app::trusted_keys(config)?;
+            let trusts: Vec<_> = app::trusts(&known).collect();
+            match examine(&registry, &reference, &trusts, clock.now()).await {
+                Ok(found) => examination = Some(found),
+                Err(error) => registry_error = Some(format!("{:#}", anyhow::Error::from(error))),
+            }
+        }
+        Err(error) => registry_error = Some(format!("{error:#}")),
+    }
+    let digest = examination.as_ref().and_then(|examination| examination.digest.clone()).or_else(|| reference.digest.clone());
+    let request = StoryRequest {
+        registry: reference.registry.clone(),
+        repository: reference.repository.clone(),
+        tag: reference.tag.clone(),
+        digest,
+    };
+    let story: Story = client.get("/api/v1/story", &request).await?;
+    let status: QueueStatus = client.get("/api/v1/queue", &()).await?;
+    let explanation = Explanation {
+        dead_letters: dead_letters(client, &reference).await?,
+        reference,
+        rules,
+        examination,
+        registry_error,
+        story,
+        queued_in_all: status.queued,
+    };
+    output::print(output, &explanation, render);
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn dead_letters(client: &Client, reference: &Reference) -> anyhow::Result<Vec<DeadLetterView>> {
+    let mut found = vec![];
+    let mut page = Page::default();
+    loop {
+        let more: Vec<DeadLetterView> = client.get("/api/v1/queue/dead", &page).await?;
+        let Some(last) = more.last() else { return Ok(found) };
+        page.after = Some(last.id.clone());
+        found.extend(more.into_iter().filter(|letter| {
+            letter.image.as_ref().is_some_and(|image| {
+                image.registry == reference.registry
+                    && image.repository == reference.repository
+                    && (reference.tag.is_none() || image.tag == reference.tag)
+                    && reference.digest.as_ref().is_none_or(|digest| *digest == image.digest)
+            })
+        }));
+    }
+}
+
+fn render(explanation: &Explanation) -> String {
+    let mut text = format!("{}\n\nrules", explanation.reference);
+    if explanation.rules.is_empty() {
+        text.push_str("\n  no rule's scope holds this repository: nothing signs it");
+    }
+    for rule in &explanation.rules {
+        match rule.reason {
+            None => text.push_str(&format!("\n  {} signs it, with witness {}", rule.rule, rule.witness)),
+            Some(reason) => text.push_str(&format!("\n  {} does not: {reason}", rule.rule)),
+        }
+    }
+    text.push_str("\n\nregistry");
+    match (&explanation.examination, &explanation.registry_error) {
+        (_, Some(error)) => text.push_str(&format!("\n  could not be asked: {error}")),
+        (Some(examination), None) => {
+            match &examination.digest {
+                Some(digest) => text.push_str(&format!("\n  digest {digest}")),
+                None => text.push_str("\n  has no such image"),
+            }
+            text.push_str(&render_signatures(examination));
+        }
+        (None, None) => {}
+    }
+    text.push_str("\n\nevents, newest first");
+    if explanation.story.events.is_empty() {
+        text.push_str(&format!("\n  none is on record ({} are queued in all)", explanation.queued_in_all));
+    }
+    for record in &explanation.story.events {
+        let source = record.event.source.as_deref().unwrap_or("unknown");
+        text.push_str(&format!("\n  {} by {source}: {}", record.concluded_at, record.outcome.name().replace('_', " ")));
+        if let Outcome::Skipped(skip) = &record.outcome {
+            text.push_str(&format!(", {skip}"));
+        }
+        if let Some(detail) = &record.detail {
+            text.push_str(&format!(", try {}: {detail}", record.attempt));
+        }
+    }
+    for letter in &explanation.dead_letters {
+        text.push_str(&format!("\n  dead letter {} ({}): {}", letter.id, letter.kind, letter.reason));
+    }
+    text
+}

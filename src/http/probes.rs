@@ -1,0 +1,179 @@
+use std::{fmt, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::State,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use futures::future::{BoxFuture, join_all};
+use http::StatusCode;
+use serde_json::{Value, json};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout},
+};
+
+use super::Problem;
+
+/// What one check may take.
+const DEADLINE: Duration = Duration::from_secs(2);
+/// How long an answer stands, so that probes cannot hammer a registry.
+const FRESH: Duration = Duration::from_secs(1);
+
+type Check = Box<dyn Fn() -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
+
+/// Whether this process can do its work, as named checks say.
+#[derive(Default)]
+pub struct Readiness {
+    checks: Vec<(String, Check)>,
+    last: Mutex<Option<Results>>,
+}
+
+/// What the checks said, in their order.
+struct Results {
+    at: Instant,
+    each: Vec<Result<(), String>>,
+}
+
+impl Readiness {
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a check. Its reason for failing is shown to whoever may probe: it must hold no secret. It is dropped, and has
+    /// failed, after two seconds.
+    #[must_use]
+    pub fn check<F, R>(mut self, name: impl Into<String>, check: F) -> Self
+    where
+        F: Fn() -> R + Send + Sync + 'static,
+        R: Future<Output = Result<(), String>> + Send + 'static,
+    {
+        self.checks.push((name.into(), Box::new(move || Box::pin(check()))));
+        self
+    }
+
+    /// `/livez`: 200 while requests are answered at all. `/readyz`: 200, or 503 as a problem document; in both the member
+    /// `checks` has each check's name, whether it is `ok`, and the `reason` if it is not.
+    pub fn router(self: Arc<Self>) -> Router {
+        Router::new()
+            .route("/livez", get(async || Json(json!({ "status": "alive" }))))
+            .route("/readyz", get(async |State(readiness): State<Arc<Self>>| readiness.answer().await))
+            .with_state(self)
+    }
+
+    async fn answer(&self) -> Response {
+        // Held while the checks run: who comes meanwhile waits for the same result.
+        let mut last = self.last.lock().await;
+        let results = match &*last {
+            Some(Results { at, each }) if at.elapsed() < FRESH => each,
+            _ => {
+                let each = join_all(self.checks.iter().map(|(_, check)| run(check))).await;
+                &last.insert(Results { at: Instant::now(), each }).each
+            }
+        };
+        let checks: Vec<Value> = self
+            .checks
+            .iter()
+            .zip(results)
+            .map(|((name, _), result)| match result {
+                Ok(()) => json!({ "name": name, "ok": true }),
+                Err(reason) => json!({ "name": name, "ok": false, "reason": reason }),
+            })
+            .collect();
+        if results.iter().all(Result::is_ok) {
+            return Json(json!({ "status": "ready", "checks": checks })).into_response();
+        }
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, "not ready").with("checks", checks).into_response()
+    }
+}
+
+async fn run(check: &Check) -> Result<(), String> {
+    timeout(DEADLINE, check()).await.unwrap_or_else(|_| Err(format!("no answer within {} s", DEADLINE.as_secs())))
+}
+
+impl fmt::Debug for Readiness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.checks.iter().map(|(name, _)| name)).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use axum::body::Body;
+    use http::{Request, header};
+    use http_body_util::BodyExt;
+    use tokio::sync::Barrier;
+    use tower::ServiceExt;
+
+    use super::*;
+
+    async fn probe(readiness: &Arc<Readiness>, path: &str) -> (StatusCode, Value) {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        let response = Arc::clone(readiness).router().oneshot(request).await.unwrap();
+        let status = response.status();
+        let kind = response.headers()[header::CONTENT_TYPE].clone();
+        assert_eq!(kind, if status.is_success() { "application/json" } else { "application/problem+json" });
+        (status, serde_json::from_slice(&response.into_body().collect().await.unwrap().to_bytes()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn ready_is_when_every_check_says_so() {
+        let readiness = Arc::new(Readiness::new().check("queue", async || Ok(())).check("keys", async || Ok(())));
+        let (status, body) = probe(&readiness, "/readyz").await;
+        assert_eq!(status, StatusCode::OK);
+        assert_eq!(body["checks"], json!([{ "name": "queue", "ok": true }, { "name": "keys", "ok": true }]));
+
+        let readiness =
+            Arc::new(Readiness::new().check("queue", async || Ok(())).check("keys", async || Err("no answer".to_owned())));
+        let (status, body) = probe(&readiness, "/readyz").await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(
+            body["checks"],
+            json!([{ "name": "queue", "ok": true }, { "name": "keys", "ok": false, "reason": "no answer" }])
+        );
+        assert_eq!(probe(&readiness, "/livez").await.0, StatusCode::OK, "alive all the same");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn checks_run_beside_each_other() {
+        let barrier = Arc::new(Barrier::new(2));
+        let meet = move || {
+            let barrier = Arc::clone(&barrier);
+            async move {
+                barrier.wait().await;
+                Ok(())
+            }
+        };
+        let readiness = Arc::new(Readiness::new().check("one", meet.clone()).check("other", meet));
+        assert_eq!(probe(&readiness, "/readyz").await.0, StatusCode::OK);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_check_that_hangs_has_failed_after_two_seconds() {
+        let readiness = Arc::new(Readiness::new().check("registry", std::future::pending));
+        let start = Instant::now();
+        assert_eq!(probe(&readiness, "/readyz").await.1["checks"][0]["reason"], "no answer within 2 s");
+        assert_eq!(start.elapsed().as_secs(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn probes_within_a_second_share_one_answer() {
+        let runs = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&runs);
+        let readiness = Arc::new(Readiness::new().check("registry", move || {
+            counted.fetch_add(1, SeqCst);
+            async { Ok(()) }
+        }));
+        for _ in 0..10 {
+            futures::future::join(probe(&readiness, "/readyz"), probe(&readiness, "/readyz")).await;
+        }
+        assert_eq!(runs.load(SeqCst), 1);
+        tokio::time::advance(FRESH).await;
+        probe(&readiness, "/readyz").await;
+        assert_eq!(runs.load(SeqCst), 2);
+    }
+}

@@ -1,0 +1,249 @@
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use aws_credential_types::Credentials;
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode, header::DATE};
+use jiff::{SignedDuration, Timestamp, fmt::rfc2822};
+use serde::{Serialize, de::DeserializeOwned};
+
+use super::{
+    Environment,
+    credentials::{CredentialsError, Provider},
+    fault::{Class, Fault},
+    place::Place,
+    sigv4::signed_headers,
+};
+use crate::{
+    clock::Clock,
+    kms::{Error, KeyUri},
+};
+
+/// Speaks to one KMS endpoint: awsJson 1.1 over HTTP, requests signed by Signature Version 4.
+#[derive(Debug)]
+pub(super) struct Client {
+    uri: Arc<KeyUri>,
+    place: Place,
+    http: reqwest::Client,
+    credentials: Provider,
+    clock: Clock,
+    /// Seconds that the KMS's clock is ahead of ours; 0 until it complains.
+    ahead: AtomicI64,
+}
+
+/// How long a KMS may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    pub(super) connect: Duration,
+    /// From the first byte sent to the last one received.
+    pub(super) attempt: Duration,
+}
+
+impl Patience {
+    pub(super) const USUAL: Self = Self { connect: Duration::from_secs(2), attempt: Duration::from_secs(5) };
+}
+
+/// An operation of the service model.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Operation {
+    DescribeKey,
+    GetPublicKey,
+    Sign,
+}
+
+/// An error, and whether the state of the key is its cause.
+pub(super) struct Failed {
+    pub(super) error: Error,
+    pub(super) by_state: bool,
+}
+
+struct Answer {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Vec<u8>,
+}
+
+/// The largest honest answer is a description of a few kilobytes.
+const LARGEST_ANSWER: usize = 64 * 1024;
+/// AWS takes 5 minutes; the date in an answer is only as exact as the answer is fast.
+const LEAST_SKEW: SignedDuration = SignedDuration::from_secs(60);
+
+impl Client {
+    pub(super) fn new(uri: &KeyUri, clock: Clock, environment: &Environment, patience: Patience) -> Result<Self, Error> {
+        let place = Place::of(uri, environment)?;
+        let mut http = reqwest::Client::builder()
+            .connect_timeout(patience.connect)
+            .timeout(patience.attempt)
+            .redirect(reqwest::redirect::Policy::none())
+            .user_agent(concat!("countersign/", env!("CARGO_PKG_VERSION")));
+        if place.is_this_machine() {
+            http = http.no_proxy();
+        }
+        let http = http.build().map_err(|error| Error::Misconfigured {
+            key: Arc::new(uri.clone()),
+            what: format!("no connection to a KMS can be set up here: {error}"),
+        })?;
+        let credentials = Provider::new(environment.clone());
+        Ok(Self { uri: Arc::new(uri.clone()), place, http, credentials, clock, ahead: AtomicI64::new(0) })
+    }
+
+    pub(super) fn key_uri(&self) -> &KeyUri {
+        &self.uri
+    }
+
+    /// The reference as errors hold it.
+    pub(super) fn uri(&self) -> Arc<KeyUri> {
+        Arc::clone(&self.uri)
+    }
+
+    pub(super) fn bad(&self, what: impl Into<String>) -> Error {
+        Error::BadResponse { key: self.uri(), what: what.into() }
+    }
+
+    /// Calls an operation. Asks once more within the call where that can help at once: after the credentials were read anew,
+    /// and after the time was set by the KMS's clock.
+    pub(super) async fn call<A: DeserializeOwned>(&self, operation: Operation, request: &impl Serialize) -> Result<A, Failed> {
+        let body = Bytes::from(serde_json::to_vec(request).expect("the requests are plain structs of texts"));
+        let no_credentials = |error: CredentialsError| Error::Credentials { key: self.uri(), what: error.to_string() };
+        let mut credentials = self.credentials.current().await.map_err(no_credentials)?;
+        let (mut renewed, mut time_set) = (false, false);
+        loop {
+            let answer = self.send(&credentials, operation, body.clone()).await?;
+            if answer.status == StatusCode::OK {
+                return serde_json::from_slice(&answer.body).map_err(|error| {
+                    // Not serde's own message, which can repeat what the answer held.
+                    let (line, column) = (error.line(), error.column());
+                    self.bad(format!("what came for {} is not the JSON of one (line {line}, column {column})", operation.name()))
+                        .into()
+                });
+            }
+            let fault = Fault::of(answer.status, &answer.headers, &answer.body);
+            match fault.class {
+                Class::CredentialsExpired if !renewed => {
+                    renewed = true;
+                    tracing::info!(key = %self.uri, what = fault.what, "the KMS no longer takes the credentials: reading them anew");
+                    credentials = self.credentials.renewed(&credentials).await.map_err(no_credentials)?;
+                }
+                Class::Clock if !time_set && self.set_time(&answer.headers) => time_set = true,
+                _ => return Err(self.failed(operation, fault, &credentials)),
+            }
+        }
+    }
+
+    async fn send(&self, credentials: &Credentials, operation: Operation, body: Bytes) -> Result<Answer, Error> {
+        let unreachable = |error: reqwest::Error| {
+            let at = self.place.endpoint.to_string();
+            Error::Unreachable { key: self.uri(), at, source: Box::new(error.without_url()) }
+        };
+        let url = self.place.endpoint.as_str();
+        let signed = signed_headers(credentials, &self.place.region, self.now(), url, operation.target(), &body);
+        let headers = signed.map_err(|error| Error::Credentials {
+            key: self.uri(),
+            what: format!("a request cannot be signed with these credentials: {error}"),
+        })?;
+        let request = self.http.post(self.place.endpoint.clone()).headers(headers).body(body);
+        let mut response = request.send().await.map_err(unreachable)?;
+        let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(unreachable)? {
+            if body.len() + chunk.len() > LARGEST_ANSWER {
+                return Err(self.bad(format!("HTTP {} with more than {LARGEST_ANSWER} bytes", status.as_u16())));
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(Answer { status, headers, body })
+    }
+
+    fn now(&self) -> Timestamp {
+        let ahead = SignedDuration::from_secs(self.ahead.load(Ordering::Relaxed));
+        let now = self.clock.now();
+        now.checked_add(ahead).unwrap_or(now)
+    }
+
+    /// Takes the KMS's time from an answer. Whether that differs from what the request was signed with.
+    fn set_time(&self, headers: &HeaderMap) -> bool {
+        let date = headers.get(DATE).and_then(|date| rfc2822::DateTimeParser::new().parse_timestamp(date).ok());
+        let Some(theirs) = date else { return false };
+        let ours = self.clock.now();
+        if theirs.duration_since(self.now()).abs() < LEAST_SKEW {
+            return false;
+        }
+        let ahead = theirs.duration_since(ours).as_secs();
+        self.ahead.store(ahead, Ordering::Relaxed);
+        tracing::warn!(key = %self.uri, seconds = -ahead, "this machine's clock differs from the KMS's: set it right; signing by the KMS's until then");
+        true
+    }
+
+    fn failed(&self, operation: Operation, fault: Fault, credentials: &Credentials) -> Failed {
+        let key = self.uri();
+        let Fault { class, what, retry_after } = fault;
+        // A peer that repeats what it was sent shall not bring it into a log.
+        let what = [credentials.session_token(), Some(credentials.secret_access_key())]
+            .into_iter()
+            .flatten()
+            .filter(|secret| secret.len() > 3)
+            .fold(what, |what, secret| what.replace(secret, "<redacted>"));
+        let (operation, region) = (operation.name(), &self.place.region);
+        let error = match class {
+            Class::Throttled => Error::Throttled { key, what: format!("{operation}: {what}"), retry_after },
+            Class::Transient => {
+                Error::Transient { key, what: format!("the KMS could not carry out {operation} just now: {what}") }
+            }
+            Class::Clock => {
+                let what = format!(
+                    "the KMS finds the time of a request wrong, also by its own clock: set this machine's clock right: {what}"
+                );
+                Error::Transient { key, what }
+            }
+            Class::CredentialsExpired => {
+                Error::Credentials { key, what: format!("the KMS does not know the credentials, or no longer: {what}") }
+            }
+            Class::BadCredentials => {
+                let what = format!(
+                    "the KMS finds {operation} wrongly signed: the secret access key is not the one of the access key id: {what}"
+                );
+                Error::Credentials { key, what }
+            }
+            Class::Denied => Error::Denied { key, what: format!("the KMS refuses this identity {operation}: {what}") },
+            Class::KeyUnusable | Class::InvalidState => {
+                Error::KeyUnusable { key, what: format!("the key cannot be used for {operation}: {what}") }
+            }
+            Class::NotFound => Error::NotFound { key, what: format!("there is no such key in region {region}: {what}") },
+            Class::Misconfigured => {
+                Error::Misconfigured { key, what: format!("{} did not understand {operation}: {what}", self.place.endpoint) }
+            }
+        };
+        Failed { error, by_state: class == Class::InvalidState }
+    }
+}
+
+impl Operation {
+    fn name(self) -> &'static str {
+        self.target().strip_prefix("TrentService.").expect("every target has the service's name")
+    }
+
+    fn target(self) -> &'static str {
+        match self {
+            Self::DescribeKey => "TrentService.DescribeKey",
+            Self::GetPublicKey => "TrentService.GetPublicKey",
+            Self::Sign => "TrentService.Sign",
+        }
+    }
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self { error, by_state: false }
+    }
+}
+
+impl From<Failed> for Error {
+    fn from(failed: Failed) -> Self {
+        failed.error
+    }
+}

@@ -1,0 +1,214 @@
+use std::time::Duration;
+
+use http::{HeaderMap, StatusCode, header::RETRY_AFTER};
+use serde::Deserialize;
+
+/// What an error answer of KMS says.
+#[derive(Debug)]
+pub(super) struct Fault {
+    pub(super) class: Class,
+    /// The code and the message, for people. Bounded, and without anything that ends a line.
+    pub(super) what: String,
+    pub(super) retry_after: Option<Duration>,
+}
+
+/// What an error answer means for what happens next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Class {
+    Throttled,
+    Transient,
+    /// The credentials are past their time, or unknown: reading them anew may help.
+    CredentialsExpired,
+    /// The request was signed for a time that is not the KMS's.
+    Clock,
+    /// The signature is not the one that the secret key makes.
+    BadCredentials,
+    Denied,
+    /// The state of the key forbids it. Some states pass: `DescribeKey` tells.
+    InvalidState,
+    KeyUnusable,
+    NotFound,
+    Misconfigured,
+}
+
+impl Fault {
+    pub(super) fn of(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Self {
+        let ErrorBody { code, message } = serde_json::from_slice(body).unwrap_or_default();
+        // The header comes as `Code:http://…`, the field as `namespace#Code`.
+        let header = headers.get("x-amzn-errortype").and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let code = if code.is_empty() { header } else { &code };
+        let code = code.rsplit('#').next().unwrap_or_default();
+        let code = one_line(code.split(':').next().unwrap_or_default(), 64);
+        let class = classify(status, &code, &message);
+        // Where a signature is wrong, AWS goes on to repeat the request, session token included, from the second line on.
+        let message = one_line(message.trim().lines().next().unwrap_or_default(), 300);
+        let mut what = format!("HTTP {}", status.as_u16());
+        for part in [&code, &message] {
+            if !part.is_empty() {
+                what = format!("{what}: {part}");
+            }
+        }
+        if let Some(id) = headers.get("x-amzn-requestid").and_then(|value| value.to_str().ok()) {
+            what = format!("{what} (request {})", one_line(id, 64));
+        }
+        let seconds = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        Self { class, what, retry_after: seconds.map(Duration::from_secs) }
+    }
+}
+
+fn classify(status: StatusCode, code: &str, message: &str) -> Class {
+    match code {
+        "ThrottlingException"
+        | "Throttling"
+        | "ThrottledException"
+        | "TooManyRequestsException"
+        | "RequestThrottled"
+        | "RequestThrottledException"
+        | "RequestLimitExceeded"
+        | "LimitExceededException"
+        | "SlowDown" => Class::Throttled,
+        "KMSInternalException"
+        | "DependencyTimeoutException"
+        | "KeyUnavailableException"
+        | "ServiceUnavailable"
+        | "ServiceUnavailableException"
+        | "InternalFailure"
+        | "InternalServerError"
+        | "RequestTimeout"
+        | "RequestTimeoutException" => Class::Transient,
+        "ExpiredTokenException"
+        | "ExpiredToken"
+        | "UnrecognizedClientException"
+        | "InvalidClientTokenId"
+        | "InvalidClientTokenIdException"
+        | "RequestExpired" => Class::CredentialsExpired,
+        "RequestTimeTooSkewed" => Class::Clock,
+        "InvalidSignatureException" | "SignatureDoesNotMatch" => {
+            if message.contains("Signature expired") || message.contains("not yet current") {
+                Class::Clock
+            } else {
+                Class::BadCredentials
+            }
+        }
+        "IncompleteSignature"
+        | "IncompleteSignatureException"
+        | "MissingAuthenticationToken"
+        | "MissingAuthenticationTokenException" => Class::BadCredentials,
+        "AccessDeniedException" | "AccessDenied" | "OptInRequired" | "NotAuthorized" => Class::Denied,
+        "KMSInvalidStateException" => Class::InvalidState,
+        "DisabledException" | "InvalidKeyUsageException" | "UnsupportedOperationException" => Class::KeyUnusable,
+        "NotFoundException" | "InvalidArnException" => Class::NotFound,
+        "ValidationException" | "SerializationException" => Class::Misconfigured,
+        _ => match status.as_u16() {
+            429 => Class::Throttled,
+            408 | 500.. => Class::Transient,
+            401 | 403 => Class::Denied,
+            _ => Class::Misconfigured,
+        },
+    }
+}
+
+/// At most so many characters, none of which ends a line or moves a cursor.
+fn one_line(text: &str, most: usize) -> String {
+    let mut line: String = text.chars().filter(|c| !c.is_control()).take(most + 1).collect();
+    if line.chars().count() > most {
+        line.pop();
+        line.push('…');
+    }
+    line
+}
+
+#[derive(Deserialize, Default)]
+struct ErrorBody {
+    #[serde(rename = "__type", default)]
+    code: String,
+    #[serde(alias = "Message", default)]
+    message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn class(status: u16, body: &str) -> Class {
+        Fault::of(StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), body.as_bytes()).class
+    }
+
+    #[test]
+    fn codes_mean_what_the_service_model_says() {
+        for (code, expected) in [
+            ("ThrottlingException", Class::Throttled),
+            ("LimitExceededException", Class::Throttled),
+            ("TooManyRequestsException", Class::Throttled),
+            ("RequestLimitExceeded", Class::Throttled),
+            ("SlowDown", Class::Throttled),
+            ("KMSInternalException", Class::Transient),
+            ("DependencyTimeoutException", Class::Transient),
+            ("KeyUnavailableException", Class::Transient),
+            ("ExpiredTokenException", Class::CredentialsExpired),
+            ("UnrecognizedClientException", Class::CredentialsExpired),
+            ("AccessDeniedException", Class::Denied),
+            ("InvalidSignatureException", Class::BadCredentials),
+            ("IncompleteSignature", Class::BadCredentials),
+            ("MissingAuthenticationToken", Class::BadCredentials),
+            ("OptInRequired", Class::Denied),
+            ("DisabledException", Class::KeyUnusable),
+            ("KMSInvalidStateException", Class::InvalidState),
+            ("InvalidKeyUsageException", Class::KeyUnusable),
+            ("UnsupportedOperationException", Class::KeyUnusable),
+            ("NotFoundException", Class::NotFound),
+            ("InvalidArnException", Class::NotFound),
+            ("ValidationException", Class::Misconfigured),
+            ("SerializationException", Class::Misconfigured),
+            ("SomethingNewException", Class::Misconfigured),
+        ] {
+            assert_eq!(class(400, &format!(r#"{{"__type":"{code}","message":"m"}}"#)), expected, "{code}");
+            assert_eq!(class(400, &format!(r#"{{"__type":"com.amazonaws.kms#{code}","Message":"m"}}"#)), expected, "{code}");
+        }
+        for skewed in ["Signature expired: 20260101T000000Z is now earlier than", "Signature not yet current: 2026"] {
+            assert_eq!(class(400, &format!(r#"{{"__type":"InvalidSignatureException","message":"{skewed}"}}"#)), Class::Clock);
+        }
+    }
+
+    #[test]
+    fn without_a_code_the_status_decides() {
+        for (status, expected) in [
+            (429, Class::Throttled),
+            (500, Class::Transient),
+            (502, Class::Transient),
+            (503, Class::Transient),
+            (504, Class::Transient),
+            (408, Class::Transient),
+            (401, Class::Denied),
+            (403, Class::Denied),
+            (400, Class::Misconfigured),
+            (404, Class::Misconfigured),
+            (301, Class::Misconfigured),
+        ] {
+            for body in ["", "<html>", "{}", "[1]", r#"{"__type":7}"#, "\u{0}"] {
+                assert_eq!(class(status, body), expected, "{status} {body}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_headers_count_where_the_body_is_silent() {
+        let mut headers = HeaderMap::new();
+        headers.insert("x-amzn-errortype", "NotFoundException:http://internal.amazon.com/".parse().unwrap());
+        headers.insert("x-amzn-requestid", "2f1c".parse().unwrap());
+        headers.insert(RETRY_AFTER, "7".parse().unwrap());
+        let fault = Fault::of(StatusCode::BAD_REQUEST, &headers, b"");
+        assert_eq!((fault.class, fault.retry_after), (Class::NotFound, Some(Duration::from_secs(7))));
+        assert_eq!(fault.what, "HTTP 400: NotFoundException (request 2f1c)");
+    }
+
+    #[test]
+    fn a_message_is_one_bounded_line() {
+        let body = r#"{"__type":"InvalidSignatureException","message":"It does not match.\n\nThe Canonical String was 'x-amz-security-token:SECRET'"}"#;
+        let fault = Fault::of(StatusCode::BAD_REQUEST, &HeaderMap::new(), body.as_bytes());
+        assert_eq!(fault.what, "HTTP 400: InvalidSignatureException: It does not match.");
+        let body = format!(r#"{{"__type":"{}","message":"\u001b[31m{}"}}"#, "A".repeat(500), "é".repeat(5_000));
+        let fault = Fault::of(StatusCode::BAD_REQUEST, &HeaderMap::new(), body.as_bytes());
+        assert!(fault.what.chars().count() < 450 && !fault.what.contains('\u{1b}'), "{}", fault.what);
+    }
+}

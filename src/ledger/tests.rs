@@ -1,0 +1,320 @@
+mod files;
+mod processes;
+mod queries;
+
+use std::time::Duration;
+
+use rusqlite::Connection;
+
+use super::*;
+use crate::clock::ManualClock;
+
+const START: &str = "2026-11-21T09:00:00.123456Z";
+
+fn clock() -> (Clock, ManualClock) {
+    Clock::manual(START.parse().unwrap())
+}
+
+fn system(folder: &tempfile::TempDir) -> (PathBuf, Ledger) {
+    let path = folder.path().join("ledger.db");
+    let ledger = Ledger::open(&path, Clock::system()).unwrap();
+    (path, ledger)
+}
+
+/// What the rows themselves say.
+fn recount(path: &Path) -> Sums {
+    let connection = Connection::open(path).unwrap();
+    let mut sums = Sums::default();
+    let mut statement = connection.prepare("SELECT outcome, reason, count(*) FROM event GROUP BY outcome, reason").unwrap();
+    let mut rows = statement.query([]).unwrap();
+    while let Some(row) = rows.next().unwrap() {
+        let outcome: String = row.get(0).unwrap();
+        let reason: Option<String> = row.get(1).unwrap();
+        let events = row.get::<_, i64>(2).unwrap().try_into().unwrap();
+        match outcome.as_str() {
+            "signed" => sums.signed += events,
+            "already_signed" => sums.already_signed += events,
+            "dead" => sums.dead += events,
+            "skipped" => {
+                sums.skipped += events;
+                sums.skip_reasons.insert(serde_json::from_value(reason.unwrap().into()).unwrap(), events);
+            }
+            other => assert_eq!(other, "retrying"),
+        }
+    }
+    sums
+}
+
+fn event(n: u32) -> PushEvent {
+    PushEvent {
+        id: format!("sender-{n}"),
+        source: "main".into(),
+        registry: "registry.example.com".parse().unwrap(),
+        repository: "production/app".parse().unwrap(),
+        tag: Some(format!("v{n}").parse().unwrap()),
+        digest: Digest::of(&n.to_le_bytes()),
+        pushed_at: "2026-11-21T09:00:00.123456Z".parse().unwrap(),
+        received_at: "2026-11-21T09:00:01Z".parse().unwrap(),
+        actor: Some("ci \"bot\"\n".into()),
+    }
+}
+
+fn message(n: u32) -> String {
+    format!("message-{n}")
+}
+
+fn intent(n: u32) -> Intent {
+    let event = event(n);
+    let tag = event.tag.unwrap();
+    Intent {
+        message_id: message(n),
+        rule: "production".into(),
+        witness: "release".into(),
+        key: "file:///keys/release.pem".into(),
+        algorithm: Algorithm::EcdsaSha256,
+        format: "cosign",
+        reference: Reference::tagged(&event.registry, &event.repository, &tag),
+        registry: event.registry,
+        repository: event.repository,
+        digest: event.digest,
+        payload_sha256: [7; 32],
+    }
+}
+
+fn result(intent: &Intent, state: SignatureState) -> SignatureResult {
+    SignatureResult {
+        rule: intent.rule.clone(),
+        witness: intent.witness.clone(),
+        format: intent.format,
+        digest: intent.digest.clone(),
+        reference: intent.reference.clone(),
+        payload_sha256: intent.payload_sha256,
+        state,
+    }
+}
+
+fn conclusion(n: u32, outcome: Outcome) -> Conclusion {
+    let state = match &outcome {
+        Outcome::Signed => Some(SignatureState::Written),
+        Outcome::AlreadySigned => Some(SignatureState::Found),
+        Outcome::Retrying | Outcome::Dead => Some(SignatureState::Failed("the key is gone".into())),
+        Outcome::Skipped(_) => None,
+    };
+    Conclusion {
+        event: EventFacts::of(message(n), &event(n)),
+        rules: vec![RuleOutcome { rule: "production".into(), outcome: outcome.clone(), detail: None }],
+        signatures: state.map(|state| result(&intent(n), state)).into_iter().collect(),
+        detail: matches!(outcome, Outcome::Retrying | Outcome::Dead).then(|| "the key is gone".to_owned()),
+        outcome,
+        attempt: 1,
+    }
+}
+
+fn story_of(n: u32) -> StoryQuery {
+    let event = event(n);
+    StoryQuery { registry: event.registry, repository: event.repository, tag: event.tag, digest: None, limit: 10 }
+}
+
+async fn signatures_of(ledger: &Ledger, n: u32) -> Vec<SignatureRecord> {
+    let event = event(n);
+    ledger.signatures(&event.registry, &event.repository, &event.digest).await.unwrap()
+}
+
+#[tokio::test]
+async fn what_is_recorded_is_told_again_unchanged() {
+    let folder = tempfile::tempdir().unwrap();
+    let (clock, hand) = clock();
+    let ledger = Ledger::open(&folder.path().join("ledger.db"), clock.clone()).unwrap();
+
+    let asked_at = clock.now();
+    ledger.intend(vec![intent(1)]).await.unwrap();
+    let open = signatures_of(&ledger, 1).await;
+    assert_eq!(open[0].state, None);
+
+    hand.advance(Duration::from_secs(1));
+    let said = conclusion(1, Outcome::Signed);
+    ledger.conclude(said.clone()).await.unwrap();
+
+    let story = ledger.story(story_of(1)).await.unwrap();
+    let expected = EventRecord {
+        event: said.event,
+        outcome: said.outcome,
+        rules: said.rules,
+        detail: said.detail,
+        attempt: said.attempt,
+        concluded_at: clock.now(),
+    };
+    assert_eq!(story, [expected]);
+    let asked = Asked {
+        key: "file:///keys/release.pem".into(),
+        algorithm: Algorithm::EcdsaSha256,
+        times: 1,
+        first_at: asked_at,
+        last_at: asked_at,
+    };
+    let expected = SignatureRecord {
+        message_id: message(1),
+        rule: "production".into(),
+        witness: "release".into(),
+        format: "cosign".into(),
+        reference: intent(1).reference,
+        payload_sha256: [7; 32],
+        asked: Some(asked),
+        state: Some(SignatureState::Written),
+        concluded_at: Some(clock.now()),
+    };
+    assert_eq!(signatures_of(&ledger, 1).await, [expected]);
+    assert_eq!(ledger.sums().await.unwrap(), Sums { signed: 1, ..Sums::default() });
+    ledger.check().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_event_counts_once_under_its_latest_outcome() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, ledger) = system(&folder);
+    let sums = async || ledger.sums().await.unwrap();
+
+    ledger.conclude(conclusion(1, Outcome::Retrying)).await.unwrap();
+    assert_eq!(sums().await, Sums::default(), "what is retried has not ended");
+    for _redelivery in 0..3 {
+        ledger.conclude(Conclusion { attempt: 2, ..conclusion(1, Outcome::Signed) }).await.unwrap();
+        assert_eq!(sums().await, Sums { signed: 1, ..Sums::default() });
+    }
+    ledger.conclude(conclusion(1, Outcome::AlreadySigned)).await.unwrap();
+    assert_eq!(sums().await, Sums { already_signed: 1, ..Sums::default() });
+
+    ledger.conclude(conclusion(2, Outcome::Skipped(Skip::NoRule))).await.unwrap();
+    ledger.conclude(conclusion(3, Outcome::Skipped(Skip::Disabled))).await.unwrap();
+    ledger.conclude(conclusion(3, Outcome::Skipped(Skip::Superseded))).await.unwrap();
+    let poison = EventFacts::poison(message(4), START.parse().unwrap());
+    ledger
+        .conclude(Conclusion { event: poison, rules: vec![], signatures: vec![], ..conclusion(4, Outcome::Dead) })
+        .await
+        .unwrap();
+    let expected = Sums {
+        already_signed: 1,
+        skipped: 2,
+        dead: 1,
+        skip_reasons: [(Skip::NoRule, 1), (Skip::Superseded, 1)].into(),
+        ..Sums::default()
+    };
+    assert_eq!(sums().await, expected);
+    assert_eq!(recount(&path), expected);
+    assert_eq!(expected.concluded(), 4);
+
+    let story = ledger.story(story_of(1)).await.unwrap();
+    assert_eq!(story.len(), 1, "one event, one record");
+    assert_eq!(story[0].outcome, Outcome::AlreadySigned);
+}
+
+#[tokio::test]
+async fn a_replayed_dead_letter_is_no_longer_dead() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, ledger) = system(&folder);
+    ledger.conclude(conclusion(1, Outcome::Dead)).await.unwrap();
+    ledger.conclude(conclusion(2, Outcome::Signed)).await.unwrap();
+
+    for n in [1, 1, 2, 99] {
+        ledger.forget_event(&message(n)).await.unwrap();
+    }
+    assert_eq!(ledger.sums().await.unwrap(), Sums { signed: 1, ..Sums::default() });
+    let story = ledger.story(story_of(1)).await.unwrap();
+    assert_eq!((&story[0].outcome, story[0].detail.as_deref()), (&Outcome::Retrying, Some("replayed: the key is gone")));
+
+    ledger.conclude(conclusion(1, Outcome::Signed)).await.unwrap();
+    assert_eq!(ledger.sums().await.unwrap(), Sums { signed: 2, ..Sums::default() });
+    assert_eq!(recount(&path), ledger.sums().await.unwrap());
+}
+
+#[tokio::test]
+async fn an_intent_that_nobody_lived_to_conclude_stays_on_record_until_its_redelivery() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, ledger) = system(&folder);
+    ledger.intend(vec![intent(1), Intent { rule: "second".into(), ..intent(1) }]).await.unwrap();
+    // The redelivery finds what the first delivery wrote before it was killed, and says so of one rule.
+    ledger.conclude(conclusion(1, Outcome::AlreadySigned)).await.unwrap();
+    let signatures = signatures_of(&ledger, 1).await;
+    let told: Vec<_> = signatures.iter().map(|signature| (signature.rule.as_str(), signature.state.clone())).collect();
+    assert_eq!(told, [("second", None), ("production", Some(SignatureState::Found))]);
+}
+
+#[tokio::test]
+async fn asking_again_is_counted_and_open_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (clock, hand) = clock();
+    let ledger = Ledger::open(&folder.path().join("ledger.db"), clock.clone()).unwrap();
+    let first_at = clock.now();
+    ledger.intend(vec![intent(1)]).await.unwrap();
+    ledger.conclude(conclusion(1, Outcome::Retrying)).await.unwrap();
+    assert_eq!(signatures_of(&ledger, 1).await[0].state, Some(SignatureState::Failed("the key is gone".into())));
+    hand.advance(Duration::from_secs(60));
+    ledger.intend(vec![intent(1)]).await.unwrap();
+
+    let signatures = signatures_of(&ledger, 1).await;
+    let asked = signatures[0].asked.clone().unwrap();
+    assert_eq!((asked.times, asked.first_at, asked.last_at), (2, first_at, clock.now()));
+    assert_eq!((signatures.len(), &signatures[0].state, signatures[0].concluded_at), (1, &None, None));
+}
+
+#[tokio::test]
+async fn another_key_is_another_record_and_the_one_asked_last_is_concluded() {
+    let folder = tempfile::tempdir().unwrap();
+    let (clock, hand) = clock();
+    let ledger = Ledger::open(&folder.path().join("ledger.db"), clock).unwrap();
+    for key in ["file:///old.pem", "file:///new.pem", "file:///old.pem"] {
+        ledger.intend(vec![Intent { key: key.into(), ..intent(1) }]).await.unwrap();
+        hand.advance(Duration::from_secs(1));
+    }
+    ledger.conclude(conclusion(1, Outcome::Signed)).await.unwrap();
+    let signatures = signatures_of(&ledger, 1).await;
+    let told: Vec<_> = signatures.iter().map(|s| (s.asked.clone().unwrap().key, s.state.clone())).collect();
+    assert_eq!(
+        told,
+        [("file:///new.pem".into(), None), ("file:///old.pem".to_owned(), Some(SignatureState::Written))],
+        "what became of the other is not known"
+    );
+}
+
+#[tokio::test]
+async fn a_signature_that_is_found_is_recorded_once_and_never_replaces_that_we_wrote_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, ledger) = system(&folder);
+    ledger.intend(vec![intent(1)]).await.unwrap();
+    ledger.conclude(conclusion(1, Outcome::Signed)).await.unwrap();
+    // A replay of the same event, and another event of the same image.
+    ledger.conclude(conclusion(1, Outcome::AlreadySigned)).await.unwrap();
+    let mut other = conclusion(1, Outcome::AlreadySigned);
+    other.event.message_id = "another".into();
+    ledger.conclude(other).await.unwrap();
+    let signatures = signatures_of(&ledger, 1).await;
+    assert_eq!(signatures.len(), 1);
+    assert_eq!(signatures[0].state, Some(SignatureState::Written));
+
+    // One that nobody here asked a key for.
+    for _event in 0..3 {
+        ledger.conclude(conclusion(2, Outcome::AlreadySigned)).await.unwrap();
+    }
+    let signatures = signatures_of(&ledger, 2).await;
+    assert_eq!(signatures.len(), 1);
+    assert_eq!((&signatures[0].asked, &signatures[0].state), (&None, &Some(SignatureState::Found)));
+}
+
+#[tokio::test]
+async fn texts_of_any_length_are_kept_shortened() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, ledger) = system(&folder);
+    let mut long = conclusion(1, Outcome::Dead);
+    long.detail = Some("ü\0".repeat(100_000));
+    long.event.actor = Some("ü".repeat(100_000));
+    ledger.conclude(long).await.unwrap();
+    let story = ledger.story(story_of(1)).await.unwrap();
+    assert!(story[0].detail.as_ref().unwrap().starts_with("ü\0ü"));
+    assert_eq!(story[0].event.actor.as_ref().unwrap().len(), LONGEST_DETAIL);
+}
+
+#[test]
+fn nothing_to_do_with_the_disk_kills_an_event() {
+    let source = Arc::new(rusqlite::Error::InvalidQuery);
+    assert_eq!(Error::Unavailable { what: "written", source }.verdict(), Verdict::TRANSIENT);
+    assert_eq!(Error::Closed.verdict(), Verdict::TRANSIENT);
+}

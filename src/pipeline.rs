@@ -1,0 +1,526 @@
+//! Takes one delivery through the stages under one deadline, records the outcome, and settles it.
+//!
+//! Handling an event is idempotent: whatever happened to an earlier try, this one looks at the registry and does what
+//! is missing. So a crash between any two lines here costs look-ups, never a signature and never a second one.
+
+mod plan;
+mod write;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, RwLock},
+    time::Duration,
+};
+
+use futures::{StreamExt as _, stream};
+use queue::{Burial, Delivery, Queue, Retry};
+use tokio::time::Instant;
+use tracing::{Instrument as _, error, info, warn};
+
+use crate::{
+    clock::Clock,
+    event::{self, PushEvent},
+    kms,
+    ledger::{self, Conclusion, EventFacts, Ledger, RuleOutcome, SignatureResult, SignatureState},
+    oci::{RegistryName, Repository, Tag},
+    outcome::{Classify, Outcome, Skip, Verdict},
+    registry::{self, Registry},
+    rule::{Matches, Occasion, Rule, Rules, Trigger},
+    signature::{Format, cosign},
+    subject::{self, Located},
+    telemetry::Metrics,
+    verify,
+    witness::Witness,
+};
+
+use self::{
+    plan::Plan,
+    write::{Desk, Turns, Written},
+};
+
+/// No event takes longer in one go; what is not done by then is tried again.
+const DEADLINE: Duration = Duration::from_secs(120);
+/// Digests of one event that are signed at once: the platforms of an index.
+const DIGESTS_AT_ONCE: usize = 4;
+
+/// What the configuration decides, replaced as a whole when it is loaded again.
+#[derive(Debug, Default)]
+pub struct Setup {
+    pub registries: HashMap<RegistryName, Registry>,
+    pub witnesses: HashMap<String, Arc<Witness>>,
+    pub rules: Rules,
+}
+
+/// How long a failing event is tried again.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// The wait after the first try; each further one doubles it.
+    pub first: Duration,
+    pub longest: Duration,
+    /// The sum of waits after which an event is a dead letter. Waits that a peer asked for do not count.
+    pub give_up: Duration,
+}
+
+impl Patience {
+    /// The wait after this many tries, with jitter, so that what failed together does not come back together.
+    fn wait(&self, attempts: u32) -> Duration {
+        let full = self.first.saturating_mul(2u32.saturating_pow(attempts.min(30))).min(self.longest);
+        full.mul_f64(fastrand::f64().mul_add(0.5, 0.5))
+    }
+}
+
+/// Why an event could not be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Subject(#[from] subject::Error),
+    #[error(transparent)]
+    Registry(#[from] registry::Error),
+    #[error(transparent)]
+    Kms(#[from] kms::Error),
+    #[error("the ledger cannot be written")]
+    Ledger(#[from] ledger::Error),
+    #[error("no [[registry]] is named {0}")]
+    UnknownRegistry(RegistryName),
+    #[error("rule {rule} names witness {witness}, which could not be opened")]
+    NoWitness { rule: String, witness: String },
+    #[error("the tag {tag} of {repository} is no signature manifest that could be added to")]
+    SignatureTag {
+        repository: Repository,
+        tag: Tag,
+        #[source]
+        source: cosign::Error,
+    },
+    #[error("the signature that was just made would not be accepted")]
+    Unverified(#[source] verify::Rejection),
+    #[error("the tag {tag} moved to another digest while its image was being signed")]
+    TagMoved { tag: Tag },
+    #[error("other writers replaced the signatures under {tag} {rounds} times in a row")]
+    Overwritten { tag: String, rounds: u32 },
+    #[error("not done within {} s", DEADLINE.as_secs())]
+    Deadline,
+    #[error("the body is no push event")]
+    NotAnEvent(#[from] event::Error),
+    #[error("an authenticated sender sent a body that is no notification")]
+    Quarantined,
+    /// One failure that several signatures met.
+    #[error(transparent)]
+    Shared(Arc<Error>),
+}
+
+impl Classify for Error {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::Subject(error) => error.verdict(),
+            Self::Registry(error) => error.verdict(),
+            Self::Kms(error) => error.verdict(),
+            Self::Ledger(error) => error.verdict(),
+            Self::UnknownRegistry(_) => Verdict::Refuse { cure: "configure the registry again, or discard this event" },
+            Self::SignatureTag { .. } => {
+                Verdict::Refuse { cure: "look at what the tag holds; if nobody needs it, delete the tag and replay this event" }
+            }
+            Self::Unverified(_) => Verdict::Refuse { cure: "see that the rule's algorithm and the witness's key go together" },
+            Self::NoWitness { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } | Self::Deadline => Verdict::TRANSIENT,
+            Self::NotAnEvent(_) | Self::Quarantined => Verdict::Poison,
+            Self::Shared(error) => error.verdict(),
+        }
+    }
+}
+
+/// What became of one event.
+#[derive(Debug, Default)]
+pub struct Report {
+    pub rules: Vec<RuleOutcome>,
+    pub signatures: Vec<SignatureResult>,
+    /// When nothing was wanted.
+    pub skip: Option<Skip>,
+    /// The errors that keep the event from being done.
+    pub failures: Vec<Error>,
+}
+
+impl Report {
+    fn skipped(skip: Skip) -> Self {
+        Self { skip: Some(skip), ..Self::default() }
+    }
+
+    fn failed(error: Error) -> Self {
+        Self { failures: vec![error], ..Self::default() }
+    }
+
+    /// The outcome of the event as a whole, if nothing failed.
+    #[must_use]
+    pub fn outcome(&self) -> Outcome {
+        let any = |wanted: Outcome| self.rules.iter().any(|rule| rule.outcome == wanted);
+        if any(Outcome::Signed) {
+            Outcome::Signed
+        } else if any(Outcome::AlreadySigned) {
+            Outcome::AlreadySigned
+        } else {
+            let skip = self.rules.iter().find_map(|rule| match rule.outcome {
+                Outcome::Skipped(skip) => Some(skip),
+                _ => None,
+            });
+            Outcome::Skipped(self.skip.or(skip).unwrap_or(Skip::NoRule))
+        }
+    }
+
+    /// What the failures together ask for: whatever may still pass is tried again first.
+    #[must_use]
+    pub fn verdict(&self) -> Option<Verdict> {
+        let verdicts: Vec<Verdict> = self.failures.iter().map(Classify::verdict).collect();
+        let retries: Vec<_> = verdicts
+            .iter()
+            .filter_map(|verdict| match verdict {
+                Verdict::Retry { after, throttled } => Some((*after, *throttled)),
+                Verdict::Refuse { .. } | Verdict::Poison => None,
+            })
+            .collect();
+        if retries.is_empty() {
+            return verdicts.into_iter().next();
+        }
+        Some(Verdict::Retry {
+            after: retries.iter().filter_map(|(after, _)| *after).max(),
+            throttled: retries.iter().all(|(_, throttled)| *throttled),
+        })
+    }
+
+    /// All failures with their causes, in words.
+    #[must_use]
+    pub fn detail(&self) -> Option<String> {
+        let mut texts: Vec<String> = self.failures.iter().map(in_words).collect();
+        texts.dedup();
+        (!texts.is_empty()).then(|| texts.join("; "))
+    }
+}
+
+/// An error with its causes and its cure, on one line.
+fn in_words(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    if let Verdict::Refuse { cure } = error.verdict() {
+        text.push_str(" (");
+        text.push_str(cure);
+        text.push(')');
+    }
+    text
+}
+
+/// The stages, and what they need.
+#[derive(Debug)]
+pub struct Pipeline {
+    setup: RwLock<Arc<Setup>>,
+    ledger: Ledger,
+    metrics: Metrics,
+    clock: Clock,
+    patience: Patience,
+    turns: Turns,
+}
+
+impl Pipeline {
+    #[must_use]
+    pub fn new(setup: Setup, ledger: Ledger, metrics: Metrics, clock: Clock, patience: Patience) -> Self {
+        Self { setup: RwLock::new(Arc::new(setup)), ledger, metrics, clock, patience, turns: Turns::default() }
+    }
+
+    /// What is in force now.
+    pub fn setup(&self) -> Arc<Setup> {
+        self.setup.read().expect("nothing panics while it holds the set-up").clone()
+    }
+
+    /// Events from now on are handled by the new set-up; those in hand end with the one they began with.
+    pub fn replace_setup(&self, setup: Setup) {
+        *self.setup.write().expect("nothing panics while it holds the set-up") = Arc::new(setup);
+    }
+
+    /// Handles deliveries, one after the other, until the queue is closed.
+    pub async fn work(&self, queue: &dyn Queue) {
+        loop {
+            match queue.pull().await {
+                Ok(Some(delivery)) => self.handle(delivery).await,
+                Ok(None) => return,
+                Err(error) => {
+                    warn!(error = &error as &dyn std::error::Error, "the queue gives no deliveries, asking again in a second");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+    }
+
+    async fn handle(&self, delivery: Delivery) {
+        let began = Instant::now();
+        let span = tracing::info_span!(
+            "pipeline.event",
+            event.id = %delivery.message().id,
+            attempt = delivery.attempts() + 1,
+            image.repository = tracing::field::Empty,
+            image.tag = tracing::field::Empty,
+            image.digest = tracing::field::Empty,
+        );
+        async {
+            let message = delivery.message();
+            let event = if message.content_type == event::CONTENT_TYPE {
+                PushEvent::from_cloud_event(&message.body).map_err(Error::from)
+            } else {
+                Err(Error::Quarantined)
+            };
+            let (event, report) = match event {
+                Ok(event) => {
+                    let span = tracing::Span::current();
+                    span.record("image.repository", tracing::field::display(&event.repository));
+                    span.record("image.digest", tracing::field::display(&event.digest));
+                    if let Some(tag) = &event.tag {
+                        span.record("image.tag", tracing::field::display(tag));
+                    }
+                    let report = self.carry_out(&event, Trigger::Automatic, &message.id).await;
+                    (Some(event), report)
+                }
+                Err(error) => (None, Report::failed(error)),
+            };
+            self.settle(delivery, event, report).await;
+        }
+        .instrument(span)
+        .await;
+        self.metrics.event_handled(began.elapsed());
+    }
+
+    /// Signs what an administrator names, whether the rules that want it are manual or automatic, and records it.
+    pub async fn sign_by_hand(&self, event: &PushEvent) -> Result<Report, ledger::Error> {
+        let report = self.carry_out(event, Trigger::Manual, &event.id).await;
+        let conclusion = Conclusion {
+            event: EventFacts::of(&event.id, event),
+            outcome: if report.failures.is_empty() { report.outcome() } else { Outcome::Dead },
+            rules: report.rules.clone(),
+            signatures: report.signatures.clone(),
+            detail: report.detail(),
+            attempt: 1,
+        };
+        self.ledger.conclude(conclusion).await?;
+        Ok(report)
+    }
+
+    /// Does what the rules want of one event, within the deadline.
+    async fn carry_out(&self, event: &PushEvent, trigger: Trigger, message_id: &str) -> Report {
+        match tokio::time::timeout(DEADLINE, self.try_carry_out(event, trigger, message_id)).await {
+            Ok(Ok(report)) => report,
+            Ok(Err(error)) => Report::failed(error),
+            Err(_) => Report::failed(Error::Deadline),
+        }
+    }
+
+    async fn try_carry_out(&self, event: &PushEvent, trigger: Trigger, message_id: &str) -> Result<Report, Error> {
+        let setup = self.setup();
+        let Matches { matched, skipped } = setup.rules.matching(&Occasion {
+            registry: &event.registry,
+            repository: &event.repository,
+            tag: event.tag.as_ref(),
+            pushed_at: event.pushed_at,
+            trigger,
+        });
+        if matched.is_empty() {
+            return Ok(nothing_matched(skipped));
+        }
+        let registry = setup.registries.get(&event.registry).ok_or_else(|| Error::UnknownRegistry(event.registry.clone()))?;
+        let located = Instant::now();
+        let image = match subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest).await? {
+            Located::Image(image) => image,
+            Located::Attachment => return Ok(Report::skipped(Skip::Attachment)),
+            Located::Missing => return Ok(Report::skipped(Skip::NotFound)),
+        };
+        let Plan { targets, skipped } = plan::plan(&image, &matched, &setup.witnesses);
+        let desk = Desk {
+            registry,
+            ledger: &self.ledger,
+            metrics: &self.metrics,
+            turns: &self.turns,
+            clock: &self.clock,
+            message_id,
+            located,
+        };
+        let work: Vec<_> = targets.iter().map(|target| desk.see_to(target)).collect();
+        let done: Vec<_> = stream::iter(work).buffered(DIGESTS_AT_ONCE).collect().await;
+
+        let mut report = Report::default();
+        let mut by_rule: HashMap<String, RuleOutcome> = HashMap::new();
+        for (target, answers) in targets.iter().zip(done) {
+            for (wanted, answer) in target.wanted.iter().zip(answers) {
+                let (outcome, state, detail) = match answer {
+                    Written::New => (Outcome::Signed, SignatureState::Written, None),
+                    Written::Found => (Outcome::AlreadySigned, SignatureState::Found, None),
+                    Written::Failed(error) => {
+                        let detail = in_words(&error);
+                        let outcome = match error.verdict() {
+                            Verdict::Retry { .. } => Outcome::Retrying,
+                            Verdict::Refuse { .. } | Verdict::Poison => Outcome::Dead,
+                        };
+                        report.failures.push(error);
+                        (outcome, SignatureState::Failed(detail.clone()), Some(detail))
+                    }
+                };
+                for rule in &wanted.rules {
+                    note(&mut by_rule, rule, outcome.clone(), detail.as_ref());
+                }
+                report.signatures.push(SignatureResult {
+                    rule: wanted.rules.first().map(|rule| rule.name.clone()).unwrap_or_default(),
+                    witness: wanted.witness.name().to_owned(),
+                    format: Format::Cosign.name(),
+                    digest: target.subject.digest().clone(),
+                    reference: wanted.prepared.reference().clone(),
+                    payload_sha256: *wanted.prepared.payload_sha256(),
+                    state,
+                });
+            }
+        }
+        for rule in matched.iter().filter(|rule| !setup.witnesses.contains_key(&rule.witness)) {
+            report.failures.push(Error::NoWitness { rule: rule.name.clone(), witness: rule.witness.clone() });
+            note(&mut by_rule, rule, Outcome::Retrying, None);
+        }
+        for (rule, skip) in skipped {
+            note(&mut by_rule, &rule, Outcome::Skipped(skip), None);
+        }
+        report.rules = by_rule.into_values().collect();
+        report.rules.sort_by(|one, other| one.rule.cmp(&other.rule));
+        Ok(report)
+    }
+
+    /// Records what became of the event, then tells the queue.
+    async fn settle(&self, delivery: Delivery, event: Option<PushEvent>, report: Report) {
+        let detail = report.detail();
+        let settlement = match report.verdict() {
+            None => Settlement::Done,
+            Some(Verdict::Retry { after, throttled }) => {
+                let wait = self.patience.wait(delivery.attempts());
+                // A peer that names a time means it, within reason.
+                let wait = after.map_or(wait, |after| after.max(wait).min(self.patience.longest.max(wait)));
+                if !throttled && delivery.waited() + wait > self.patience.give_up {
+                    Settlement::Bury("gave_up")
+                } else {
+                    Settlement::Retry(wait, !throttled)
+                }
+            }
+            Some(Verdict::Refuse { .. }) => Settlement::Bury("refused"),
+            Some(Verdict::Poison) => Settlement::Bury("poison"),
+        };
+        let outcome = match settlement {
+            Settlement::Done => report.outcome(),
+            Settlement::Retry(..) => Outcome::Retrying,
+            Settlement::Bury(_) => Outcome::Dead,
+        };
+        self.tell(&delivery, event.as_ref(), &outcome, &report, detail.as_deref());
+        let conclusion = Conclusion {
+            event: facts(&delivery, event.as_ref()),
+            outcome,
+            rules: report.rules,
+            signatures: report.signatures,
+            detail: detail.clone(),
+            attempt: delivery.attempts() + 1,
+        };
+        let settled = match (self.ledger.conclude(conclusion).await, settlement) {
+            (Ok(()), Settlement::Done) => delivery.ack().await,
+            (Ok(()), Settlement::Retry(after, counted)) => {
+                delivery.retry(Retry { after, counted, reason: detail.unwrap_or_default() }).await
+            }
+            (Ok(()), Settlement::Bury(kind)) => {
+                delivery.bury(Burial { kind: kind.into(), reason: detail.unwrap_or_default() }).await
+            }
+            // Not on record is not done. The next try finds the signatures that this one wrote.
+            (Err(error), _) => {
+                error!(
+                    error = &error as &dyn std::error::Error,
+                    "the ledger does not take the outcome, the event is tried again"
+                );
+                let after = self.patience.wait(0);
+                delivery
+                    .retry(Retry { after, counted: false, reason: format!("the ledger did not take the outcome: {error}") })
+                    .await
+            }
+        };
+        if let Err(error) = settled {
+            warn!(
+                error = &error as &dyn std::error::Error,
+                "the queue did not take the settlement, the event will be delivered again"
+            );
+        }
+    }
+
+    /// Logs the outcome once, and counts it.
+    fn tell(&self, delivery: &Delivery, event: Option<&PushEvent>, outcome: &Outcome, report: &Report, detail: Option<&str>) {
+        for rule in &report.rules {
+            self.metrics.rule_concluded(&rule.rule, &rule.outcome);
+        }
+        for signature in &report.signatures {
+            match signature.state {
+                SignatureState::Written => self.metrics.signature_written(&signature.witness, signature.format),
+                SignatureState::Found => self.metrics.signature_found(&signature.witness, signature.format),
+                SignatureState::Failed(_) => {}
+            }
+        }
+        let written = report.signatures.iter().filter(|signature| signature.state == SignatureState::Written).count();
+        match outcome {
+            Outcome::Signed => {
+                if let Some(event) = event {
+                    let since = self.clock.now().duration_since(event.received_at);
+                    self.metrics.pushed_to_signed(Duration::try_from(since).unwrap_or_default());
+                }
+                info!(outcome = outcome.name(), signatures = written, "signed");
+            }
+            Outcome::AlreadySigned => info!(outcome = outcome.name(), "already signed"),
+            Outcome::Skipped(skip) => info!(outcome = outcome.name(), reason = skip.name(), "nothing to sign: {skip}"),
+            Outcome::Retrying => warn!(outcome = outcome.name(), error = detail, "not done, will be tried again"),
+            Outcome::Dead => error!(
+                outcome = outcome.name(),
+                error = detail,
+                "dead letter: see `countersign queue dead`, then replay or discard {}",
+                delivery.message().id
+            ),
+        }
+    }
+}
+
+enum Settlement {
+    Done,
+    /// After this time; whether it is counted.
+    Retry(Duration, bool),
+    Bury(&'static str),
+}
+
+/// The story of an event that no rule signs keeps the reasons of the rules that came near.
+fn nothing_matched(skipped: Vec<(Arc<Rule>, Skip)>) -> Report {
+    const KEPT: usize = 16;
+    let skip = Matches { matched: vec![], skipped: skipped.clone() }.reason();
+    let rules = skipped
+        .into_iter()
+        .take(KEPT)
+        .map(|(rule, skip)| RuleOutcome { rule: rule.name.clone(), outcome: Outcome::Skipped(skip), detail: None })
+        .collect();
+    Report { rules, skip: Some(skip), ..Report::default() }
+}
+
+/// A rule's outcome is the worst of what became of its signatures.
+fn note(by_rule: &mut HashMap<String, RuleOutcome>, rule: &Rule, outcome: Outcome, detail: Option<&String>) {
+    let severity = |outcome: &Outcome| match outcome {
+        Outcome::Skipped(_) => 0,
+        Outcome::AlreadySigned => 1,
+        Outcome::Signed => 2,
+        Outcome::Dead => 3,
+        Outcome::Retrying => 4,
+    };
+    let new = RuleOutcome { rule: rule.name.clone(), outcome, detail: detail.cloned() };
+    by_rule
+        .entry(rule.name.clone())
+        .and_modify(|known| {
+            if severity(&new.outcome) > severity(&known.outcome) {
+                *known = new.clone();
+            }
+        })
+        .or_insert(new);
+}
+
+fn facts(delivery: &Delivery, event: Option<&PushEvent>) -> EventFacts {
+    let id = &delivery.message().id;
+    event.map_or_else(|| EventFacts::poison(id, delivery.pushed_at()), |event| EventFacts::of(id, event))
+}

@@ -1,0 +1,90 @@
+//! From the rules that match an image to the signatures that are wanted: each once, whichever rules ask for it.
+
+use std::{collections::HashMap, sync::Arc};
+
+use crate::{
+    kms::Algorithm,
+    oci::{Digest, Reference, Tag},
+    outcome::Skip,
+    rule::{Rule, SignatureType},
+    signature::cosign::Prepared,
+    subject::{Image, Subject, TagState},
+    witness::Witness,
+};
+
+/// All that is wanted of one push.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// Children first, so that an index is signed only after what it lists.
+    pub targets: Vec<Target>,
+    /// Rules that matched the event and have nothing to sign after all.
+    pub skipped: Vec<(Arc<Rule>, Skip)>,
+}
+
+/// One digest, and every signature that is wanted for it: they live in one manifest and are written together.
+#[derive(Debug)]
+pub struct Target {
+    pub subject: Subject,
+    pub wanted: Vec<Wanted>,
+    /// The tag that is signed, and the digest that it has to name still when the signature is written.
+    pub tag: Option<(Tag, Digest)>,
+}
+
+/// One signature.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    pub prepared: Prepared,
+    pub witness: Arc<Witness>,
+    pub algorithm: Algorithm,
+    /// The rules that ask for it.
+    pub rules: Vec<Arc<Rule>>,
+}
+
+/// What the matching rules want of an image. `witnesses` has every witness that a rule names.
+#[must_use]
+pub fn plan(image: &Image, rules: &[Arc<Rule>], witnesses: &HashMap<String, Arc<Witness>>) -> Plan {
+    let mut plan = Plan::default();
+    let mut signing = vec![];
+    for rule in rules {
+        if image.root.digest().algorithm() != "sha256" {
+            plan.skipped.push((rule.clone(), Skip::UnsupportedDigest));
+        } else if matches!(image.tag, TagState::Moved(_)) && rule.tags.is_some() {
+            plan.skipped.push((rule.clone(), Skip::Superseded));
+        } else {
+            signing.push(rule);
+        }
+    }
+    let tag = match &image.tag {
+        TagState::Current(tag) => Some(tag),
+        TagState::Moved(_) | TagState::None => None,
+    };
+    for subject in image.children.iter().chain([&image.root]) {
+        let mut target = Target { subject: subject.clone(), wanted: vec![], tag: None };
+        for rule in &signing {
+            let reference = match (tag, rule.signature_type) {
+                (Some(tag), SignatureType::Default) => {
+                    target.tag = Some((tag.clone(), image.root.digest().clone()));
+                    Reference::tagged(subject.registry(), subject.repository(), tag)
+                }
+                _ => Reference::pinned(subject.registry(), subject.repository(), subject.digest()),
+            };
+            let Some(witness) = witnesses.get(&rule.witness) else { continue };
+            let same = |wanted: &&mut Wanted| wanted.witness.name() == rule.witness && *wanted.prepared.reference() == reference;
+            if let Some(wanted) = target.wanted.iter_mut().find(same) {
+                wanted.rules.push((*rule).clone());
+            } else {
+                let prepared = Prepared::new(subject, &reference);
+                target.wanted.push(Wanted {
+                    prepared,
+                    witness: witness.clone(),
+                    algorithm: rule.algorithm,
+                    rules: vec![(*rule).clone()],
+                });
+            }
+        }
+        if !target.wanted.is_empty() {
+            plan.targets.push(target);
+        }
+    }
+    plan
+}

@@ -1,0 +1,215 @@
+//! Blobs: uploaded once per repository, by one POST and one PUT (distribution-spec 1.1, "POST then PUT").
+
+use std::{collections::HashSet, sync::Mutex, time::Duration};
+
+use bytes::Bytes;
+use futures::FutureExt;
+use http::{HeaderValue, Method, StatusCode, header::LOCATION};
+use tokio::time::Instant;
+
+use super::{
+    Error, Registry,
+    auth::Access,
+    error::Reported,
+    flight::Flights,
+    transport::{Answer, Call, ERROR_LIMIT, Outgoing},
+};
+use crate::oci::{Digest, Repository};
+
+/// What is known of a registry's blobs, and what is being uploaded.
+pub(super) struct Blobs {
+    known: Mutex<Known>,
+    uploads: Flights<(Repository, Digest), Result<(), Error>>,
+}
+
+impl Blobs {
+    pub(super) fn new() -> Self {
+        Self { known: Mutex::new(Known::new(Instant::now())), uploads: Flights::new() }
+    }
+
+    fn knows(&self, blob: &(Repository, Digest)) -> bool {
+        self.known.lock().expect("nothing panics while it holds this").has(blob, Instant::now())
+    }
+
+    fn remember(&self, blob: (Repository, Digest)) {
+        self.known.lock().expect("nothing panics while it holds this").add(blob, Instant::now());
+    }
+
+    pub(super) fn forget(&self, forgotten: impl Fn(&(Repository, Digest)) -> bool) {
+        self.known.lock().expect("nothing panics while it holds this").remove(forgotten);
+    }
+}
+
+/// The blobs known to be present, in two generations: what was not asked for during one whole generation is forgotten. That
+/// bounds the memory, and the time for which we rely on a blob that the registry's garbage collection may have taken.
+struct Known {
+    young: HashSet<(Repository, Digest)>,
+    old: HashSet<(Repository, Digest)>,
+    since: Instant,
+}
+
+impl Known {
+    const MOST: usize = 8192;
+    const LIFE: Duration = Duration::from_secs(30 * 60);
+
+    fn new(now: Instant) -> Self {
+        Self { young: HashSet::new(), old: HashSet::new(), since: now }
+    }
+
+    fn has(&mut self, blob: &(Repository, Digest), now: Instant) -> bool {
+        self.age(now);
+        if self.young.contains(blob) {
+            return true;
+        }
+        let was_old = self.old.contains(blob);
+        if was_old && self.young.len() < Self::MOST {
+            // Still in use: the next generation keeps it, but it is no proof that the registry does.
+            self.young.insert(blob.clone());
+        }
+        was_old
+    }
+
+    fn add(&mut self, blob: (Repository, Digest), now: Instant) {
+        self.age(now);
+        self.young.insert(blob);
+    }
+
+    fn age(&mut self, now: Instant) {
+        if self.young.len() >= Self::MOST || now.duration_since(self.since) >= Self::LIFE {
+            self.old = std::mem::take(&mut self.young);
+            self.since = now;
+        }
+    }
+
+    fn remove(&mut self, forgotten: impl Fn(&(Repository, Digest)) -> bool) {
+        self.young.retain(|blob| !forgotten(blob));
+        self.old.retain(|blob| !forgotten(blob));
+    }
+}
+
+impl Registry {
+    /// Uploads, unless somebody is at it or it is known to be there.
+    pub(super) async fn upload_once(&self, repository: &Repository, digest: &Digest, content: Bytes) -> Result<(), Error> {
+        let blob = (repository.clone(), digest.clone());
+        if self.0.blobs.knows(&blob) {
+            return Ok(());
+        }
+        let upload = self.0.blobs.uploads.join(blob.clone(), || {
+            let registry = self.clone();
+            async move {
+                // The upload before this one may have ended between the two questions.
+                if registry.0.blobs.knows(&blob) {
+                    return Ok(());
+                }
+                registry.upload(&blob.0, &blob.1, content).await?;
+                registry.0.blobs.remember(blob);
+                Ok(())
+            }
+            .boxed()
+        });
+        upload.await
+    }
+
+    async fn upload(&self, repository: &Repository, digest: &Digest, content: Bytes) -> Result<(), Error> {
+        let call = Call {
+            doing: "upload the blob",
+            repository: Some(repository),
+            item: Some(('@', digest.as_str())),
+            access: Access::Push,
+        };
+        match self.upload_session(&call, digest, content.clone()).await {
+            // A session that was cut off or lost is of no use any more, but content has one address: begin again, once.
+            Err(Error::Unreachable { source, .. }) if !source.is_timeout() && !source.is_connect() => {
+                self.upload_session(&call, digest, content).await
+            }
+            Err(Error::BlobUnknown { .. }) => self.upload_session(&call, digest, content).await,
+            done => done,
+        }
+    }
+
+    async fn upload_session(&self, call: &Call<'_>, digest: &Digest, content: Bytes) -> Result<(), Error> {
+        let start = self.url(call, "/blobs/uploads/")?;
+        let answer = self.exchange(call, Outgoing::new(Method::POST, start.clone()), ERROR_LIMIT).await?;
+        if answer.status != StatusCode::ACCEPTED {
+            return Err(self.write_failure(call, &answer).await);
+        }
+        let Some(location) = answer.header(LOCATION) else {
+            return Err(Error::Malformed { at: self.at_call(call), problem: "an upload without a Location".to_owned() });
+        };
+        let mut target = self.own_url(call, &start, location)?;
+        // Not through query_pairs_mut: it would rewrite the query that is there, which the registry has signed.
+        let query = match target.query().filter(|query| !query.is_empty()) {
+            Some(query) => format!("{query}&digest={}%3A{}", digest.algorithm(), digest.encoded()),
+            None => format!("digest={}%3A{}", digest.algorithm(), digest.encoded()),
+        };
+        target.set_query(Some(&query));
+        target.set_fragment(None);
+        let octets = const { HeaderValue::from_static("application/octet-stream") };
+        let outgoing = Outgoing::new(Method::PUT, target).with_content(octets, content);
+        let answer = self.exchange(call, outgoing, ERROR_LIMIT).await?;
+        if answer.status != StatusCode::CREATED && answer.status != StatusCode::NO_CONTENT {
+            return Err(self.write_failure(call, &answer).await);
+        }
+        self.check_claim(call, &answer, digest)
+    }
+
+    /// A `Docker-Content-Digest` that a write is answered with must be what was written.
+    pub(super) fn check_claim(&self, call: &Call<'_>, answer: &Answer, digest: &Digest) -> Result<(), Error> {
+        match answer.content_digest() {
+            Some(claimed) if claimed.algorithm() == digest.algorithm() && claimed != *digest => {
+                Err(Error::DigestMismatch { at: self.at_call(call), expected: digest.to_string(), found: claimed.to_string() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The error that the answer to a write stands for.
+    pub(super) async fn write_failure(&self, call: &Call<'_>, answer: &Answer) -> Error {
+        const LOST: &[&str] =
+            &["MANIFEST_BLOB_UNKNOWN", "BLOB_UNKNOWN", "DIGEST_INVALID", "BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID"];
+        match self.failure(call, answer).await {
+            Error::Rejected { at, reported } if reported.has(LOST) => {
+                if let Some(repository) = call.repository {
+                    self.0.blobs.forget(|(known, _)| known == repository);
+                }
+                Error::BlobUnknown { at, reported }
+            }
+            Error::Rejected { at, reported } | Error::Denied { at, reported, .. } if says_immutable(call, &reported) => {
+                Error::ImmutableTag { at, reported }
+            }
+            error => error,
+        }
+    }
+}
+
+/// Whether a refused write of a tag was refused for its immutability. There is no code for that: ECR says `TAG_INVALID`,
+/// Harbor `PRECONDITION`, others `DENIED`, but each says it in words.
+fn says_immutable(call: &Call<'_>, reported: &Reported) -> bool {
+    let message = reported.message().to_ascii_lowercase();
+    matches!(call.item, Some((':', _))) && (message.contains("immutab") || message.contains("cannot be overwritten"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_known_is_bounded_and_forgotten_when_it_is_not_asked_for() {
+        let blob = |n: usize| ("a".parse().unwrap(), Digest::of(&n.to_le_bytes()));
+        let start = Instant::now();
+        let mut known = Known::new(start);
+        for n in 0..Known::MOST * 10 {
+            known.add(blob(n), start);
+            assert!(known.has(&blob(0), start), "what is asked for all the time stays");
+        }
+        assert!(known.young.len() + known.old.len() <= 2 * Known::MOST);
+        assert!(known.has(&blob(Known::MOST * 10 - 1), start));
+        assert!(!known.has(&blob(1), start));
+        assert!(known.has(&blob(0), start + Known::LIFE), "old now");
+        let mut idle = Known::new(start);
+        idle.add(blob(7), start);
+        assert!(idle.has(&blob(8), start + Known::LIFE) || idle.old.contains(&blob(7)));
+        idle.age(start + 2 * Known::LIFE);
+        assert!(!idle.has(&blob(7), start + 2 * Known::LIFE));
+    }
+}

@@ -1,0 +1,464 @@
+//! One request to a registry and its answer: authorised, bounded in time and size, redirected with care.
+
+use std::{fmt::Write, net::IpAddr, sync::Arc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use http::{
+    HeaderMap, HeaderValue, Method, StatusCode,
+    header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, DATE, LINK, LOCATION, RETRY_AFTER},
+};
+use reqwest::{Client, Request, Url, redirect};
+use tokio::time::Instant;
+
+use super::{
+    Registry, Settings,
+    auth::{Access, Authorization, Grant},
+    challenge::Challenge,
+    error::{self, At, Error, Object, Reported},
+};
+use crate::{
+    clock::Clock,
+    oci::{Digest, Repository, media_type},
+};
+
+/// Error bodies are read this far, and token answers may not be longer.
+pub(super) const ERROR_LIMIT: usize = 64 * 1024;
+const MOST_REDIRECTS: u32 = 3;
+/// Reads that meet docker-registry's 500 (it gives one while the tag is being written) are repeated this often.
+const MOST_REPEATS: u32 = 4;
+/// No peer can put an event off for longer than this.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
+/// What is asked, of which repository, and the right that it takes.
+pub(super) struct Call<'a> {
+    /// A verb for messages: `read the manifest`.
+    pub(super) doing: &'static str,
+    pub(super) repository: Option<&'a Repository>,
+    /// `:tag` or `@digest`.
+    pub(super) item: Option<(char, &'a str)>,
+    pub(super) access: Access,
+}
+
+/// A request that can be sent more than once.
+pub(super) struct Outgoing {
+    method: Method,
+    url: Url,
+    accept_manifests: bool,
+    content: Option<(HeaderValue, Bytes)>,
+}
+
+impl Outgoing {
+    pub(super) fn new(method: Method, url: Url) -> Self {
+        Self { method, url, accept_manifests: false, content: None }
+    }
+
+    pub(super) fn accepting_manifests(mut self) -> Self {
+        self.accept_manifests = true;
+        self
+    }
+
+    pub(super) fn with_content(mut self, media_type: HeaderValue, content: Bytes) -> Self {
+        self.content = Some((media_type, content));
+        self
+    }
+
+    fn request(&self, authorization: &Authorization) -> Request {
+        let mut request = Request::new(self.method.clone(), self.url.clone());
+        let headers = request.headers_mut();
+        if self.accept_manifests {
+            headers.insert(ACCEPT, const { HeaderValue::from_static(media_type::ACCEPT_MANIFESTS) });
+        }
+        if let Some(authorization) = authorization.header() {
+            headers.insert(AUTHORIZATION, authorization.clone());
+        }
+        if let Some((media_type, content)) = &self.content {
+            headers.insert(CONTENT_TYPE, media_type.clone());
+            *request.body_mut() = Some(content.clone().into());
+        } else if self.method == Method::POST {
+            // RFC 9110 section 8.6; hyper leaves it out for an empty body, and some registries then answer 411.
+            headers.insert(CONTENT_LENGTH, const { HeaderValue::from_static("0") });
+        }
+        request
+    }
+
+    fn is_read(&self) -> bool {
+        matches!(self.method, Method::GET | Method::HEAD)
+    }
+}
+
+/// An answer, read to its end.
+pub(super) struct Answer {
+    pub(super) status: StatusCode,
+    pub(super) headers: HeaderMap,
+    /// Cut at [`ERROR_LIMIT`] unless the status is a success.
+    pub(super) body: Bytes,
+    /// Whether it came from the registry itself, and not from where it redirected to.
+    own: bool,
+}
+
+impl Answer {
+    pub(super) fn header(&self, name: impl http::header::AsHeaderName) -> Option<&str> {
+        self.headers.get(name).and_then(|value| value.to_str().ok())
+    }
+
+    pub(super) fn content_digest(&self) -> Option<Digest> {
+        self.header("docker-content-digest").and_then(|text| text.parse().ok())
+    }
+
+    /// Whether a 404 says, in a registry's own words, that the thing is not there.
+    ///
+    /// Everything else must not be taken for that: a proxy's page, a storage host's answer, or distribution 2.8's 404 for a
+    /// manifest that is there but of a type that the request's Accept line, as it arrived, does not name.
+    pub(super) fn says_absent(&self) -> bool {
+        const ABSENT: &[&str] = &["MANIFEST_UNKNOWN", "NAME_UNKNOWN", "BLOB_UNKNOWN", "NOT_FOUND"];
+        if self.status != StatusCode::NOT_FOUND || !self.own {
+            return false;
+        }
+        let reported = Reported::read(self.status, &self.body, &[]);
+        if reported.codes().next().is_none() {
+            return !reported.is_foreign();
+        }
+        reported.has(ABSENT) && !reported.message().to_ascii_lowercase().contains("accept header")
+    }
+}
+
+pub(super) fn client(settings: &Settings) -> Result<Client, String> {
+    /// Shorter than the idle time-outs of common servers and balancers (60 s and more), so that a request seldom meets a
+    /// connection that is just being closed.
+    const IDLE: Duration = Duration::from_secs(45);
+
+    let authorities = match &settings.ca {
+        None => Vec::new(),
+        Some(bundle) => {
+            let authorities = reqwest::Certificate::from_pem_bundle(bundle).unwrap_or_default();
+            if authorities.is_empty() {
+                return Err("the CA bundle holds no PEM certificate".to_owned());
+            }
+            authorities
+        }
+    };
+    let builder = || {
+        Client::builder()
+            .user_agent(concat!("countersign/", env!("CARGO_PKG_VERSION")))
+            .redirect(redirect::Policy::none())
+            .referer(false)
+            .no_gzip()
+            .no_brotli()
+            .no_zstd()
+            .no_deflate()
+            .connect_timeout(settings.timeouts.connect)
+            .timeout(settings.timeouts.request)
+            .pool_idle_timeout(IDLE)
+            .tcp_nodelay(true)
+    };
+    builder()
+        .tls_certs_merge(authorities.iter().cloned())
+        .build()
+        .or_else(|error| {
+            // A minimal container image has no certificates, and a registry by plain http needs none.
+            if settings.url.scheme() == "http" { builder().tls_certs_only(authorities).build() } else { Err(error) }
+        })
+        .map_err(|error| {
+            let mut text = format!("the HTTPS client cannot be set up: {error}");
+            let mut cause = std::error::Error::source(&error);
+            while let Some(error) = cause {
+                let _ = write!(text, ": {error}");
+                cause = error.source();
+            }
+            text
+        })
+}
+
+impl Registry {
+    pub(super) fn at(&self, doing: &str, object: &Object<'_>) -> At {
+        At::new(&self.0.name, doing, object)
+    }
+
+    pub(super) fn at_call(&self, call: &Call<'_>) -> At {
+        self.at(call.doing, &Object { repository: call.repository, item: call.item })
+    }
+
+    /// Sends `outgoing` with whatever authorization it takes, following redirects of reads. Returns any answer but a 401.
+    /// A success has at most `limit` bytes.
+    pub(super) async fn exchange(&self, call: &Call<'_>, outgoing: Outgoing, limit: usize) -> Result<Answer, Error> {
+        let began = Instant::now();
+        let result = self.exchange_unobserved(call, outgoing, limit).await;
+        if let Some(observer) = &self.0.observer {
+            let ended = match &result {
+                Ok(answer) => word_of(answer.status),
+                Err(Error::Unreachable { .. }) => "unreachable",
+                Err(Error::Unauthorized { .. }) => "denied",
+                Err(_) => "failed",
+            };
+            observer(call.doing, ended, began.elapsed());
+        }
+        result
+    }
+
+    async fn exchange_unobserved(&self, call: &Call<'_>, outgoing: Outgoing, limit: usize) -> Result<Answer, Error> {
+        let since = Instant::now();
+        let mut outgoing = outgoing;
+        let grant = Grant { repository: call.repository.cloned(), access: call.access };
+        let mut authorization = self.authorization(&grant).await?;
+        let (mut own, mut challenged, mut lost) = (true, false, false);
+        let (mut redirects, mut repeats) = (0, 0);
+        loop {
+            let shown = if own { &authorization } else { &Authorization::None };
+            let mut answer = match self.send_once(&outgoing, shown, limit, &|| self.at_call(call)).await {
+                // The server may have closed a kept connection in the very moment; what only reads can be asked again.
+                Err(Error::Unreachable { source, .. }) if !lost && outgoing.is_read() && was_cut_off(&source) => {
+                    lost = true;
+                    continue;
+                }
+                answer => answer?,
+            };
+            answer.own = own;
+            match answer.status {
+                StatusCode::UNAUTHORIZED if own => {
+                    let met = if challenged {
+                        None
+                    } else {
+                        self.meet(Challenge::read(&answer.headers), &grant, &authorization, since).await?
+                    };
+                    let Some(met) = met else {
+                        let reported = self.reported(&answer, &authorization);
+                        let account = self.0.authenticator.account();
+                        return Err(Error::Unauthorized { at: self.at_call(call), account, need: call.access.need(), reported });
+                    };
+                    challenged = true;
+                    authorization = met;
+                }
+                StatusCode::INTERNAL_SERVER_ERROR if own && outgoing.is_read() && repeats < MOST_REPEATS => {
+                    repeats += 1;
+                    tokio::time::sleep(pause(repeats)).await;
+                }
+                status if status.is_redirection() && outgoing.is_read() && redirects < MOST_REDIRECTS => {
+                    redirects += 1;
+                    let target = self.redirect(call, &outgoing.url, &answer)?;
+                    // Once elsewhere, never ours again: a way back would be one for whoever stands there to choose.
+                    own = own && target.origin() == self.0.origin.origin();
+                    outgoing.url = target;
+                }
+                _ => return Ok(answer),
+            }
+        }
+    }
+
+    /// Where a read is redirected to.
+    fn redirect(&self, call: &Call<'_>, from: &Url, answer: &Answer) -> Result<Url, Error> {
+        let target = answer.header(LOCATION).and_then(|location| from.join(location).ok());
+        let Some(target) = target.filter(|url| matches!(url.scheme(), "http" | "https") && url.host().is_some()) else {
+            let problem = format!("a redirect (status {}) without a place to go", answer.status.as_u16());
+            return Err(Error::Malformed { at: self.at_call(call), problem });
+        };
+        if from.scheme() == "https" && target.scheme() != "https" {
+            return Err(Error::Elsewhere {
+                at: self.at_call(call),
+                target: origin_text(&target),
+                problem: "which would lead from https to plain http",
+                cure: "have the registry serve its storage by https, or by itself without redirects",
+            });
+        }
+        Ok(target)
+    }
+
+    /// Sends one request, once.
+    pub(super) async fn send_once(
+        &self,
+        outgoing: &Outgoing,
+        authorization: &Authorization,
+        limit: usize,
+        at: &(dyn Fn() -> At + Sync),
+    ) -> Result<Answer, Error> {
+        let began = Instant::now();
+        // A URL's query may hold a signature, so no error keeps the URL.
+        let unreachable = |source: reqwest::Error| Error::Unreachable { at: at(), source: Arc::new(source.without_url()) };
+        let mut response = self.0.client.execute(outgoing.request(authorization)).await.map_err(unreachable)?;
+        let status = response.status();
+        let headers = std::mem::take(response.headers_mut());
+        let body = read(&mut response, if status.is_success() { limit } else { ERROR_LIMIT }).await.map_err(unreachable)?;
+        tracing::trace!(
+            registry = %self.0.name, method = %outgoing.method, path = outgoing.url.path(), status = status.as_u16(),
+            elapsed = ?began.elapsed(), "asked the registry"
+        );
+        match body {
+            Body::Whole(body) | Body::Cut(body) if !status.is_success() => Ok(Answer { status, headers, body, own: true }),
+            Body::Whole(body) => Ok(Answer { status, headers, body, own: true }),
+            Body::Cut(_) => Err(Error::Oversized { at: at(), limit: format!("{limit} bytes") }),
+        }
+    }
+
+    /// What the registry said, without any credential that it may have repeated.
+    pub(super) fn reported(&self, answer: &Answer, shown: &Authorization) -> Reported {
+        let secrets: Vec<&str> = shown.secret().into_iter().chain(self.0.authenticator.password()).collect();
+        Reported::read(answer.status, &answer.body, &secrets)
+    }
+
+    /// The error that an answer stands for, if it is not what the call hoped for.
+    pub(super) async fn failure(&self, call: &Call<'_>, answer: &Answer) -> Error {
+        let grant = Grant { repository: call.repository.cloned(), access: call.access };
+        let shown = self.authorization(&grant).await.unwrap_or(Authorization::None);
+        let reported = self.reported(answer, &shown);
+        let at = self.at_call(call);
+        if !answer.own {
+            // Where the content is kept, and not the registry, says so: no word of it about rights or existence counts.
+            return match answer.status {
+                status if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS => {
+                    Error::Unexpected { at, reported }
+                }
+                _ => refusal(at, answer, reported),
+            };
+        }
+        if answer.status == StatusCode::FORBIDDEN && !reported.has(&["TOOMANYREQUESTS"]) {
+            return Error::Denied { at, account: self.0.authenticator.account(), need: call.access.need(), reported };
+        }
+        refusal(at, answer, reported)
+    }
+
+    /// Takes a URL that the registry gave for its own use (an upload's Location, a listing's Link), relative to `from`, to
+    /// the configured origin. Refuses one that is on another host: credentials would follow it there.
+    pub(super) fn own_url(&self, call: &Call<'_>, from: &Url, text: &str) -> Result<Url, Error> {
+        let Ok(mut url) = from.join(text) else {
+            let problem = format!("it points to {:?}, which is no URL", error::cut(text, 120));
+            return Err(Error::Malformed { at: self.at_call(call), problem });
+        };
+        let origin = &self.0.origin;
+        if url.origin() == origin.origin() {
+            // A name and password in it would be sent as an Authorization of the registry's choice.
+            let (_, _) = (url.set_username(""), url.set_password(None));
+            return Ok(url);
+        }
+        // Behind a proxy a registry may know only its public name, or not know that it is reached by https.
+        let authority = authority(&url);
+        if matches!(url.scheme(), "http" | "https") && (authority == self.0.name.as_str() || authority == self::authority(origin))
+        {
+            let mut own = origin.clone();
+            own.set_path(url.path());
+            own.set_query(url.query());
+            return Ok(own);
+        }
+        Err(Error::Elsewhere {
+            at: self.at_call(call),
+            target: origin_text(&url),
+            problem: "which is another host than the registry's, where no credentials are sent",
+            cure: "set the registry's `url` to the address that it announces, or have it announce the address in `url`",
+        })
+    }
+
+    /// The URL of the next page, if there is one: RFC 8288, as distribution-spec 1.1 has it for listings.
+    pub(super) fn next_page(&self, call: &Call<'_>, from: &Url, answer: &Answer) -> Result<Option<Url>, Error> {
+        let mut links = answer.headers.get_all(LINK).iter().filter_map(|value| value.to_str().ok());
+        links.find_map(next_link).map(|target| self.own_url(call, from, target)).transpose()
+    }
+}
+
+/// The target of a `Link` header whose relation is `next`.
+fn next_link(header: &str) -> Option<&str> {
+    let mut rest = header;
+    loop {
+        let (_, after) = rest.split_once('<')?;
+        let (target, after) = after.split_once('>')?;
+        let parameters = after.split('<').next().unwrap_or_default();
+        let is_next = parameters.split([';', ',']).any(|parameter| {
+            parameter.split_once('=').is_some_and(|(name, value)| {
+                name.trim().eq_ignore_ascii_case("rel") && value.trim().trim_matches('"').split(' ').any(|rel| rel == "next")
+            })
+        });
+        if is_next {
+            return Some(target);
+        }
+        rest = after;
+    }
+}
+
+/// How an exchange ended, for those who count.
+fn word_of(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        200..=399 => "ok",
+        404 => "absent",
+        429 => "throttled",
+        401 | 403 => "denied",
+        400..=499 => "refused",
+        _ => "failed",
+    }
+}
+
+/// The error of a status alone, whoever gave it.
+pub(super) fn refusal(at: At, answer: &Answer, reported: Reported) -> Error {
+    let retry_after = || retry_after(&answer.headers);
+    match answer.status {
+        StatusCode::TOO_MANY_REQUESTS => Error::Throttled { at, retry_after: retry_after(), reported },
+        _ if reported.has(&["TOOMANYREQUESTS"]) => Error::Throttled { at, retry_after: retry_after(), reported },
+        StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY => Error::ServerError { at, retry_after: retry_after(), reported },
+        status if status.is_server_error() => Error::ServerError { at, retry_after: retry_after(), reported },
+        // A registry's 404 has a code; what has none comes from something that stands before it, or is none.
+        StatusCode::NOT_FOUND if reported.codes().next().is_none() => Error::Unexpected { at, reported },
+        status if status.is_client_error() => Error::Rejected { at, reported },
+        _ => Error::Unexpected { at, reported },
+    }
+}
+
+/// `Retry-After` as seconds or as a date (RFC 9110 section 10.2.3), the latter by the peer's own clock if it tells the time.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let date = |text: &str| jiff::fmt::rfc2822::parse(text).ok().map(|zoned| zoned.timestamp());
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let wait = if let Ok(seconds) = text.parse::<u64>() {
+        Duration::from_secs(seconds)
+    } else {
+        let now = headers.get(DATE).and_then(|value| value.to_str().ok()).and_then(date);
+        let until = date(text)?.duration_since(now.unwrap_or_else(|| Clock::system().now()));
+        Duration::try_from(until).unwrap_or_default()
+    };
+    Some(wait.min(LONGEST_WAIT))
+}
+
+enum Body {
+    Whole(Bytes),
+    Cut(Bytes),
+}
+
+/// Reads a body of at most `limit` bytes. Where it comes in one piece, it is not copied.
+async fn read(response: &mut reqwest::Response, limit: usize) -> Result<Body, reqwest::Error> {
+    let Some(first) = response.chunk().await? else { return Ok(Body::Whole(Bytes::new())) };
+    if first.len() > limit {
+        return Ok(Body::Cut(first.slice(..limit)));
+    }
+    let Some(second) = response.chunk().await? else { return Ok(Body::Whole(first)) };
+    let mut whole = BytesMut::from(first);
+    let mut next = Some(second);
+    while let Some(piece) = next {
+        if whole.len() + piece.len() > limit {
+            return Ok(Body::Cut(whole.freeze()));
+        }
+        whole.extend_from_slice(&piece);
+        next = response.chunk().await?;
+    }
+    Ok(Body::Whole(whole.freeze()))
+}
+
+/// Whether an established connection ended without an answer.
+fn was_cut_off(error: &reqwest::Error) -> bool {
+    error.is_request() && !error.is_connect() && !error.is_timeout()
+}
+
+/// 5, 15, 45, 135 ms, give or take half.
+fn pause(repeat: u32) -> Duration {
+    let middle = 5.0 * 3f64.powi(repeat.cast_signed() - 1);
+    Duration::from_secs_f64(middle * (0.5 + fastrand::f64()) / 1000.0)
+}
+
+pub(super) fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// `host` or `host:port`, as a registry's name has it.
+fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
+/// `scheme://host:port`, which holds nothing secret.
+pub(super) fn origin_text(url: &Url) -> String {
+    error::cut(&format!("{}://{}", url.scheme(), authority(url)), 120)
+}

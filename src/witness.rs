@@ -1,0 +1,240 @@
+//! A named signing identity: its key opened, its public key pinned, its signatures checked before anyone sees them.
+
+mod pace;
+mod pin;
+mod trust;
+
+use std::{fmt, io, path::PathBuf, sync::Arc};
+
+use jiff::Timestamp;
+use tracing::Instrument;
+
+use crate::{
+    clock::Clock,
+    kms::{self, Algorithm, KeyUri, PublicKey, PublicKeyError, RawSignature, SigningKey},
+    outcome::{Classify, Verdict},
+};
+use pace::Pace;
+pub use trust::{Standing, TrustedKeys};
+
+/// What the configuration says of a witness.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WitnessSettings {
+    pub name: String,
+    pub description: String,
+    /// The key that signs.
+    pub key: KeyUri,
+    /// Further public keys whose signatures count: rotation by overlap, revocation by date.
+    pub verify: Vec<TrustedKeySettings>,
+    /// The witness's share of the KMS's quota; as fast as it is asked, if absent.
+    pub rate: Option<Rate>,
+    /// Where the public key is kept from the first opening on. A later opening that finds another key is refused.
+    pub pin: Option<PathBuf>,
+}
+
+/// A public key whose signatures count though it does not sign (any more).
+#[derive(Clone, PartialEq, Eq)]
+pub struct TrustedKeySettings {
+    /// The text of its PEM file.
+    pub pem: String,
+    /// From then on its signatures no longer count.
+    pub until: Option<Timestamp>,
+    /// From then on its signatures no longer count, for this reason.
+    pub revoked: Option<(Timestamp, String)>,
+}
+
+/// How many signatures a witness asks its KMS for. Zeroes count as one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate {
+    pub per_second: u32,
+    /// How many may come at once after a pause.
+    pub burst: u32,
+}
+
+/// Why a witness cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("witness {witness}: its key cannot be opened")]
+    Key { witness: String, source: kms::Error },
+    #[error("witness {witness}: key {number} under `verify` cannot be used")]
+    TrustedKey {
+        witness: String,
+        /// Counted from 1.
+        number: usize,
+        source: PublicKeyError,
+    },
+    #[error("witness {witness}: keys {first} and {second} under `verify` are the same key")]
+    TrustedTwice { witness: String, first: usize, second: usize },
+    #[error(
+        "witness {witness}: the key behind {key} changed: {} keeps sha256:{pinned}, and it is sha256:{found} now; if that is intended, \
+         list the old public key (the one in that file) under the witness's `verify`, so that its signatures count on, or remove the \
+         file, so that they do not",
+        pin.display()
+    )]
+    KeyChanged { witness: String, key: Arc<KeyUri>, pin: PathBuf, pinned: String, found: String },
+    #[error("witness {witness}: the pinned public key in {} could not be {what}", pin.display())]
+    Pin { witness: String, pin: PathBuf, what: &'static str, source: io::Error },
+    #[error("witness {witness}: the pinned public key in {} is damaged; remove the file to pin the key anew", pin.display())]
+    PinDamaged { witness: String, pin: PathBuf, source: PublicKeyError },
+    #[error("witness {witness}: its own key sha256:{fingerprint} {standing}, so it must not sign: name another key")]
+    Retired { witness: String, fingerprint: String, standing: Standing },
+    #[error(
+        "witness {witness}: none of its public keys is known here without asking {key}: start the daemon once, which keeps the key, or \
+         list it under the witness's `verify`"
+    )]
+    NoKeyOffline { witness: String, key: Arc<KeyUri> },
+}
+
+impl Classify for Error {
+    fn verdict(&self) -> Verdict {
+        let cure = match self {
+            Self::Key { source, .. } => return source.verdict(),
+            Self::TrustedKey { .. } | Self::TrustedTwice { .. } => "correct the key under the witness's `verify`",
+            Self::KeyChanged { .. } => {
+                "list the old public key under the witness's `verify` or remove the pinned one, as the message says"
+            }
+            Self::Pin { .. } => "let countersign's user read and write its state folder",
+            Self::PinDamaged { .. } => "remove the pinned public key",
+            Self::Retired { .. } => "name another key in the witness's `key`",
+            Self::NoKeyOffline { .. } => "start the daemon once, or list the public key under the witness's `verify`",
+        };
+        Verdict::Refuse { cure }
+    }
+}
+
+/// A named signing identity: one asymmetric key in one KMS, and the public keys whose signatures count as its own.
+#[derive(Debug)]
+pub struct Witness {
+    name: String,
+    description: String,
+    key: Arc<dyn SigningKey>,
+    trusted: TrustedKeys,
+    pace: Pace,
+    clock: Clock,
+}
+
+impl Witness {
+    /// Opens the key, reads its public half, and holds it against the pinned one.
+    pub async fn open(settings: &WitnessSettings, clock: Clock) -> Result<Self, Error> {
+        // What is wrong in the configuration is said before the KMS is asked.
+        trust::configured(settings)?;
+        let opened = kms::open(&settings.key, clock.clone()).await;
+        let key = opened.map_err(|source| Error::Key { witness: settings.name.clone(), source })?;
+        Self::from_key(settings, key, clock)
+    }
+
+    /// The same with a key that is open already.
+    pub fn from_key(settings: &WitnessSettings, key: Arc<dyn SigningKey>, clock: Clock) -> Result<Self, Error> {
+        pin::hold(settings, key.public_key())?;
+        let trusted = TrustedKeys::with_own(settings, Some(key.public_key()))?;
+        let standing = trusted.standing(key.public_key(), clock.now());
+        if let Some(standing @ (Standing::Ended { .. } | Standing::Revoked { .. })) = standing {
+            let fingerprint = key.public_key().fingerprint().to_owned();
+            return Err(Error::Retired { witness: settings.name.clone(), fingerprint, standing });
+        }
+        let (name, description) = (settings.name.clone(), settings.description.clone());
+        Ok(Self { name, description, key, trusted, pace: Pace::new(settings.rate), clock })
+    }
+
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    #[must_use]
+    pub fn description(&self) -> &str {
+        &self.description
+    }
+
+    /// The reference as configured.
+    #[must_use]
+    pub fn key_uri(&self) -> &KeyUri {
+        self.key.uri()
+    }
+
+    /// What the KMS itself called the key when it was opened, for the ledger: on AWS its ARN.
+    #[must_use]
+    pub fn resolved_key(&self) -> &str {
+        self.key.resolved()
+    }
+
+    /// The key that signs.
+    #[must_use]
+    pub fn public_key(&self) -> &PublicKey {
+        self.key.public_key()
+    }
+
+    /// The keys whose signatures count.
+    #[must_use]
+    pub fn trusted_keys(&self) -> &TrustedKeys {
+        &self.trusted
+    }
+
+    /// Signs a SHA-256 digest (the caller has hashed), and verifies what came back before returning it.
+    ///
+    /// Waits its turn first if the witness has a rate, or if the KMS has throttled it lately. Dropping the future gives the
+    /// turn up. An answer that cannot be right is asked for once more; all else goes to the caller at once, as its verdict says.
+    pub async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, kms::Error> {
+        let span = tracing::info_span!("kms.sign", witness = %self.name, %algorithm);
+        async {
+            self.check_fitness(algorithm)?;
+            match self.sign_once(algorithm, digest).await {
+                Err(error) if error.is_garbled() => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "asking the KMS once more");
+                    self.sign_once(algorithm, digest).await
+                }
+                result => result,
+            }
+        }
+        .instrument(span)
+        .await
+    }
+
+    /// What would make every signature useless is said without asking the KMS for one.
+    fn check_fitness(&self, algorithm: Algorithm) -> Result<(), kms::Error> {
+        let key = || Arc::new(self.key_uri().clone());
+        let spec = self.public_key().spec();
+        if !spec.supports(algorithm) {
+            return Err(kms::Error::WrongAlgorithm { key: key(), spec, algorithm });
+        }
+        let standing = self.trusted.standing(self.public_key(), self.clock.now());
+        match standing.expect("a witness's own key is among its trusted keys") {
+            Standing::Counts => Ok(()),
+            standing => {
+                let what = format!("its public key {standing}, so nothing was signed: name another key in witness {}", self.name);
+                Err(kms::Error::Misconfigured { key: key(), what })
+            }
+        }
+    }
+
+    async fn sign_once(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, kms::Error> {
+        let turn = self.pace.turn().await;
+        let signed = self.key.sign(algorithm, digest).await;
+        match &signed {
+            Ok(_) => self.pace.served(),
+            Err(kms::Error::Throttled { retry_after, .. }) => {
+                if let Some(rate) = self.pace.throttled(turn, *retry_after) {
+                    tracing::warn!(rate, "the KMS throttles: asking for fewer signatures a second for a while");
+                }
+            }
+            Err(_) => {}
+        }
+        let signature = signed?;
+        self.public_key().verify(algorithm, digest, signature.as_ref()).map_err(|_| kms::Error::BadSignature {
+            key: Arc::new(self.key_uri().clone()),
+            algorithm,
+            fingerprint: self.public_key().fingerprint().to_owned(),
+        })?;
+        Ok(signature)
+    }
+}
+
+impl fmt::Debug for TrustedKeySettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Not the text: it is checked to be a public key only later.
+        f.debug_struct("TrustedKeySettings").field("until", &self.until).field("revoked", &self.revoked).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

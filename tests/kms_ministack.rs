@@ -1,0 +1,174 @@
+//! AWS KMS keys against ministack, which checks the signature of every request and answers as AWS does.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use countersign::{
+    clock::Clock,
+    kms::{self, Algorithm, Environment, Error, KeyUri, SigningKey},
+    outcome::{Classify, Verdict},
+    witness::{self, Witness, WitnessSettings},
+};
+use integration_tests::ministack::{Credentials, Ministack, REGION};
+use jiff::Timestamp;
+use serde_json::json;
+
+const DIGEST: [u8; 32] = [7; 32];
+const ALL: [&str; 3] = ["kms:Sign", "kms:GetPublicKey", "kms:DescribeKey"];
+
+async fn ministack() -> Ministack {
+    Ministack::start().await.expect("these tests run ministack from .tools: `make tools` installs it there")
+}
+
+fn uri(kms: &Ministack, key: &str) -> KeyUri {
+    format!("awskms://{}/{key}?region={REGION}", kms.host()).parse().unwrap()
+}
+
+fn environment(who: &Credentials) -> Environment {
+    Environment::of([("AWS_ACCESS_KEY_ID", &who.access_key_id), ("AWS_SECRET_ACCESS_KEY", &who.secret_access_key)])
+}
+
+async fn open(kms: &Ministack, key: &str, who: &Credentials) -> Result<Arc<dyn SigningKey>, Error> {
+    kms::open_in(&uri(kms, key), Clock::system(), &environment(who)).await
+}
+
+fn witness(kms: &Ministack, key: Arc<dyn SigningKey>, pin: PathBuf) -> Result<Witness, witness::Error> {
+    let settings = WitnessSettings {
+        name: "release".into(),
+        description: String::new(),
+        key: uri(kms, "alias/release"),
+        verify: vec![],
+        rate: None,
+        pin: Some(pin),
+    };
+    Witness::from_key(&settings, key, Clock::system())
+}
+
+#[tokio::test]
+async fn every_kind_of_key_signs_by_id_arn_and_alias() {
+    let kms = ministack().await;
+    let who = kms.user("signer", &ALL).await.unwrap();
+    for (spec, algorithms) in [
+        ("RSA_2048", [Algorithm::RsaPkcs1Sha256, Algorithm::RsaPssSha256].as_slice()),
+        ("RSA_3072", &[Algorithm::RsaPkcs1Sha256, Algorithm::RsaPssSha256]),
+        ("RSA_4096", &[Algorithm::RsaPkcs1Sha256, Algorithm::RsaPssSha256]),
+        ("ECC_NIST_P256", &[Algorithm::EcdsaSha256]),
+    ] {
+        let id = kms.key(spec, spec).await.unwrap();
+        let arn = format!("arn:aws:kms:{REGION}:000000000000:key/{id}");
+        for key in [&id, &arn, &format!("alias/{spec}")] {
+            let opened = open(&kms, key, &who).await.unwrap();
+            assert_eq!(opened.resolved(), arn);
+            for algorithm in algorithms {
+                let signature = opened.sign(*algorithm, &DIGEST).await.unwrap();
+                assert_eq!(opened.public_key().verify(*algorithm, &DIGEST, signature.as_ref()), Ok(()), "{spec} {algorithm}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_key_is_not_fit_for_is_refused_with_its_reason() {
+    let kms = ministack().await;
+    let who = kms.user("signer", &ALL).await.unwrap();
+
+    let disabled = kms.key("ECC_NIST_P256", "disabled").await.unwrap();
+    let deleted = kms.key("ECC_NIST_P256", "deleted").await.unwrap();
+    let opened = [open(&kms, "alias/disabled", &who).await.unwrap(), open(&kms, "alias/deleted", &who).await.unwrap()];
+    kms.kms("DisableKey", &json!({ "KeyId": disabled })).await.unwrap();
+    kms.kms("ScheduleKeyDeletion", &json!({ "KeyId": deleted, "PendingWindowInDays": 7 })).await.unwrap();
+    for (key, part) in opened.iter().zip(["disabled", "going to be deleted on"]) {
+        for error in [
+            key.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap_err(),
+            kms::open_in(key.uri(), Clock::system(), &environment(&who)).await.unwrap_err(),
+        ] {
+            assert!(matches!(error, Error::KeyUnusable { .. }) && error.to_string().contains(part), "{error}");
+        }
+    }
+    kms.kms("EnableKey", &json!({ "KeyId": disabled })).await.unwrap();
+    opened[0].sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
+
+    let symmetric = kms.kms("CreateKey", &json!({})).await.unwrap();
+    let symmetric = symmetric["KeyMetadata"]["KeyId"].as_str().unwrap().to_owned();
+    let error = open(&kms, &symmetric, &who).await.unwrap_err();
+    assert!(matches!(error, Error::KeyUnusable { .. }) && error.to_string().contains("ENCRYPT_DECRYPT"), "{error}");
+
+    for unknown in ["alias/unknown", "11111111-2222-3333-4444-555555555555"] {
+        let error = open(&kms, unknown, &who).await.unwrap_err();
+        assert!(matches!(error, Error::NotFound { .. }) && error.to_string().contains(REGION), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn who_may_not_sign_is_told_so() {
+    let kms = ministack().await;
+    kms.key("ECC_NIST_P256", "release").await.unwrap();
+
+    let nobody = kms.user("nobody", &["sts:GetCallerIdentity"]).await.unwrap();
+    let error = open(&kms, "alias/release", &nobody).await.unwrap_err();
+    assert!(matches!(error, Error::Denied { .. }), "{error}");
+
+    let reader = kms.user("reader", &["kms:GetPublicKey", "kms:DescribeKey"]).await.unwrap();
+    let key = open(&kms, "alias/release", &reader).await.unwrap();
+    let error = key.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap_err();
+    assert!(matches!(error, Error::Denied { .. }) && error.to_string().contains("Sign"), "{error}");
+    assert!(matches!(error.verdict(), Verdict::Refuse { cure } if cure.contains("kms:Sign")));
+
+    let signer = kms.user("signer", &ALL).await.unwrap();
+    let mistyped = Credentials { secret_access_key: "mistyped".into(), ..signer.clone() };
+    let error = open(&kms, "alias/release", &mistyped).await.unwrap_err();
+    assert!(matches!(error, Error::Credentials { .. }) && error.to_string().contains("wrongly signed"), "{error}");
+    assert!(!format!("{error:?}").contains("mistyped"));
+
+    let unknown = Credentials { access_key_id: "AKIAUNKNOWN000000000".into(), ..signer };
+    let error = open(&kms, "alias/release", &unknown).await.unwrap_err();
+    assert!(matches!(error, Error::Credentials { .. }) && error.to_string().contains("does not know"), "{error}");
+}
+
+#[tokio::test]
+async fn a_clock_that_is_ten_minutes_off_is_put_right() {
+    let kms = ministack().await;
+    kms.key("ECC_NIST_P256", "release").await.unwrap();
+    let who = kms.user("signer", &ALL).await.unwrap();
+    #[expect(clippy::disallowed_methods, reason = "the other side compares it with its own clock")]
+    let now = Timestamp::now();
+    for wrong in [now - Duration::from_secs(600), now + Duration::from_secs(600)] {
+        let (clock, _) = Clock::manual(wrong);
+        let key = kms::open_in(&uri(&kms, "alias/release"), clock, &environment(&who)).await.unwrap();
+        key.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_alias_that_moves_is_noticed_while_running_and_at_the_next_start() {
+    let kms = ministack().await;
+    let first = kms.key("ECC_NIST_P256", "release").await.unwrap();
+    let second = kms.key("ECC_NIST_P256", "next").await.unwrap();
+    let who = kms.user("signer", &ALL).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let pin = folder.path().join("release.pub.pem");
+    let running = witness(&kms, open(&kms, "alias/release", &who).await.unwrap(), pin.clone()).unwrap();
+    running.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
+
+    kms.kms("UpdateAlias", &json!({ "AliasName": "alias/release", "TargetKeyId": second })).await.unwrap();
+    let error = running.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(error, Error::KeyChanged { .. }) && text.contains(&first) && text.contains(&second), "{text}");
+    let error = witness(&kms, open(&kms, "alias/release", &who).await.unwrap(), pin.clone()).unwrap_err();
+    assert!(matches!(error, witness::Error::KeyChanged { .. }), "{error}");
+
+    kms.kms("UpdateAlias", &json!({ "AliasName": "alias/release", "TargetKeyId": first })).await.unwrap();
+    running.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
+    witness(&kms, open(&kms, "alias/release", &who).await.unwrap(), pin).unwrap();
+}
+
+#[tokio::test]
+async fn a_kms_that_dies_is_unreachable_and_nothing_waits_for_it() {
+    let kms = ministack().await;
+    kms.key("ECC_NIST_P256", "release").await.unwrap();
+    let who = kms.user("signer", &ALL).await.unwrap();
+    let key = open(&kms, "alias/release", &who).await.unwrap();
+    drop(kms);
+    let answered = tokio::time::timeout(Duration::from_secs(8), key.sign(Algorithm::EcdsaSha256, &DIGEST)).await;
+    let error = answered.expect("a try has a limit of 5 seconds").unwrap_err();
+    assert_eq!(error.verdict(), Verdict::TRANSIENT, "{error}");
+}

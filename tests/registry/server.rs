@@ -1,0 +1,111 @@
+//! A real docker-registry on a loopback port, for as long as the value lives.
+
+use std::{
+    fs,
+    net::{TcpListener, TcpStream},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use countersign::oci::RegistryName;
+use tempfile::TempDir;
+
+pub const PASSWORD: &str = "correct horse";
+/// bcrypt of [`PASSWORD`] for the user `ann`, in 16 rounds: this guards nothing.
+const HTPASSWD: &str = "ann:$2b$04$9u4aA49w6Jmn6DyMaInVMOUhnqxszOMUcx7KIgEjYyPQjVSuBZsL.\n";
+
+pub enum Auth {
+    None,
+    Password,
+    Token { realm: String, certificate: PathBuf },
+}
+
+pub struct Server {
+    child: Child,
+    folder: TempDir,
+    port: u16,
+}
+
+impl Server {
+    pub fn start(auth: &Auth) -> Self {
+        let shm = PathBuf::from("/dev/shm");
+        let folder = if shm.is_dir() { TempDir::new_in(shm) } else { TempDir::new() }.unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let auth = match auth {
+            Auth::None => String::new(),
+            Auth::Password => {
+                fs::write(at("htpasswd"), HTPASSWD).unwrap();
+                format!("auth: {{htpasswd: {{realm: test, path: {}}}}}\n", at("htpasswd").display())
+            }
+            Auth::Token { realm, certificate } => format!(
+                "auth: {{token: {{realm: '{realm}', service: registry, issuer: test, rootcertbundle: {}}}}}\n",
+                certificate.display()
+            ),
+        };
+        let config = |port: u16| {
+            format!(
+                "version: 0.1\n\
+                 log: {{level: error, accesslog: {{disabled: false}}}}\n\
+                 storage: {{filesystem: {{rootdirectory: {}}}, maintenance: {{uploadpurging: {{enabled: false}}}}}}\n\
+                 http: {{addr: '127.0.0.1:{port}', secret: test}}\n\
+                 {auth}",
+                at("data").display()
+            )
+        };
+        // Another process may take the port between finding it and using it.
+        for _ in 0..5 {
+            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+            fs::write(at("config.yml"), config(port)).unwrap();
+            let mut child = Command::new("docker-registry")
+                .arg("serve")
+                .arg(at("config.yml"))
+                .stdin(Stdio::null())
+                .stdout(fs::File::create(at("log")).unwrap())
+                .stderr(fs::File::create(at("errors")).unwrap())
+                .spawn()
+                .expect("docker-registry must be installed: apt-get install docker-registry");
+            if is_up(&mut child, port) {
+                return Self { child, folder, port };
+            }
+            let errors = fs::read_to_string(at("errors")).unwrap();
+            assert!(errors.contains("address already in use"), "docker-registry does not start: {errors}");
+        }
+        panic!("no free port in five attempts");
+    }
+
+    pub fn url(&self) -> reqwest::Url {
+        format!("http://127.0.0.1:{}", self.port).parse().unwrap()
+    }
+
+    pub fn name(&self) -> RegistryName {
+        format!("127.0.0.1:{}", self.port).parse().unwrap()
+    }
+
+    /// The access log's lines: `… "GET /v2/ HTTP/1.1" 200 …`.
+    pub fn requests(&self) -> Vec<String> {
+        let log = fs::read_to_string(self.folder.path().join("log")).unwrap();
+        log.lines().filter(|line| line.contains("\" \"")).map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn is_up(child: &mut Child, port: u16) -> bool {
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(20) {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("docker-registry runs, but does not listen");
+}
