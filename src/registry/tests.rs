@@ -2,6 +2,7 @@
 
 mod auth;
 mod content;
+mod tls;
 mod transport;
 
 use std::{
