@@ -116,7 +116,7 @@ fn settings(url: &str) -> Settings {
         url: url.parse().unwrap(),
         credentials: Some(Credentials { username: "ann".into(), password: PASSWORD.to_owned().into() }),
         ca: None,
-        timeouts: Timeouts { connect: Duration::from_secs(1), request: Duration::from_secs(2) },
+        timeouts: Timeouts { connect: Duration::from_secs(5), request: Duration::from_secs(10) },
     }
 }
 

@@ -162,6 +162,10 @@ impl Registry {
                 answer => answer?,
             };
             answer.own = own;
+            tracing::trace!(
+                registry = %self.0.name, doing = call.doing, repository = call.repository.map(Repository::as_str),
+                status = answer.status.as_u16(), elapsed = ?since.elapsed(), "asked the registry"
+            );
             match answer.status {
                 StatusCode::UNAUTHORIZED if own => {
                     let met = if challenged {
@@ -219,30 +223,22 @@ impl Registry {
         limit: usize,
         at: &(dyn Fn() -> At + Sync),
     ) -> Result<Answer, Error> {
-        let began = Instant::now();
-        let unreachable = |source| Error::Unreachable { at: at(), source };
         let asked = async {
             let response = self.0.client.request(outgoing.request(authorization)).await.map_err(|error| {
                 if error.is_connect() { Broken::Connect(Arc::new(error)) } else { Broken::Lost(Arc::new(error)) }
             })?;
             let (head, body) = response.into_parts();
-            let limit = if head.status.is_success() { limit } else { ERROR_LIMIT };
-            Ok((head, read(body, limit).await.map_err(|error| Broken::Cut(Arc::new(error)))?))
+            let most = if head.status.is_success() { limit } else { ERROR_LIMIT };
+            let (body, is_whole) = read(body, most).await.map_err(|error| Broken::Cut(Arc::new(error)))?;
+            Ok((head, body, is_whole))
         };
-        let limit_in_time = self.0.timeouts.request;
-        let answered = tokio::time::timeout(limit_in_time, asked).await.unwrap_or(Err(Broken::Slow(limit_in_time)));
-        let (http::response::Parts { status, headers, .. }, body) = answered.map_err(unreachable)?;
-        tracing::trace!(
-            registry = %self.0.name, method = %outgoing.method, path = outgoing.target.path(), status = status.as_u16(),
-            elapsed = ?began.elapsed(), "asked the registry"
-        );
-        match body {
-            Body::Whole(body) | Body::Cut(body) if !status.is_success() => {
-                Ok(Answer { status, headers, body, own: true, shown: authorization.clone() })
-            }
-            Body::Whole(body) => Ok(Answer { status, headers, body, own: true, shown: authorization.clone() }),
-            Body::Cut(_) => Err(Error::Oversized { at: at(), limit: format!("{limit} bytes") }),
+        let patience = self.0.timeouts.request;
+        let answered = tokio::time::timeout(patience, asked).await.unwrap_or(Err(Broken::Slow(patience)));
+        let (head, body, is_whole) = answered.map_err(|source| Error::Unreachable { at: at(), source })?;
+        if head.status.is_success() && !is_whole {
+            return Err(Error::Oversized { at: at(), limit: format!("{limit} bytes") });
         }
+        Ok(Answer { status: head.status, headers: head.headers, body, own: true, shown: authorization.clone() })
     }
 
     /// What the registry said, without any credential that it may have repeated.
@@ -370,28 +366,28 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     Some(wait.min(LONGEST_WAIT))
 }
 
-enum Body {
-    Whole(Bytes),
-    Cut(Bytes),
-}
-
-/// Reads a body of at most `limit` bytes. Where it comes in one piece, it is not copied.
-async fn read(mut body: Incoming, limit: usize) -> Result<Body, hyper::Error> {
-    let mut whole = Bytes::new();
-    let mut growing = BytesMut::new();
+/// Reads a body as far as `limit` bytes, and whether that was all of it. Where it comes in one piece, it is not copied.
+async fn read(mut body: Incoming, limit: usize) -> Result<(Bytes, bool), hyper::Error> {
+    let mut first = Bytes::new();
+    let mut whole = BytesMut::new();
+    let mut length = 0;
     while let Some(frame) = body.frame().await {
         let Ok(piece) = frame?.into_data() else { continue };
-        if growing.len() + whole.len() + piece.len() > limit {
-            return Ok(Body::Cut(if growing.is_empty() { whole } else { growing.freeze() }));
+        if length + piece.len() > limit {
+            return Ok((if whole.is_empty() { first } else { whole.freeze() }, false));
         }
-        if growing.is_empty() && whole.is_empty() {
-            whole = piece;
-        } else {
-            growing.extend_from_slice(&std::mem::take(&mut whole));
-            growing.extend_from_slice(&piece);
+        if length == 0 {
+            first = piece;
+            length = first.len();
+            continue;
         }
+        if whole.is_empty() {
+            whole.extend_from_slice(&first);
+        }
+        whole.extend_from_slice(&piece);
+        length = whole.len();
     }
-    Ok(Body::Whole(if growing.is_empty() { whole } else { growing.freeze() }))
+    Ok((if whole.is_empty() { first } else { whole.freeze() }, true))
 }
 
 /// 5, 15, 45, 135 ms, give or take half.
