@@ -111,7 +111,6 @@ enum Scheme {
     Bearer(Arc<Service>),
 }
 
-#[derive(PartialEq, Eq)]
 struct Service {
     realm: Url,
     name: Option<String>,
