@@ -1,10 +1,14 @@
 use std::{fmt::Write as _, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
-use crate::kms::Algorithm;
+use crate::{
+    kms::Algorithm,
+    rule::{SignatureType, Trigger},
+    signature::Format,
+};
 
 use super::{
-    Backend, Config, DEFAULT_TOML, Format, Ledger, Log, LogFormat, Problem, Problems, ROOT, Rate, Retry, Rule, Scope,
-    SignatureType, SourceAuth, Trigger, check_rule_against_key, in_full,
+    Backend, Config, DEFAULT_TOML, Ledger, Log, LogFormat, Problem, Problems, ROOT, Rate, Retry, Rule, Scope, SourceAuth,
+    check_rule_against_key, in_full,
     outside::{Contents, Outside, Unreadable},
     shape::Kind,
 };
