@@ -27,7 +27,7 @@ use crate::{
     registry::{self, Registry},
     rule::{Matches, Occasion, Rule, Rules, Trigger},
     signature::{Format, cosign},
-    subject::{self, Located},
+    subject::{self, Located, TagState},
     telemetry::Metrics,
     verify,
     witness::Witness,
@@ -40,6 +40,11 @@ use self::{
 
 /// No event takes longer in one go; what is not done by then is tried again.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// How long after its event a push may still be on its way into the registry.
+const SETTLING: Duration = Duration::from_secs(5);
+/// Waits before each look for a push that is on its way. What is not there then goes back to the queue.
+const LOOKS_AFTER: [Duration; 4] =
+    [Duration::ZERO, Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(300)];
 /// Digests of one event that are signed at once: the platforms of an index.
 const DIGESTS_AT_ONCE: usize = 4;
 
@@ -93,6 +98,8 @@ pub enum Error {
     },
     #[error("the signature that was just made would not be accepted")]
     Unverified(#[source] verify::Rejection),
+    #[error("the registry does not have the push yet, or its tag names another")]
+    Unsettled,
     #[error("the tag {tag} moved to another digest while its image was being signed")]
     TagMoved { tag: Tag },
     #[error("other writers replaced the signatures under {tag} {rounds} times in a row")]
@@ -120,6 +127,8 @@ impl Classify for Error {
                 Verdict::Refuse { cure: "look at what the tag holds; if nobody needs it, delete the tag and replay this event" }
             }
             Self::Unverified(_) => Verdict::Refuse { cure: "see that the rule's algorithm and the witness's key go together" },
+            // Waiting for a push that is on its way is no failure, so it costs no patience.
+            Self::Unsettled => Verdict::Retry { after: None, throttled: true },
             Self::NoWitness { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } | Self::Deadline => Verdict::TRANSIENT,
             Self::NotAnEvent(_) | Self::Quarantined => Verdict::Poison,
             Self::Shared(error) => error.verdict(),
@@ -325,8 +334,8 @@ impl Pipeline {
             return Ok(nothing_matched(skipped));
         }
         let registry = setup.registries.get(&event.registry).ok_or_else(|| Error::UnknownRegistry(event.registry.clone()))?;
-        let located = Instant::now();
-        let image = match subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest).await? {
+        let (located, found) = self.locate(registry, event).await?;
+        let image = match found {
             Located::Image(image) => image,
             Located::Attachment => return Ok(Report::skipped(Skip::Attachment)),
             Located::Missing => return Ok(Report::skipped(Skip::NotFound)),
@@ -385,6 +394,28 @@ impl Pipeline {
         report.rules = by_rule.into_values().collect();
         report.rules.sort_by(|one, other| one.rule.cmp(&other.rule));
         Ok(report)
+    }
+
+    /// Asks the registry for what the event names, and when that was.
+    ///
+    /// docker-registry tells of a push before it lets the tag name it, and others take a while to serve everywhere what
+    /// was stored. So while an event is young, "not there" and "elsewhere" are asked again before they are believed.
+    async fn locate(&self, registry: &Registry, event: &PushEvent) -> Result<(Instant, Located), Error> {
+        for wait in LOOKS_AFTER {
+            tokio::time::sleep(wait).await;
+            let asked = Instant::now();
+            let located = subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest).await?;
+            let is_settled = match &located {
+                Located::Image(image) => !matches!(image.tag, TagState::Moved(_)),
+                Located::Attachment => true,
+                Located::Missing => false,
+            };
+            let age = Duration::try_from(self.clock.now().duration_since(event.received_at)).unwrap_or_default();
+            if is_settled || age >= SETTLING || event.source == event::BY_HAND {
+                return Ok((asked, located));
+            }
+        }
+        Err(Error::Unsettled)
     }
 
     /// Records what became of the event, then tells the queue.

@@ -148,6 +148,7 @@ fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
         UriError::NoScheme(_) => Wrong::new(format!("\"{}\" is no key's URI: it has no scheme", cut(text)), EXAMPLES),
         UriError::UnknownScheme(scheme) => Wrong::new(format!("\"{}\" is no key provider", cut(&scheme)), EXAMPLES),
         UriError::Malformed { what, .. } => Wrong::new(format!("\"{}\" is no key's URI", cut(text)), what),
+        error @ UriError::Secret => Wrong::new(error.to_string(), EXAMPLES),
     })
 }
 
