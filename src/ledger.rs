@@ -54,10 +54,16 @@ impl Ledger {
         self.0.write(sqlite::Work::Conclude(Box::new(conclusion))).await
     }
 
-    /// To be called before the queue replays a dead letter: it is queued again, and no longer counts as dead. Its story
-    /// stays. An event that is not dead here is left alone.
+    /// A dead letter that is replayed is queued again, and no longer counts as dead. Its story stays. An event that is not dead
+    /// here is left alone.
     pub async fn forget_event(&self, message_id: &str) -> Result<(), Error> {
-        self.0.write(sqlite::Work::Forget(message_id.to_owned())).await
+        self.forget_event_until(message_id, Timestamp::MAX).await
+    }
+
+    /// As [`Self::forget_event`], of an event that was dead at `until`. With the time before the replay, this may come after it:
+    /// an event that has died again meanwhile (poison takes a millisecond) stays dead.
+    pub async fn forget_event_until(&self, message_id: &str, until: Timestamp) -> Result<(), Error> {
+        self.0.write(sqlite::Work::Forget(message_id.to_owned(), until)).await
     }
 
     /// Whether the ledger can be written now, found out by writing.
@@ -230,7 +236,8 @@ impl SignatureState {
     }
 }
 
-/// How events ended: each counts once, under its latest outcome. Events that are retried count nowhere.
+/// How events ended: each counts once, under its latest outcome. Events that are retried count nowhere, nor does what was
+/// signed by hand, which nobody received.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Sums {
     pub signed: u64,
