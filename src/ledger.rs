@@ -3,9 +3,7 @@
 //! So whatever a key may have signed is known, even after a crash, and every event ends as a counted outcome. It also
 //! answers `explain`.
 //!
-//! The two halves differ in what they survive. [`Ledger::intend`] returns once the intent would survive the machine
-//! losing power. [`Ledger::conclude`] returns once the outcome would survive this process being killed; after a loss of
-//! power the last outcomes may be missing (their intents are not), as if the event had not been concluded.
+//! What is said here returns once it would survive the machine losing power; many who say something share one sync.
 
 mod sqlite;
 
@@ -50,8 +48,8 @@ impl Ledger {
 
     /// Records what became of one event. Said again for the same `message_id` (after a crash, a retry or a replay), it
     /// replaces what was said before.
-    pub async fn conclude(&self, conclusion: Conclusion) -> Result<(), Error> {
-        self.0.write(sqlite::Work::Conclude(Box::new(conclusion))).await
+    pub async fn conclude(&self, conclusion: impl Into<Arc<Conclusion>>) -> Result<(), Error> {
+        self.0.write(sqlite::Work::Conclude(conclusion.into())).await
     }
 
     /// A dead letter that is replayed is queued again, and no longer counts as dead. Its story stays. An event that is not dead

@@ -230,6 +230,8 @@ fn create(connection: &mut Connection) -> rusqlite::Result<()> {
 
 fn configure(connection: &Connection) -> rusqlite::Result<()> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
+    // Each commit is on the disk before it returns: an outcome that is lost must not have let its event be acked.
+    connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "temp_store", "MEMORY")?;
     // Up to 4 MiB of pages; and a log that grew under a long reader shrinks again.
     connection.pragma_update(None, "cache_size", -4096)?;

@@ -27,7 +27,7 @@ const MOST_WORDS: usize = 20_000;
 
 pub(in crate::ledger) enum Work {
     Intend(Vec<Intent>),
-    Conclude(Box<Conclusion>),
+    Conclude(Arc<Conclusion>),
     /// What was concluded dead until then.
     Forget(String, Timestamp),
     Check,
@@ -43,13 +43,11 @@ pub(super) struct Writer {
     clock: Clock,
     /// The numbers of words, as committed.
     words: HashMap<String, i64>,
-    /// Whether commits reach the disk before they return; None before the first.
-    synced: Option<bool>,
 }
 
 impl Writer {
     pub(super) fn new(connection: Connection, clock: Clock) -> Self {
-        Self { connection, clock, words: HashMap::new(), synced: None }
+        Self { connection, clock, words: HashMap::new() }
     }
 
     /// Until the last [`super::Store`] is dropped.
@@ -66,7 +64,6 @@ impl Writer {
     }
 
     fn commit(&mut self, batch: &[Job]) -> rusqlite::Result<()> {
-        self.sync_if(batch.iter().any(|job| matches!(job.work, Work::Intend(_))))?;
         if self.words.len() > MOST_WORDS {
             self.words.clear();
         }
@@ -79,15 +76,6 @@ impl Writer {
             self.words.clear();
         }
         result
-    }
-
-    fn sync_if(&mut self, synced: bool) -> rusqlite::Result<()> {
-        if self.synced != Some(synced) {
-            self.synced = None;
-            self.connection.pragma_update(None, "synchronous", if synced { "FULL" } else { "NORMAL" })?;
-            self.synced = Some(synced);
-        }
-        Ok(())
     }
 }
 
