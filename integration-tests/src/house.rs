@@ -28,7 +28,8 @@ pub enum Keys {
 }
 
 impl Keys {
-    fn spec(self) -> &'static str {
+    /// What `countersign key generate --spec` takes.
+    pub fn spec(self) -> &'static str {
         match self {
             Self::P256 => "EC_P256",
             Self::Rsa2048 => "RSA_2048",
