@@ -38,10 +38,11 @@ check: ## format, lints, documentation, licences and advisories of dependencies
 build: ## the optimised binary, target/release/countersign
 	cargo build --release --package countersign
 
-bench: ## signatures, events and bytes: how many, how fast, beside a bare client on the same registry
+bench: export COUNTERSIGN_BIN = $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/release/countersign
+bench: ## signatures, events and bytes: how many, how fast, beside bare clients (ARGS="--quick --only signing")
 	@$(INSTALL) docker-registry cosign2 ministack
 	cargo build --release --workspace
-	cargo run --release --quiet --package integration-tests --bin bench
+	cargo run --release --quiet --package integration-tests --bin bench -- $(ARGS)
 
 fuzz: ## each fuzzing target for SECONDS=60
 	@$(INSTALL) cargo-fuzz

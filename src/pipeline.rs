@@ -4,6 +4,7 @@
 //! is missing. So a crash between any two lines here costs look-ups, never a signature and never a second one.
 
 mod plan;
+mod report;
 mod write;
 
 use std::{
@@ -20,26 +21,31 @@ use tracing::{Instrument as _, error, info, warn};
 use crate::{
     clock::Clock,
     event::{self, PushEvent},
-    kms,
     ledger::{self, Conclusion, EventFacts, Ledger, RuleOutcome, SignatureResult, SignatureState},
-    oci::{RegistryName, Repository, Tag},
+    oci::RegistryName,
     outcome::{Classify, Outcome, Skip, Verdict},
-    registry::{self, Registry},
+    registry::Registry,
     rule::{Matches, Occasion, Rule, Rules, Trigger},
-    signature::{Format, cosign},
-    subject::{self, Located},
+    signature::Format,
+    subject::{self, Located, TagState},
     telemetry::Metrics,
-    verify,
     witness::Witness,
 };
 
+pub use self::report::{Error, Report};
 use self::{
     plan::Plan,
+    report::in_words,
     write::{Desk, Turns, Written},
 };
 
 /// No event takes longer in one go; what is not done by then is tried again.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// How long after its event a push may still be on its way into the registry.
+const SETTLING: Duration = Duration::from_secs(5);
+/// Waits before each look for a push that is on its way. What is not there then goes back to the queue.
+const LOOKS_AFTER: [Duration; 4] =
+    [Duration::ZERO, Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(300)];
 /// Digests of one event that are signed at once: the platforms of an index.
 const DIGESTS_AT_ONCE: usize = 4;
 
@@ -67,147 +73,6 @@ impl Patience {
         let full = self.first.saturating_mul(2u32.saturating_pow(attempts.min(30))).min(self.longest);
         full.mul_f64(fastrand::f64().mul_add(0.5, 0.5))
     }
-}
-
-/// Why an event could not be carried out.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error(transparent)]
-    Subject(#[from] subject::Error),
-    #[error(transparent)]
-    Registry(#[from] registry::Error),
-    #[error(transparent)]
-    Kms(#[from] kms::Error),
-    #[error("the ledger cannot be written")]
-    Ledger(#[from] ledger::Error),
-    #[error("no [[registry]] is named {0}")]
-    UnknownRegistry(RegistryName),
-    #[error("rule {rule} names witness {witness}, which could not be opened")]
-    NoWitness { rule: String, witness: String },
-    #[error("the tag {tag} of {repository} is no signature manifest that could be added to")]
-    SignatureTag {
-        repository: Repository,
-        tag: Tag,
-        #[source]
-        source: cosign::Error,
-    },
-    #[error("the signature that was just made would not be accepted")]
-    Unverified(#[source] verify::Rejection),
-    #[error("the tag {tag} moved to another digest while its image was being signed")]
-    TagMoved { tag: Tag },
-    #[error("other writers replaced the signatures under {tag} {rounds} times in a row")]
-    Overwritten { tag: String, rounds: u32 },
-    #[error("not done within {} s", DEADLINE.as_secs())]
-    Deadline,
-    #[error("the body is no push event")]
-    NotAnEvent(#[from] event::Error),
-    #[error("an authenticated sender sent a body that is no notification")]
-    Quarantined,
-    /// One failure that several signatures met.
-    #[error(transparent)]
-    Shared(Arc<Error>),
-}
-
-impl Classify for Error {
-    fn verdict(&self) -> Verdict {
-        match self {
-            Self::Subject(error) => error.verdict(),
-            Self::Registry(error) => error.verdict(),
-            Self::Kms(error) => error.verdict(),
-            Self::Ledger(error) => error.verdict(),
-            Self::UnknownRegistry(_) => Verdict::Refuse { cure: "configure the registry again, or discard this event" },
-            Self::SignatureTag { .. } => {
-                Verdict::Refuse { cure: "look at what the tag holds; if nobody needs it, delete the tag and replay this event" }
-            }
-            Self::Unverified(_) => Verdict::Refuse { cure: "see that the rule's algorithm and the witness's key go together" },
-            Self::NoWitness { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } | Self::Deadline => Verdict::TRANSIENT,
-            Self::NotAnEvent(_) | Self::Quarantined => Verdict::Poison,
-            Self::Shared(error) => error.verdict(),
-        }
-    }
-}
-
-/// What became of one event.
-#[derive(Debug, Default)]
-pub struct Report {
-    pub rules: Vec<RuleOutcome>,
-    pub signatures: Vec<SignatureResult>,
-    /// When nothing was wanted.
-    pub skip: Option<Skip>,
-    /// The errors that keep the event from being done.
-    pub failures: Vec<Error>,
-}
-
-impl Report {
-    fn skipped(skip: Skip) -> Self {
-        Self { skip: Some(skip), ..Self::default() }
-    }
-
-    fn failed(error: Error) -> Self {
-        Self { failures: vec![error], ..Self::default() }
-    }
-
-    /// The outcome of the event as a whole, if nothing failed.
-    #[must_use]
-    pub fn outcome(&self) -> Outcome {
-        let any = |wanted: Outcome| self.rules.iter().any(|rule| rule.outcome == wanted);
-        if any(Outcome::Signed) {
-            Outcome::Signed
-        } else if any(Outcome::AlreadySigned) {
-            Outcome::AlreadySigned
-        } else {
-            let skip = self.rules.iter().find_map(|rule| match rule.outcome {
-                Outcome::Skipped(skip) => Some(skip),
-                _ => None,
-            });
-            Outcome::Skipped(self.skip.or(skip).unwrap_or(Skip::NoRule))
-        }
-    }
-
-    /// What the failures together ask for: whatever may still pass is tried again first.
-    #[must_use]
-    pub fn verdict(&self) -> Option<Verdict> {
-        let verdicts: Vec<Verdict> = self.failures.iter().map(Classify::verdict).collect();
-        let retries: Vec<_> = verdicts
-            .iter()
-            .filter_map(|verdict| match verdict {
-                Verdict::Retry { after, throttled } => Some((*after, *throttled)),
-                Verdict::Refuse { .. } | Verdict::Poison => None,
-            })
-            .collect();
-        if retries.is_empty() {
-            return verdicts.into_iter().next();
-        }
-        Some(Verdict::Retry {
-            after: retries.iter().filter_map(|(after, _)| *after).max(),
-            throttled: retries.iter().all(|(_, throttled)| *throttled),
-        })
-    }
-
-    /// All failures with their causes, in words.
-    #[must_use]
-    pub fn detail(&self) -> Option<String> {
-        let mut texts: Vec<String> = self.failures.iter().map(in_words).collect();
-        texts.dedup();
-        (!texts.is_empty()).then(|| texts.join("; "))
-    }
-}
-
-/// An error with its causes and its cure, on one line.
-fn in_words(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    if let Verdict::Refuse { cure } = error.verdict() {
-        text.push_str(" (");
-        text.push_str(cure);
-        text.push(')');
-    }
-    text
 }
 
 /// The stages, and what they need.
@@ -325,8 +190,8 @@ impl Pipeline {
             return Ok(nothing_matched(skipped));
         }
         let registry = setup.registries.get(&event.registry).ok_or_else(|| Error::UnknownRegistry(event.registry.clone()))?;
-        let located = Instant::now();
-        let image = match subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest).await? {
+        let (located, found) = self.locate(registry, event).await?;
+        let image = match found {
             Located::Image(image) => image,
             Located::Attachment => return Ok(Report::skipped(Skip::Attachment)),
             Located::Missing => return Ok(Report::skipped(Skip::NotFound)),
@@ -387,6 +252,28 @@ impl Pipeline {
         Ok(report)
     }
 
+    /// Asks the registry for what the event names, and when that was.
+    ///
+    /// docker-registry tells of a push before it lets the tag name it, and others take a while to serve everywhere what
+    /// was stored. So while an event is young, "not there" and "elsewhere" are asked again before they are believed.
+    async fn locate(&self, registry: &Registry, event: &PushEvent) -> Result<(Instant, Located), Error> {
+        for wait in LOOKS_AFTER {
+            tokio::time::sleep(wait).await;
+            let asked = Instant::now();
+            let located = subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest).await?;
+            let is_settled = match &located {
+                Located::Image(image) => !matches!(image.tag, TagState::Moved(_)),
+                Located::Attachment => true,
+                Located::Missing => false,
+            };
+            let age = Duration::try_from(self.clock.now().duration_since(event.received_at)).unwrap_or_default();
+            if is_settled || age >= SETTLING || event.source == event::BY_HAND {
+                return Ok((asked, located));
+            }
+        }
+        Err(Error::Unsettled)
+    }
+
     /// Records what became of the event, then tells the queue.
     async fn settle(&self, delivery: Delivery, event: Option<PushEvent>, report: Report) {
         let detail = report.detail();
@@ -410,16 +297,19 @@ impl Pipeline {
             Settlement::Retry(..) => Outcome::Retrying,
             Settlement::Bury(_) => Outcome::Dead,
         };
-        self.tell(&delivery, event.as_ref(), &outcome, &report, detail.as_deref());
-        let conclusion = Conclusion {
+        let conclusion = Arc::new(Conclusion {
             event: facts(&delivery, event.as_ref()),
             outcome,
             rules: report.rules,
             signatures: report.signatures,
             detail: detail.clone(),
             attempt: delivery.attempts() + 1,
-        };
-        let settled = match (self.ledger.conclude(conclusion).await, settlement) {
+        });
+        let recorded = self.ledger.conclude(conclusion.clone()).await;
+        if recorded.is_ok() {
+            self.tell(&delivery, event.as_ref(), &conclusion);
+        }
+        let settled = match (recorded, settlement) {
             (Ok(()), Settlement::Done) => delivery.ack().await,
             (Ok(()), Settlement::Retry(after, counted)) => {
                 delivery.retry(Retry { after, counted, reason: detail.unwrap_or_default() }).await
@@ -448,18 +338,20 @@ impl Pipeline {
     }
 
     /// Logs the outcome once, and counts it.
-    fn tell(&self, delivery: &Delivery, event: Option<&PushEvent>, outcome: &Outcome, report: &Report, detail: Option<&str>) {
-        for rule in &report.rules {
+    fn tell(&self, delivery: &Delivery, event: Option<&PushEvent>, conclusion: &Conclusion) {
+        let Conclusion { outcome, rules, signatures, detail, .. } = conclusion;
+        let detail = detail.as_deref();
+        for rule in rules {
             self.metrics.rule_concluded(&rule.rule, &rule.outcome);
         }
-        for signature in &report.signatures {
+        for signature in signatures {
             match signature.state {
                 SignatureState::Written => self.metrics.signature_written(&signature.witness, signature.format),
                 SignatureState::Found => self.metrics.signature_found(&signature.witness, signature.format),
                 SignatureState::Failed(_) => {}
             }
         }
-        let written = report.signatures.iter().filter(|signature| signature.state == SignatureState::Written).count();
+        let written = signatures.iter().filter(|signature| signature.state == SignatureState::Written).count();
         match outcome {
             Outcome::Signed => {
                 if let Some(event) = event {
