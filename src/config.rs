@@ -12,6 +12,7 @@ mod problem;
 mod queue;
 mod reader;
 mod registry;
+mod report;
 mod rule;
 mod schema;
 mod scope;
@@ -21,6 +22,7 @@ mod shape;
 mod source;
 mod syntax;
 mod units;
+mod value;
 mod witness;
 
 use std::{borrow::Cow, path::Path};
@@ -44,7 +46,8 @@ pub use self::{
 use self::{
     names::Names,
     outside::{Outside, Unreadable},
-    reader::{Report, Section},
+    reader::Section,
+    report::Report,
     shape::{Key, Kind, Table},
 };
 

@@ -10,8 +10,9 @@ use toml::{
 use crate::oci::RegistryName;
 
 use super::{
-    reader::{Report, Span, Value, Wrong, cut},
+    report::{Report, Span, Wrong, cut},
     shape::nearest,
+    value::Value,
 };
 
 /// Every name in the file, gathered before the sections are read, so that a mistake elsewhere in a section does not make

@@ -218,6 +218,12 @@ impl<'a> Source<'a> {
         (start, self.text[start..end].trim_end_matches('\r'))
     }
 
+    /// Whether nothing but blanks stands before `offset` on its line, as it is with a section's header.
+    pub(crate) fn begins_line(&self, offset: usize) -> bool {
+        let (start, text) = self.line_text(self.line(offset));
+        start + text.len() - text.trim_start().len() == offset
+    }
+
     /// A problem at `span`, with its line, of which nothing in `hidden` is shown. None of it is, if it cannot be known what is
     /// a secret.
     pub(crate) fn problem(
@@ -235,12 +241,14 @@ impl<'a> Source<'a> {
         const HIDDEN: &str = "<not shown>";
         let (line_start, line) = self.line_text(self.line(start));
         let line_end = line_start + line.len();
+        // The line's end may itself be what is wrong.
+        let (start, end) = (start.min(line_end), end.clamp(start.min(line_end), line_end));
         // From the first hidden byte on, nothing of the line is shown: not even how long the secret is.
         let cut = hidden.first_within(line_start, line_end);
         let shown_end = cut.unwrap_or(line_end);
         let characters = |range: Range<usize>| self.text.get(range).map_or(0, |text| text.chars().count());
         let from = characters(line_start..start.min(shown_end));
-        let mut to = from + characters(start.min(shown_end)..end.clamp(start, line_end).min(shown_end));
+        let mut to = from + characters(start.min(shown_end)..end.min(shown_end));
         let mut text: String = self.text.get(line_start..shown_end).unwrap_or_default().to_owned();
         if cut.is_some() {
             text.push_str(HIDDEN);

@@ -6,7 +6,8 @@ use crate::oci::RegistryName;
 
 use super::{
     Secret,
-    reader::{Report, Section, Span, Wrong, cut, optional},
+    reader::{Section, optional},
+    report::{Span, Wrong, cut},
     shape::{ANY_TEXT, Grammar, Key, Kind, Table},
 };
 
@@ -69,7 +70,7 @@ static URL: Grammar = Grammar { noun: "a URL in quotes", pattern: Some("^[A-Za-z
 pub(crate) fn read(section: &Section<'_>) -> Option<Registry> {
     let name: Option<RegistryName> = section.value("name").and_then(|value| value.parse(registry_name));
     let url = match section.value("url") {
-        Some(value) => value.parse(|text| api_url(section.report, &value.span, text)),
+        Some(value) => value.parse(api_url),
         None => name.as_ref().and_then(|name| default_url(section, name)),
     };
     let username = section.value("username").and_then(|value| value.parse(username));
@@ -98,7 +99,7 @@ pub(crate) fn registry_name(text: &str) -> Result<RegistryName, Wrong> {
                 "a host name or address, with :port if clients type one: \"registry.example.com\", \"127.0.0.1:5000\"".to_owned()
             }
         };
-        Wrong::new(format!("\"{}\" is no registry's name", if text.contains('@') { "…".to_owned() } else { cut(text) }), help)
+        Wrong::new(format!("\"{}\" is no registry's name", cut(text)), help)
     })
 }
 
@@ -113,10 +114,9 @@ fn default_url(section: &Section<'_>, name: &RegistryName) -> Option<Url> {
     url
 }
 
-fn api_url(report: &Report<'_>, span: &Span, text: &str) -> Result<Url, Wrong> {
+fn api_url(text: &str) -> Result<Url, Wrong> {
     const EXAMPLE: &str = "write scheme and host, with a port if needed: \"https://registry.internal:5000\"";
     if text.contains('@') {
-        report.hide(span.clone());
         return Err(Wrong::new("`url` holds a user", "remove it from the URL, and use `username` and `password`"));
     }
     if !text.contains("://") {

@@ -12,10 +12,12 @@ use crate::{
 use super::{
     names::{self, PLAIN},
     problem::Place,
-    reader::{Report, Section, Value, optional},
+    reader::{Section, optional},
     registry,
+    report::Report,
     scope::{SCOPE, Scope, TAG_PATTERN, scope, tag_pattern},
     shape::{Choice, Key, Kind, Table, Word},
+    value::Value,
 };
 
 /// Which images are signed, by whom, and how.
@@ -186,7 +188,7 @@ pub(crate) fn report_same(report: &Report<'_>, rules: &[Rule]) {
     let mut earlier = HashMap::new();
     for rule in rules {
         let which = (&rule.registry, &rule.scope, &rule.exclude, &rule.tags, rule.created, rule.untagged, rule.enabled);
-        let how = (&rule.witness, rule.algorithm, rule.signature_type, rule.trigger, &rule.formats);
+        let how = (&rule.witness, rule.algorithm, rule.signature_type.name(), rule.trigger.name(), &rule.formats);
         if let Some(first) = earlier.insert((which, how), &rule.name) {
             let message = format!("rule \"{}\" does the same as rule \"{first}\"", rule.name);
             report.warning(report.names.rules.span(&rule.name), message, "remove one of the two".to_owned());

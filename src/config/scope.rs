@@ -5,7 +5,7 @@ use globset::GlobBuilder;
 use crate::oci::Repository;
 
 use super::{
-    reader::{Report, Wrong, cut},
+    report::{Report, Wrong, cut},
     shape::Grammar,
 };
 

@@ -5,8 +5,9 @@ use toml::de::DeValue;
 
 use super::{
     outside::Unreadable,
-    reader::{Value, Wrong, cut},
+    report::{Wrong, cut},
     shape::{ANY_TEXT, Key, Kind, Table},
+    value::Value,
 };
 
 /// A password, token or private key from the configuration. It is wiped when dropped, and `Debug` prints `<redacted>`.
@@ -50,7 +51,7 @@ pub(crate) static REFERENCE: Table = Table {
 /// Reads a secret from where the configuration says that it is. Nothing of what was written or read is ever reported.
 pub(crate) fn read(value: &Value<'_>) -> Option<Secret> {
     let name = value.key.name;
-    match value.toml() {
+    match value.toml.get_ref() {
         DeValue::String(text) => {
             value.report.hide(value.span.clone());
             if text.is_empty() {
@@ -75,10 +76,7 @@ pub(crate) fn read(value: &Value<'_>) -> Option<Secret> {
                 (None, None) => None,
             }
         }
-        _ => {
-            value.report.hide(value.span.clone());
-            value.mismatch()
-        }
+        _ => value.mismatch(),
     }
 }
 

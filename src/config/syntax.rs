@@ -6,7 +6,7 @@ use toml::de::{DeTable, Error};
 
 use super::{
     ROOT,
-    reader::Report,
+    report::Report,
     shape::{Kind, Table},
 };
 
@@ -147,7 +147,7 @@ fn quoted(line: &str) -> String {
         "true" | "yes" | "on" => format!("write {name} = true"),
         "false" | "no" | "off" => format!("write {name} = false"),
         _ if value.is_empty() || value.contains(['"', '\'', '[', ']', '{', '}', '\\']) => GENERAL.to_owned(),
-        _ => format!("texts stand in quotes: {name} = \"{}\"", super::reader::cut(value)),
+        _ => format!("texts stand in quotes: {name} = \"{}\"", super::report::cut(value)),
     }
 }
 
