@@ -148,7 +148,11 @@ pub async fn public_key(config: &Config, witness: &config::Witness, clock: &Cloc
 pub type Unopened = (config::Witness, witness::Error);
 
 /// Opens every witness that an enabled rule names or that is named at all; pins the keys that are seen for the first time.
-pub async fn open_witnesses(config: &Config, clock: &Clock) -> anyhow::Result<(HashMap<String, Arc<Witness>>, Vec<Unopened>)> {
+pub async fn open_witnesses(
+    config: &Config,
+    clock: &Clock,
+    metrics: &Metrics,
+) -> anyhow::Result<(HashMap<String, Arc<Witness>>, Vec<Unopened>)> {
     let pins = state_folder(config).join("witnesses");
     fs::create_dir_all(&pins).with_context(|| format!("{}: cannot be created", pins.display()))?;
     let opened = join_all(config.witnesses.iter().map(|witness| async move {
@@ -161,12 +165,21 @@ pub async fn open_witnesses(config: &Config, clock: &Clock) -> anyhow::Result<(H
         match opened? {
             (witness, Ok(open)) => {
                 check_rules(config, &open)?;
-                witnesses.insert(witness.name.clone(), Arc::new(open));
+                witnesses.insert(witness.name.clone(), watched(open, metrics));
             }
             (witness, Err(error)) => unopened.push((witness.clone(), error)),
         }
     }
     Ok((witnesses, unopened))
+}
+
+/// With its waits and its KMS's answers in the metrics.
+fn watched(witness: Witness, metrics: &Metrics) -> Arc<Witness> {
+    let (metrics, name) = (metrics.clone(), witness.name().to_owned());
+    Arc::new(witness.observed(witness::Observer::new(move |waited, result, took| {
+        metrics.throttled(&name, waited);
+        metrics.kms_asked(&name, result, took);
+    })))
 }
 
 /// No rule may ask a key for what it cannot do.
@@ -184,7 +197,7 @@ pub async fn setup(config: &Config, clock: &Clock, metrics: &Metrics) -> anyhow:
         config.registries.iter().map(|registry| Ok((registry.name.clone(), open_registry(registry, Some(metrics))?)));
     let registries = registries.collect::<anyhow::Result<HashMap<_, _>>>()?;
     let rules = rules(config)?;
-    let (witnesses, unopened) = open_witnesses(config, clock).await?;
+    let (witnesses, unopened) = open_witnesses(config, clock, metrics).await?;
     let mut shut = vec![];
     for (witness, error) in unopened {
         match error.verdict() {
@@ -200,7 +213,8 @@ pub async fn setup(config: &Config, clock: &Clock, metrics: &Metrics) -> anyhow:
             Verdict::Poison => return Err(error.into()),
         }
     }
-    Ok((Setup { registries, witnesses, rules }, shut))
+    let names = shut.iter().map(|(witness, _): &Unopened| witness.name.clone()).collect();
+    Ok((Setup { registries, witnesses, rules, shut: names }, shut))
 }
 
 /// The doors.

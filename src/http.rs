@@ -12,7 +12,7 @@ use std::{io, net::SocketAddr, path::PathBuf};
 
 pub use self::{
     body::collect,
-    probes::Readiness,
+    probes::{Check, Readiness},
     problem::Problem,
     server::{Counters, Limits, Server},
     tls::Tls,

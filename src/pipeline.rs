@@ -15,7 +15,7 @@ use std::{
 
 use futures::{StreamExt as _, stream};
 use queue::{Burial, Delivery, Queue, Retry};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tracing::{Instrument as _, error, info, warn};
 
 use crate::{
@@ -32,7 +32,7 @@ use crate::{
     witness::Witness,
 };
 
-pub use self::report::{Error, Report};
+pub use self::report::{Error, Fatal, Report};
 use self::{
     plan::Plan,
     report::in_words,
@@ -55,6 +55,8 @@ pub struct Setup {
     pub registries: HashMap<RegistryName, Registry>,
     pub witnesses: HashMap<String, Arc<Witness>>,
     pub rules: Rules,
+    /// Witnesses that are configured and not among `witnesses`, because their KMS could not be reached yet.
+    pub shut: Vec<String>,
 }
 
 /// How long a failing event is tried again.
@@ -102,12 +104,16 @@ impl Pipeline {
         *self.setup.write().expect("nothing panics while it holds the set-up") = Arc::new(setup);
     }
 
-    /// Handles deliveries, one after the other, until the queue is closed.
-    pub async fn work(&self, queue: &dyn Queue) {
+    /// Handles deliveries, one after the other, until the queue is closed. Dropped, it gives back what is in hand.
+    ///
+    /// # Errors
+    /// When this process can do no more work: it should end, and be started again.
+    pub async fn work(&self, queue: &dyn Queue) -> Result<(), Fatal> {
         loop {
             match queue.pull().await {
-                Ok(Some(delivery)) => self.handle(delivery).await,
-                Ok(None) => return,
+                Ok(Some(delivery)) => self.handle(delivery).await?,
+                Ok(None) => return Ok(()),
+                Err(error @ queue::Error::Died) => return Err(Fatal::Queue(error)),
                 Err(error) => {
                     warn!(error = &error as &dyn std::error::Error, "the queue gives no deliveries, asking again in a second");
                     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -116,7 +122,7 @@ impl Pipeline {
         }
     }
 
-    async fn handle(&self, delivery: Delivery) {
+    async fn handle(&self, delivery: Delivery) -> Result<(), Fatal> {
         let began = Instant::now();
         let span = tracing::info_span!(
             "pipeline.event",
@@ -126,7 +132,7 @@ impl Pipeline {
             image.tag = tracing::field::Empty,
             image.digest = tracing::field::Empty,
         );
-        async {
+        let settled = async {
             let message = delivery.message();
             let event = if message.content_type == event::CONTENT_TYPE {
                 PushEvent::from_cloud_event(&message.body).map_err(Error::from)
@@ -146,11 +152,12 @@ impl Pipeline {
                 }
                 Err(error) => (None, Report::failed(error)),
             };
-            self.settle(delivery, event, report).await;
+            self.settle(delivery, event, report).await
         }
         .instrument(span)
         .await;
         self.metrics.event_handled(began.elapsed());
+        settled
     }
 
     /// Signs what an administrator names, whether the rules that want it are manual or automatic, and records it.
@@ -170,14 +177,11 @@ impl Pipeline {
 
     /// Does what the rules want of one event, within the deadline.
     async fn carry_out(&self, event: &PushEvent, trigger: Trigger, message_id: &str) -> Report {
-        match tokio::time::timeout(DEADLINE, self.try_carry_out(event, trigger, message_id)).await {
-            Ok(Ok(report)) => report,
-            Ok(Err(error)) => Report::failed(error),
-            Err(_) => Report::failed(Error::Deadline),
-        }
+        self.try_carry_out(event, trigger, message_id).await.unwrap_or_else(Report::failed)
     }
 
     async fn try_carry_out(&self, event: &PushEvent, trigger: Trigger, message_id: &str) -> Result<Report, Error> {
+        let deadline = Instant::now() + DEADLINE;
         let setup = self.setup();
         let Matches { matched, skipped } = setup.rules.matching(&Occasion {
             registry: &event.registry,
@@ -190,22 +194,15 @@ impl Pipeline {
             return Ok(nothing_matched(skipped));
         }
         let registry = setup.registries.get(&event.registry).ok_or_else(|| Error::UnknownRegistry(event.registry.clone()))?;
-        let (located, found) = self.locate(registry, event).await?;
+        let looking = timeout_at(deadline, self.locate(registry, event)).await;
+        let (located, found) = looking.map_err(|_| Error::Deadline { throttled: false })??;
         let image = match found {
             Located::Image(image) => image,
             Located::Attachment => return Ok(Report::skipped(Skip::Attachment)),
             Located::Missing => return Ok(Report::skipped(Skip::NotFound)),
         };
-        let Plan { targets, skipped } = plan::plan(&image, &matched, &setup.witnesses);
-        let desk = Desk {
-            registry,
-            ledger: &self.ledger,
-            metrics: &self.metrics,
-            turns: &self.turns,
-            clock: &self.clock,
-            message_id,
-            located,
-        };
+        let Plan { targets, skipped, unwitnessed } = plan::plan(&image, &matched, &setup.witnesses);
+        let desk = Desk { registry, ledger: &self.ledger, turns: &self.turns, clock: &self.clock, message_id, located, deadline };
         let work: Vec<_> = targets.iter().map(|target| desk.see_to(target)).collect();
         let done: Vec<_> = stream::iter(work).buffered(DIGESTS_AT_ONCE).collect().await;
 
@@ -240,9 +237,9 @@ impl Pipeline {
                 });
             }
         }
-        for rule in matched.iter().filter(|rule| !setup.witnesses.contains_key(&rule.witness)) {
+        for rule in unwitnessed {
             report.failures.push(Error::NoWitness { rule: rule.name.clone(), witness: rule.witness.clone() });
-            note(&mut by_rule, rule, Outcome::Retrying, None);
+            note(&mut by_rule, &rule, Outcome::Retrying, None);
         }
         for (rule, skip) in skipped {
             note(&mut by_rule, &rule, Outcome::Skipped(skip), None);
@@ -275,7 +272,7 @@ impl Pipeline {
     }
 
     /// Records what became of the event, then tells the queue.
-    async fn settle(&self, delivery: Delivery, event: Option<PushEvent>, report: Report) {
+    async fn settle(&self, delivery: Delivery, event: Option<PushEvent>, report: Report) -> Result<(), Fatal> {
         let detail = report.detail();
         let settlement = match report.verdict() {
             None => Settlement::Done,
@@ -317,6 +314,8 @@ impl Pipeline {
             (Ok(()), Settlement::Bury(kind)) => {
                 delivery.bury(Burial { kind: kind.into(), reason: detail.unwrap_or_default() }).await
             }
+            // The delivery is dropped, and so given back.
+            (Err(error @ ledger::Error::Closed), _) => return Err(Fatal::Ledger(error)),
             // Not on record is not done. The next try finds the signatures that this one wrote.
             (Err(error), _) => {
                 error!(
@@ -335,6 +334,7 @@ impl Pipeline {
                 "the queue did not take the settlement, the event will be delivered again"
             );
         }
+        Ok(())
     }
 
     /// Logs the outcome once, and counts it.

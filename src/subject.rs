@@ -172,22 +172,19 @@ async fn children(
         level.sort_unstable();
         level.dedup();
         seen.extend(level.iter().cloned());
-        if seen.len() > MAX_CHILDREN {
+        // `seen` has the root, too.
+        if seen.len() > MAX_CHILDREN + 1 {
             return Err(Error::TooManyChildren(root.digest().clone()));
         }
-        let manifests: Vec<_> = stream::iter(std::mem::take(&mut level))
-            .map(|child| async move { registry.manifest(repository, &Address::Digest(child)).await })
+        // What is read of a child is kept and its bytes are not: 256 times 4 MiB is more than there is.
+        let found: Vec<_> = stream::iter(std::mem::take(&mut level))
+            .map(|child| async move { child_of(registry, repository, child).await })
             .buffered(FETCHES)
             .try_collect()
             .await?;
-        // An index may name children that are not in this repository (sparse indexes): nothing can be said about them.
-        for manifest in manifests.into_iter().flatten() {
-            let content = Content::read(&manifest)?;
-            if content.is_attachment() {
-                continue;
-            }
-            level.extend(content.children());
-            subjects.push(Subject::new(registry, repository, &manifest));
+        for (subject, children) in found.into_iter().flatten() {
+            level.extend(children);
+            subjects.push(subject);
         }
         if level.is_empty() {
             break;
@@ -196,16 +193,29 @@ async fn children(
     Ok(subjects)
 }
 
+/// A child to sign, and its own children. None of one that is attached to an image, and of one that is not in this
+/// repository, as sparse indexes have them: nothing can be said about it.
+async fn child_of(registry: &Registry, repository: &Repository, digest: Digest) -> Result<Option<(Subject, Vec<Digest>)>, Error> {
+    let Some(manifest) = registry.manifest(repository, &Address::Digest(digest)).await? else { return Ok(None) };
+    let content = Content::read(&manifest)?;
+    if content.is_attachment() {
+        return Ok(None);
+    }
+    let mut children = content.children();
+    // More are too many, whatever they are.
+    children.truncate(MAX_CHILDREN + 1);
+    Ok(Some((Subject::new(registry, repository, &manifest), children)))
+}
+
 /// What is read of a manifest to tell images from what is attached to images.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Content {
     artifact_type: Option<String>,
     config: Option<TypedDescriptor>,
-    #[serde(default)]
-    layers: Vec<TypedDescriptor>,
-    #[serde(default)]
-    manifests: Vec<Descriptor>,
+    // Absent or null where there are none: Go writes the latter for a list that was never made.
+    layers: Option<Vec<TypedDescriptor>>,
+    manifests: Option<Vec<Descriptor>>,
     subject: Option<serde::de::IgnoredAny>,
     #[serde(skip)]
     is_index: bool,
@@ -237,20 +247,23 @@ impl Content {
         }
         if self.is_index {
             // A referrers fallback index under another name: all children are typed artifacts, none is for a platform.
-            return !self.manifests.is_empty()
-                && self.manifests.iter().all(|child| child.artifact_type.is_some() && child.platform.is_none());
+            let manifests = self.manifests.as_deref().unwrap_or_default();
+            return !manifests.is_empty()
+                && manifests.iter().all(|child| child.artifact_type.is_some() && child.platform.is_none());
         }
         let config_type = self.config.as_ref().map(|config| config.media_type.as_str());
         if self.artifact_type.as_deref().into_iter().chain(config_type).any(attachment::is_config) {
             return true;
         }
-        !self.layers.is_empty() && self.layers.iter().all(|layer| attachment::is_layer(&layer.media_type))
+        let layers = self.layers.as_deref().unwrap_or_default();
+        !layers.is_empty() && layers.iter().all(|layer| attachment::is_layer(&layer.media_type))
     }
 
     /// The children of an index that are signed with it.
     fn children(&self) -> Vec<Digest> {
         let signable = |child: &&Descriptor| media_type::is_manifest(&child.media_type) && !is_build_attestation(child);
-        if self.is_index { self.manifests.iter().filter(signable).map(|child| child.digest.clone()).collect() } else { vec![] }
+        let manifests = self.manifests.as_deref().filter(|_| self.is_index).unwrap_or_default();
+        manifests.iter().filter(signable).map(|child| child.digest.clone()).collect()
     }
 }
 
@@ -283,7 +296,8 @@ mod tests {
         let image = json!({ "config": config, "layers": [layer] });
         let helm = json!({ "config": descriptor("application/vnd.cncf.helm.config.v1+json"), "layers": [descriptor("application/vnd.cncf.helm.chart.content.v1.tar+gzip")] });
         let empty = json!({ "config": config, "layers": [] });
-        for signed in [&image, &helm, &empty] {
+        let null = json!({ "config": config, "layers": null, "subject": null, "artifactType": null });
+        for signed in [&image, &helm, &empty, &null] {
             assert!(!is_attachment(media_type::OCI_MANIFEST, signed), "{signed}");
         }
         let with = |key: &str, value: serde_json::Value| {
@@ -321,6 +335,8 @@ mod tests {
     fn a_referrers_index_under_any_name_is_an_attachment() {
         let referrer = json!({ "mediaType": media_type::OCI_MANIFEST, "digest": Digest::of(b"1"), "size": 1, "artifactType": "application/vnd.cncf.notary.signature" });
         assert!(is_attachment(media_type::OCI_INDEX, &json!({ "manifests": [referrer] })));
-        assert!(!is_attachment(media_type::OCI_INDEX, &json!({ "manifests": [] })));
+        for empty in [json!({ "manifests": [] }), json!({ "manifests": null }), json!({})] {
+            assert!(!is_attachment(media_type::OCI_INDEX, &empty), "{empty}");
+        }
     }
 }

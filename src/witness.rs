@@ -8,9 +8,11 @@ use std::{
     fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use jiff::Timestamp;
+use tokio::time::Instant;
 use tracing::Instrument;
 
 use crate::{
@@ -132,6 +134,24 @@ pub struct Witness {
     trusted: TrustedKeys,
     pace: Pace,
     clock: Clock,
+    observer: Observer,
+}
+
+/// Told of every signature that a key was asked for: how long the witness's pace kept it waiting before, how it ended (`ok`,
+/// or a word for the error), and how long the key took.
+#[derive(Clone)]
+pub struct Observer(Arc<dyn Fn(Duration, &'static str, Duration) + Send + Sync>);
+
+impl Observer {
+    pub fn new(observe: impl Fn(Duration, &'static str, Duration) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(observe))
+    }
+}
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Observer")
+    }
 }
 
 impl Witness {
@@ -154,7 +174,14 @@ impl Witness {
             return Err(Error::Retired { witness: settings.name.clone(), fingerprint, standing });
         }
         let (name, description) = (settings.name.clone(), settings.description.clone());
-        Ok(Self { name, description, key, trusted, pace: Pace::new(settings.rate), clock })
+        let observer = Observer::new(|_, _, _| ());
+        Ok(Self { name, description, key, trusted, pace: Pace::new(settings.rate), clock, observer })
+    }
+
+    /// The same, watched.
+    #[must_use]
+    pub fn observed(self, observer: Observer) -> Self {
+        Self { observer, ..self }
     }
 
     #[must_use]
@@ -211,6 +238,12 @@ impl Witness {
         .await
     }
 
+    /// Whether somebody waits for a turn now: the witness is asked for more than its rate or its KMS allows.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        self.pace.is_waited_for()
+    }
+
     /// What would make every signature useless is said without asking the KMS for one.
     fn check_fitness(&self, algorithm: Algorithm) -> Result<(), kms::Error> {
         let key = || Arc::new(self.key_uri().clone());
@@ -229,8 +262,13 @@ impl Witness {
     }
 
     async fn sign_once(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, kms::Error> {
+        let came = Instant::now();
         let turn = self.pace.turn().await;
+        let asked = Instant::now();
         let signed = self.key.sign(algorithm, digest).await;
+        let took = asked.elapsed();
+        let signed = signed.and_then(|signature| self.checked(algorithm, digest, signature));
+        (self.observer.0)(asked - came, signed.as_ref().map_or_else(kms::Error::name, |_| "ok"), took);
         match &signed {
             Ok(_) => self.pace.served(),
             Err(kms::Error::Throttled { retry_after, .. }) => {
@@ -240,7 +278,10 @@ impl Witness {
             }
             Err(_) => {}
         }
-        let signature = signed?;
+        signed
+    }
+
+    fn checked(&self, algorithm: Algorithm, digest: &[u8; 32], signature: RawSignature) -> Result<RawSignature, kms::Error> {
         self.public_key().verify(algorithm, digest, signature.as_ref()).map_err(|_| kms::Error::BadSignature {
             key: Arc::new(self.key_uri().clone()),
             algorithm,

@@ -121,6 +121,9 @@ pub enum Error {
     /// A message with this id is in the queue already: it was not pushed again.
     #[error("a message with id {0} is in the queue already")]
     Duplicate(String),
+    /// It cannot go on, and will not until it is opened again: what is durable is safe.
+    #[error("the queue's storage thread ended early; restart the daemon")]
+    Died,
     /// Closed by us.
     #[error("the queue is closed")]
     Closed,

@@ -4,7 +4,10 @@ use std::{collections::HashMap, fs, path::Path, process::ExitCode, sync::Arc, ti
 
 use anyhow::Context as _;
 use axum::{Router, routing::get};
+use futures::future::ready;
 use queue::Queue;
+use tokio_util::sync::CancellationToken;
+use tower::BoxError;
 use tracing::{error, info, warn};
 
 use super::{open_ledger, open_queue, patience, setup, sources, state_folder, witness_settings};
@@ -12,10 +15,10 @@ use crate::{
     admin::{self, Admin, socket_path},
     clock::Clock,
     config::{self, Config},
-    http::{Limits, Readiness, Server, Tls},
+    http::{Check, Counters, Limits, Readiness, Server, Tls},
     intake::{self, Intake},
     ledger::Ledger,
-    lifecycle::Lifecycle,
+    lifecycle::{IntoEnd, Lifecycle},
     pipeline::{Pipeline, Setup},
     telemetry::{CONTENT_TYPE, INTAKE_FAMILIES, LogHandle, Metrics, Sample, Snapshot},
     witness::Witness,
@@ -23,6 +26,7 @@ use crate::{
 
 /// How often a key that could not be opened is tried again.
 const REOPEN: Duration = Duration::from_secs(5);
+const REFUSED: &[(&str, &str)] = &[("http_refused", "Requests that were turned away before anything saw them")];
 
 /// Runs until it is told to stop.
 pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Result<ExitCode> {
@@ -47,17 +51,20 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let server = Server::bind(config.server.listen, limits.clone(), tls.clone()).await?;
     let socket = Server::bind_unix(&socket_path(state_folder(&config)), limits).await?;
     let address = server.local_addr();
+    attach_refused(&metrics, [("http", server.counters()), ("socket", socket.counters())]);
 
-    let readiness = readiness(&queue, &ledger, &pipeline, &config);
+    let readiness = readiness(&queue, &ledger, &pipeline);
     let router = intake::router(intake.clone())
         .merge(Arc::new(readiness).router())
         .merge(metrics_route(&metrics, &queue, &ledger, &clock));
-    lifecycle.spawn("http", server.serve(router, lifecycle.drain(), lifecycle.abort()));
+    let grace = config.server.grace;
+    lifecycle.spawn("http", in_time(lifecycle.drain(), grace, server.serve(router, lifecycle.drain(), lifecycle.abort())));
     let admin = Admin { queue: queue.clone(), ledger: ledger.clone(), pipeline: Some(pipeline.clone()), clock: clock.clone() };
-    lifecycle.spawn("socket", socket.serve(admin::router(admin), lifecycle.drain(), lifecycle.abort()));
+    let socket = socket.serve(admin::router(admin), lifecycle.drain(), lifecycle.abort());
+    lifecycle.spawn("socket", in_time(lifecycle.drain(), grace, socket));
     for _ in 0..config.queue.in_flight {
         let (pipeline, queue) = (pipeline.clone(), queue.clone());
-        lifecycle.spawn("worker", async move { pipeline.work(&*queue).await });
+        lifecycle.spawn("worker", in_time(lifecycle.drain(), grace, async move { pipeline.work(&*queue).await }));
     }
     let (drain, closing) = (lifecycle.drain(), queue.clone());
     lifecycle.spawn("drain", async move {
@@ -72,13 +79,33 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
         loop {
             tokio::select! {
                 () = drain.cancelled() => return,
-                changed = asked.changed() => if changed.is_ok() { reloader.reload().await },
-                () = tokio::time::sleep(REOPEN), if !reloader.shut.is_empty() => reloader.open_what_is_shut().await,
+                changed = asked.changed() => if changed.is_ok() {
+                    drain.run_until_cancelled(reloader.reload()).await;
+                },
+                () = tokio::time::sleep(REOPEN), if !reloader.shut.is_empty() => {
+                    drain.run_until_cancelled(reloader.open_what_is_shut()).await;
+                }
             }
         }
     });
     info!(version = env!("CARGO_PKG_VERSION"), address = address.map(tracing::field::display), "ready: taking events");
     Ok(lifecycle.run().await)
+}
+
+/// Lets `task` finish while draining, and drops it when most of the grace period is over: what it has in hand goes back to the
+/// queue, and a registry or a KMS that hangs does not make an orderly stop a failure.
+async fn in_time<T: IntoEnd>(drain: CancellationToken, grace: Duration, task: impl Future<Output = T>) -> Result<(), BoxError> {
+    let late = async {
+        drain.cancelled().await;
+        tokio::time::sleep(grace * 3 / 4).await;
+    };
+    tokio::select! {
+        ended = task => ended.into_end(),
+        () = late => {
+            warn!("what is still in hand is given back to the queue");
+            Ok(())
+        }
+    }
 }
 
 fn open_tls(tls: &config::Tls) -> anyhow::Result<Tls> {
@@ -91,6 +118,21 @@ fn attach_intake(metrics: &Metrics, intake: &Arc<Intake>) {
     metrics.attach(INTAKE_FAMILIES, move || {
         let samples = intake.counters().samples().into_iter();
         samples.map(|sample| Sample { name: sample.name, labels: sample.labels, value: sample.value }).collect()
+    });
+}
+
+/// What the two listeners turned away.
+fn attach_refused(metrics: &Metrics, listeners: [(&'static str, Arc<Counters>); 2]) {
+    metrics.attach(REFUSED, move || {
+        let refused = listeners.iter().flat_map(|(listener, counters)| {
+            let sample = move |(reason, value): (&str, u64)| Sample {
+                name: REFUSED[0].0,
+                labels: vec![("listener", (*listener).to_owned()), ("reason", reason.to_owned())],
+                value,
+            };
+            counters.refused().map(sample)
+        });
+        refused.collect()
     });
 }
 
@@ -111,9 +153,9 @@ fn metrics_route(metrics: &Metrics, queue: &Arc<dyn Queue>, ledger: &Ledger, clo
     Router::new().route("/metrics", get(scrape))
 }
 
-fn readiness(queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>, config: &Config) -> Readiness {
-    let (queue, ledger) = (queue.clone(), ledger.clone());
-    let mut readiness = Readiness::new()
+fn readiness(queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>) -> Readiness {
+    let (queue, ledger, pipeline) = (queue.clone(), ledger.clone(), pipeline.clone());
+    Readiness::new()
         .check("queue", move || {
             let queue = queue.clone();
             async move { queue.probe().await.map_err(|error| error.to_string()) }
@@ -121,28 +163,29 @@ fn readiness(queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>, 
         .check("ledger", move || {
             let ledger = ledger.clone();
             async move { ledger.check().await.map_err(|error| error.to_string()) }
-        });
-    for witness in &config.witnesses {
-        let (pipeline, name) = (pipeline.clone(), witness.name.clone());
-        readiness = readiness.check(format!("key of witness {name}"), move || {
-            let open = pipeline.setup().witnesses.contains_key(&name);
-            async move { if open { Ok(()) } else { Err("not opened yet".to_owned()) } }
-        });
-    }
-    for registry in &config.registries {
-        let (pipeline, name) = (pipeline.clone(), registry.name.clone());
-        readiness = readiness.check(format!("registry {name}"), move || {
-            let registry = pipeline.setup().registries.get(&name).cloned();
-            async move {
-                match registry {
-                    Some(registry) => registry.ping().await.map_err(|error| error.to_string()),
-                    // Taken out of the configuration since the start.
-                    None => Ok(()),
-                }
-            }
-        });
-    }
-    readiness
+        })
+        // Of what is in force now: a reload adds and removes.
+        .checks(move || {
+            let setup = pipeline.setup();
+            let key = |name: &String, result: Result<(), String>| -> Check {
+                (format!("key of witness {name}"), Box::pin(ready(result)))
+            };
+            let open = setup.witnesses.keys().map(|name| key(name, Ok(())));
+            let shut = setup.shut.iter().map(|name| key(name, Err("not opened yet".to_owned())));
+            let registries = setup.registries.iter().map(|(name, registry)| -> Check {
+                let registry = registry.clone();
+                (format!("registry {name}"), Box::pin(async move { registry.ping().await.map_err(|error| error.to_string()) }))
+            });
+            let mut checks: Vec<_> = open.chain(shut).chain(registries).collect();
+            checks.sort_by(|(one, _), (other, _)| one.cmp(other));
+            checks
+        })
+}
+
+/// What of `[server]` holds as long as the process.
+fn fixed(server: &config::Server) -> impl PartialEq {
+    let limits = (server.max_body, server.max_requests, server.header_timeout, server.body_timeout);
+    (server.listen, server.tls.is_some(), server.grace, limits)
 }
 
 /// Puts a changed configuration into force as a whole, or not at all.
@@ -183,12 +226,16 @@ impl Reloader {
             warn!("{warning}");
         }
         let restart = |what| anyhow::anyhow!("{what} cannot be changed while the daemon runs: restart it");
-        let (server, before) = (&config.server, &self.config.server);
-        if server.listen != before.listen || server.tls.is_some() != before.tls.is_some() {
-            return Err(restart("[server] listen and tls"));
+        // What is said to be in force is: whatever is not taken over below is refused here.
+        if fixed(&config.server) != fixed(&self.config.server) {
+            return Err(restart("[server], except the certificate and key of `tls`,"));
         }
-        if config.queue.backend != self.config.queue.backend || config.ledger != self.config.ledger {
+        let queue = |config: &Config| (config.queue.backend.clone(), config.queue.in_flight, config.queue.retry);
+        if queue(&config) != queue(&self.config) || config.ledger != self.config.ledger {
             return Err(restart("[queue] and [ledger]"));
+        }
+        if config.log.format != self.config.log.format {
+            return Err(restart("[log] format"));
         }
         let renewed_tls = config.server.tls.as_ref().map(open_tls).transpose()?;
         let (setup, shut) = setup(&config, &self.clock, &self.metrics).await?;
@@ -223,7 +270,7 @@ impl Reloader {
                 Ok(open) => match super::check_rules(&self.config, &open) {
                     Ok(()) => {
                         info!(witness = witness.name, "its key is open now");
-                        opened.insert(witness.name.clone(), Arc::new(open));
+                        opened.insert(witness.name.clone(), super::watched(open, &self.metrics));
                     }
                     Err(error) => {
                         error!(
@@ -247,7 +294,10 @@ impl Reloader {
         let before = self.pipeline.setup();
         opened.extend(before.witnesses.iter().map(|(name, witness)| (name.clone(), witness.clone())));
         match super::rules(&self.config) {
-            Ok(rules) => self.pipeline.replace_setup(Setup { registries: before.registries.clone(), witnesses: opened, rules }),
+            Ok(rules) => {
+                let shut = self.shut.iter().map(|witness| witness.name.clone()).collect();
+                self.pipeline.replace_setup(Setup { registries: before.registries.clone(), witnesses: opened, rules, shut });
+            }
             Err(error) => error!(error = format!("{error:#}"), "the rules cannot be used"),
         }
     }

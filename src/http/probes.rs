@@ -21,19 +21,21 @@ const DEADLINE: Duration = Duration::from_secs(2);
 /// How long an answer stands, so that probes cannot hammer a registry.
 const FRESH: Duration = Duration::from_secs(1);
 
-type Check = Box<dyn Fn() -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
+/// A named question, which is asked when it is polled.
+pub type Check = (String, BoxFuture<'static, Result<(), String>>);
+type Source = Box<dyn Fn() -> Vec<Check> + Send + Sync>;
 
 /// Whether this process can do its work, as named checks say.
 #[derive(Default)]
 pub struct Readiness {
-    checks: Vec<(String, Check)>,
+    sources: Vec<Source>,
     last: Mutex<Option<Results>>,
 }
 
 /// What the checks said, in their order.
 struct Results {
     at: Instant,
-    each: Vec<Result<(), String>>,
+    each: Vec<(String, Result<(), String>)>,
 }
 
 impl Readiness {
@@ -45,12 +47,19 @@ impl Readiness {
     /// Adds a check. Its reason for failing is shown to whoever may probe: it must hold no secret. It is dropped, and has
     /// failed, after two seconds.
     #[must_use]
-    pub fn check<F, R>(mut self, name: impl Into<String>, check: F) -> Self
+    pub fn check<F, R>(self, name: impl Into<String>, check: F) -> Self
     where
         F: Fn() -> R + Send + Sync + 'static,
         R: Future<Output = Result<(), String>> + Send + 'static,
     {
-        self.checks.push((name.into(), Box::new(move || Box::pin(check()))));
+        let name = name.into();
+        self.checks(move || vec![(name.clone(), Box::pin(check()))])
+    }
+
+    /// Adds checks that may be others at each probe, as the configuration that is in force has them. Else as [`Self::check`].
+    #[must_use]
+    pub fn checks(mut self, checks: impl Fn() -> Vec<Check> + Send + Sync + 'static) -> Self {
+        self.sources.push(Box::new(checks));
         self
     }
 
@@ -69,33 +78,32 @@ impl Readiness {
         let results = match &*last {
             Some(Results { at, each }) if at.elapsed() < FRESH => each,
             _ => {
-                let each = join_all(self.checks.iter().map(|(_, check)| run(check))).await;
+                let each = join_all(self.sources.iter().flat_map(|source| source()).map(run)).await;
                 &last.insert(Results { at: Instant::now(), each }).each
             }
         };
-        let checks: Vec<Value> = self
-            .checks
+        let checks: Vec<Value> = results
             .iter()
-            .zip(results)
-            .map(|((name, _), result)| match result {
+            .map(|(name, result)| match result {
                 Ok(()) => json!({ "name": name, "ok": true }),
                 Err(reason) => json!({ "name": name, "ok": false, "reason": reason }),
             })
             .collect();
-        if results.iter().all(Result::is_ok) {
+        if results.iter().all(|(_, result)| result.is_ok()) {
             return Json(json!({ "status": "ready", "checks": checks })).into_response();
         }
         Problem::new(StatusCode::SERVICE_UNAVAILABLE, "not ready").with("checks", checks).into_response()
     }
 }
 
-async fn run(check: &Check) -> Result<(), String> {
-    timeout(DEADLINE, check()).await.unwrap_or_else(|_| Err(format!("no answer within {} s", DEADLINE.as_secs())))
+async fn run((name, check): Check) -> (String, Result<(), String>) {
+    let result = timeout(DEADLINE, check).await;
+    (name, result.unwrap_or_else(|_| Err(format!("no answer within {} s", DEADLINE.as_secs()))))
 }
 
 impl fmt::Debug for Readiness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.checks.iter().map(|(name, _)| name)).finish()
+        f.debug_struct("Readiness").field("sources", &self.sources.len()).finish_non_exhaustive()
     }
 }
 
@@ -136,6 +144,18 @@ mod tests {
             json!([{ "name": "queue", "ok": true }, { "name": "keys", "ok": false, "reason": "no answer" }])
         );
         assert_eq!(probe(&readiness, "/livez").await.0, StatusCode::OK, "alive all the same");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn checks_follow_what_is_in_force() {
+        let names = Arc::new(std::sync::Mutex::new(vec!["old"]));
+        let current = Arc::clone(&names);
+        let check = |name: &&str| -> Check { ((*name).to_owned(), Box::pin(async { Ok(()) })) };
+        let readiness = Arc::new(Readiness::new().checks(move || current.lock().unwrap().iter().map(check).collect()));
+        assert_eq!(probe(&readiness, "/readyz").await.1["checks"], json!([{ "name": "old", "ok": true }]));
+        *names.lock().unwrap() = vec!["new", "newer"];
+        tokio::time::advance(FRESH).await;
+        assert_eq!(probe(&readiness, "/readyz").await.1["checks"][1], json!({ "name": "newer", "ok": true }));
     }
 
     #[tokio::test(start_paused = true)]

@@ -15,10 +15,12 @@ use crate::{
 /// All that is wanted of one push.
 #[derive(Debug, Default)]
 pub struct Plan {
-    /// Children first, so that an index is signed only after what it lists.
+    /// Children first, then the index.
     pub targets: Vec<Target>,
     /// Rules that matched the event and have nothing to sign after all.
     pub skipped: Vec<(Arc<Rule>, Skip)>,
+    /// Rules whose witness is not there.
+    pub unwitnessed: Vec<Arc<Rule>>,
 }
 
 /// One digest, and every signature that is wanted for it: they live in one manifest and are written together.
@@ -40,7 +42,8 @@ pub struct Wanted {
     pub rules: Vec<Arc<Rule>>,
 }
 
-/// What the matching rules want of an image. `witnesses` has every witness that a rule names.
+/// What the matching rules want of an image. What a witness that is not among `witnesses` should sign is left out, and
+/// its rules are returned.
 #[must_use]
 pub fn plan(image: &Image, rules: &[Arc<Rule>], witnesses: &HashMap<String, Arc<Witness>>) -> Plan {
     let mut plan = Plan::default();
@@ -50,17 +53,21 @@ pub fn plan(image: &Image, rules: &[Arc<Rule>], witnesses: &HashMap<String, Arc<
             plan.skipped.push((rule.clone(), Skip::UnsupportedDigest));
         } else if matches!(image.tag, TagState::Moved(_)) && rule.tags.is_some() {
             plan.skipped.push((rule.clone(), Skip::Superseded));
+        } else if let Some(witness) = witnesses.get(&rule.witness) {
+            signing.push((rule, witness));
         } else {
-            signing.push(rule);
+            plan.unwitnessed.push(rule.clone());
         }
     }
     let tag = match &image.tag {
         TagState::Current(tag) => Some(tag),
         TagState::Moved(_) | TagState::None => None,
     };
-    for subject in image.children.iter().chain([&image.root]) {
+    // A child of another algorithm than its index is left out: no verifier finds signatures of it.
+    let subjects = image.children.iter().chain([&image.root]).filter(|subject| subject.digest().algorithm() == "sha256");
+    for subject in subjects {
         let mut target = Target { subject: subject.clone(), wanted: vec![], tag: None };
-        for rule in &signing {
+        for (rule, witness) in &signing {
             let reference = match (tag, rule.signature_type) {
                 (Some(tag), SignatureType::Default) => {
                     target.tag = Some((tag.clone(), image.root.digest().clone()));
@@ -68,7 +75,6 @@ pub fn plan(image: &Image, rules: &[Arc<Rule>], witnesses: &HashMap<String, Arc<
                 }
                 _ => Reference::pinned(subject.registry(), subject.repository(), subject.digest()),
             };
-            let Some(witness) = witnesses.get(&rule.witness) else { continue };
             let same = |wanted: &&mut Wanted| wanted.witness.name() == rule.witness && *wanted.prepared.reference() == reference;
             if let Some(wanted) = target.wanted.iter_mut().find(same) {
                 wanted.rules.push((*rule).clone());
@@ -76,7 +82,7 @@ pub fn plan(image: &Image, rules: &[Arc<Rule>], witnesses: &HashMap<String, Arc<
                 let prepared = Prepared::new(subject, &reference);
                 target.wanted.push(Wanted {
                     prepared,
-                    witness: witness.clone(),
+                    witness: Arc::clone(witness),
                     algorithm: rule.algorithm,
                     rules: vec![(*rule).clone()],
                 });

@@ -43,8 +43,11 @@ pub enum Error {
     TagMoved { tag: Tag },
     #[error("other writers replaced the signatures under {tag} {rounds} times in a row")]
     Overwritten { tag: String, rounds: u32 },
-    #[error("not done within {} s", DEADLINE.as_secs())]
-    Deadline,
+    #[error("not done within {} s{}", DEADLINE.as_secs(), if *throttled { ", most of it in line for the key" } else { "" })]
+    Deadline {
+        /// There was a line for a witness's key, whose rate or whose KMS asks for patience.
+        throttled: bool,
+    },
     #[error("the body is no push event")]
     NotAnEvent(#[from] event::Error),
     #[error("an authenticated sender sent a body that is no notification")]
@@ -68,11 +71,21 @@ impl Classify for Error {
             Self::Unverified(_) => Verdict::Refuse { cure: "see that the rule's algorithm and the witness's key go together" },
             // Waiting for a push that is on its way is no failure, so it costs no patience.
             Self::Unsettled => Verdict::Retry { after: None, throttled: true },
-            Self::NoWitness { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } | Self::Deadline => Verdict::TRANSIENT,
+            Self::Deadline { throttled } => Verdict::Retry { after: None, throttled: *throttled },
+            Self::NoWitness { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } => Verdict::TRANSIENT,
             Self::NotAnEvent(_) | Self::Quarantined => Verdict::Poison,
             Self::Shared(error) => error.verdict(),
         }
     }
+}
+
+/// What the pipeline needs is gone and does not come back in this process.
+#[derive(Debug, thiserror::Error)]
+pub enum Fatal {
+    #[error(transparent)]
+    Queue(queue::Error),
+    #[error("the ledger's thread ended early; restart the daemon")]
+    Ledger(#[source] ledger::Error),
 }
 
 /// What became of one event.
@@ -132,11 +145,21 @@ impl Report {
         })
     }
 
-    /// All failures with their causes, in words.
+    /// All failures with their causes, in words: each once, and of many (an index has many children) the first.
     #[must_use]
     pub fn detail(&self) -> Option<String> {
-        let mut texts: Vec<String> = self.failures.iter().map(in_words).collect();
-        texts.dedup();
+        const MOST: usize = 5;
+        let mut texts: Vec<String> = vec![];
+        for text in self.failures.iter().map(in_words) {
+            if !texts.contains(&text) {
+                texts.push(text);
+            }
+        }
+        let more = texts.len().saturating_sub(MOST);
+        texts.truncate(MOST);
+        if more > 0 {
+            texts.push(format!("and {more} more"));
+        }
         (!texts.is_empty()).then(|| texts.join("; "))
     }
 }

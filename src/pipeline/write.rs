@@ -5,27 +5,26 @@
 //! another look tells whether it held; if not, all is done again.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
+    pin::pin,
     sync::{Arc, Mutex, Weak},
     time::Duration,
 };
 
 use futures::future::{join_all, try_join_all};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use crate::{
     clock::Clock,
-    kms,
     ledger::{Intent, Ledger},
-    oci::{Digest, Tag, media_type},
+    oci::{Digest, Repository, Tag, media_type},
     pipeline::{
         Error,
         plan::{Target, Wanted},
     },
     registry::{self, Address, Registry},
     signature::cosign::{self, EMPTY_CONFIG, Layer, SignatureManifest, extend_config},
-    telemetry::Metrics,
     verify::{self, Trust, Verified},
 };
 
@@ -72,34 +71,42 @@ impl Turns {
 pub struct Desk<'a> {
     pub registry: &'a Registry,
     pub ledger: &'a Ledger,
-    pub metrics: &'a Metrics,
     pub turns: &'a Turns,
     pub clock: &'a Clock,
     pub message_id: &'a str,
     /// When the tag was resolved.
     pub located: Instant,
+    /// What is not done by then has failed.
+    pub deadline: Instant,
 }
 
 impl Desk<'_> {
     /// Sees to every signature of the target. One answer for each of `target.wanted`, in order.
     pub async fn see_to(&self, target: &Target) -> Vec<Written> {
-        let turn = format!("{}/{}@{}", target.subject.registry(), target.subject.repository(), target.subject.digest());
-        let _turn = self.turns.take(turn).await;
         let mut answers: Vec<Option<Written>> = target.wanted.iter().map(|_| None).collect();
-        if let Err(error) = self.try_see_to(target, &mut answers).await {
-            // What is open after a failure failed by it: the error is one, so it is shared in words.
-            let error = Arc::new(error);
-            return answers
-                .into_iter()
-                .map(|answer| answer.unwrap_or_else(|| Written::Failed(Error::Shared(error.clone()))))
-                .collect();
-        }
-        answers.into_iter().map(|answer| answer.unwrap_or(Written::Found)).collect()
+        let ended = {
+            let mut work = pin!(self.try_see_to(target, &mut answers));
+            match timeout_at(self.deadline, work.as_mut()).await {
+                Ok(ended) => ended,
+                // Asked while this work itself still stands in the line, if there is one.
+                Err(_) => Err(Error::Deadline { throttled: target.wanted.iter().any(|one| one.witness.is_waited_for()) }),
+            }
+        };
+        // What is open after a failure failed by it: one error, which all of them share.
+        let failure = ended.err().map(Arc::new);
+        let answer = |answer: Option<Written>| match (answer, &failure) {
+            (Some(answer), _) => answer,
+            (None, Some(failure)) => Written::Failed(Error::Shared(failure.clone())),
+            (None, None) => unreachable!("without a failure every signature was found, made or refused"),
+        };
+        answers.into_iter().map(answer).collect()
     }
 
     async fn try_see_to(&self, target: &Target, answers: &mut [Option<Written>]) -> Result<(), Error> {
         let subject = &target.subject;
         let repository = subject.repository();
+        let turn = format!("{}/{}@{}", subject.registry(), repository, subject.digest());
+        let _turn = self.turns.take(turn).await;
         let tag = Tag::cosign_signatures(subject.digest()).expect("only SHA-256 digests are planned for");
         let current = self.read(target, &tag).await?;
         let mut missing = vec![];
@@ -142,36 +149,41 @@ impl Desk<'_> {
         if ready.is_empty() {
             return Ok(());
         }
-        self.write(target, &tag, &missing, &ready).await?;
+        let ours = self.write(target, &tag, &missing, &ready).await?;
         for (index, _) in ready {
-            answers[index] = Some(Written::New);
+            answers[index] = Some(if ours.contains(&index) { Written::New } else { Written::Found });
         }
         Ok(())
     }
 
-    /// Adds the layers to what is under the tag, until a look afterwards finds them there.
+    /// Adds the signatures to what is under the tag, until a look afterwards finds them there. Returns which were added: an
+    /// equal one may have come from elsewhere meanwhile.
     async fn write(
         &self,
         target: &Target,
         tag: &Tag,
         missing: &[(usize, &Wanted)],
         ready: &[(usize, Verified)],
-    ) -> Result<(), Error> {
+    ) -> Result<HashSet<usize>, Error> {
         let repository = target.subject.repository();
-        let layers: Vec<Layer> = ready.iter().map(|(_, verified)| verified.layer().clone()).collect();
-        let mut config: Option<(Digest, Vec<u8>)> = None;
+        let mut config: Option<(Digest, Vec<Layer>, Vec<u8>)> = None;
+        let mut ours = HashSet::new();
         for round in 0..ROUNDS {
             self.upload(target, missing).await?;
             let current = self.read(target, tag).await?;
             let mut manifest = current.unwrap_or_else(SignatureManifest::empty);
+            // Another replica may have been here, or a write of ours whose answer was lost.
+            let absent: Vec<_> = ready.iter().filter(|(index, _)| !is_there(&manifest, &target.wanted[*index])).collect();
+            if absent.is_empty() {
+                return Ok(ours);
+            }
+            let layers: Vec<Layer> = absent.iter().map(|(_, verified)| verified.layer().clone()).collect();
             if let Some(own) = manifest.own_config() {
                 match &config {
-                    Some((of, content)) if *of == own => manifest.set_config(content),
+                    Some((of, lists, content)) if *of == own && *lists == layers => manifest.set_config(content),
                     _ => {
-                        let content = self.registry.blob(repository, &own, cosign::MAX_PAYLOAD).await?;
-                        if let Some(content) = content.and_then(|content| extend_config(&content, &layers)) {
-                            self.registry.ensure_blob(repository, content.clone().into()).await?;
-                            config = Some((own, content));
+                        if let Some(content) = self.extend_config(repository, &own, &layers).await? {
+                            config = Some((own, layers.clone(), content));
                             // That took a while: look again, so that the look and the write stay close together.
                             if round + 1 < ROUNDS {
                                 continue;
@@ -180,12 +192,12 @@ impl Desk<'_> {
                     }
                 }
             }
-            manifest.add(layers.iter().cloned()).map_err(|error| unreadable(target, tag, error))?;
-            let content = manifest.to_bytes();
+            manifest.add(layers).map_err(|error| unreadable(target, tag, error))?;
+            let content = manifest.to_bytes().map_err(|error| unreadable(target, tag, error))?;
             let written = Digest::of(&content);
             let address = Address::Tag(tag.clone());
             match self.registry.put_manifest(repository, &address, media_type::OCI_MANIFEST, content).await {
-                Ok(()) => {}
+                Ok(()) => ours.extend(absent.iter().map(|(index, _)| *index)),
                 // Another upload of the same blob was under way; the registry knows it by the next round.
                 Err(error @ registry::Error::BlobUnknown { .. }) if round + 1 < ROUNDS => {
                     debug!(error = &error as &dyn std::error::Error, round, "manifest refused for a blob, uploading again");
@@ -196,18 +208,29 @@ impl Desk<'_> {
             }
             let stored = self.registry.manifest(repository, &address).await?;
             if stored.as_ref().is_some_and(|stored| *stored.digest() == written) {
-                return Ok(());
+                return Ok(ours);
             }
             let stored = stored.map(|stored| SignatureManifest::read(stored.media_type(), stored.content()));
             if let Some(Ok(stored)) = stored
-                && layers.iter().all(|layer| stored.contains(layer))
+                && ready.iter().all(|(index, _)| is_there(&stored, &target.wanted[*index]))
             {
-                return Ok(());
+                return Ok(ours);
             }
             debug!(round, "another writer replaced our signatures, adding them again");
             pause(round).await;
         }
         Err(Error::Overwritten { tag: tag.to_string(), rounds: ROUNDS })
+    }
+
+    /// The config that lists these layers too, uploaded. None if it is none that lists layers, and so stays as it is.
+    async fn extend_config(&self, repository: &Repository, own: &Digest, layers: &[Layer]) -> Result<Option<Vec<u8>>, Error> {
+        let content = match self.registry.blob(repository, own, cosign::MAX_PAYLOAD).await {
+            Err(registry::Error::Oversized { .. }) => None,
+            content => content?,
+        };
+        let Some(content) = content.and_then(|content| extend_config(&content, layers)) else { return Ok(None) };
+        self.registry.ensure_blob(repository, content.clone().into()).await?;
+        Ok(Some(content))
     }
 
     async fn read(&self, target: &Target, tag: &Tag) -> Result<Option<SignatureManifest>, Error> {
@@ -226,10 +249,7 @@ impl Desk<'_> {
 
     async fn sign(&self, target: &Target, wanted: &Wanted) -> Result<Verified, Error> {
         let prepared = &wanted.prepared;
-        let began = Instant::now();
-        let signed = wanted.witness.sign(wanted.algorithm, prepared.payload_sha256()).await;
-        self.metrics.kms_asked(wanted.witness.name(), signed.as_ref().map_or_else(kms::Error::name, |_| "ok"), began.elapsed());
-        let raw = signed?;
+        let raw = wanted.witness.sign(wanted.algorithm, prepared.payload_sha256()).await?;
         let asked = verify::Wanted { digest: target.subject.digest().clone(), reference: prepared.reference().clone() };
         let own = Trust { witness: wanted.witness.name(), keys: wanted.witness.trusted_keys() };
         let layer = prepared.assemble(&raw);

@@ -17,6 +17,7 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     kms::RawSignature,
     oci::{Digest, Reference, media_type},
+    registry::Manifest,
     subject::Subject,
 };
 
@@ -156,6 +157,8 @@ pub enum Error {
     NoLayers,
     #[error("it holds {0} signatures, and verifiers read no more than {MAX_LAYERS}")]
     Full(usize),
+    #[error("it would have {0} bytes with a further signature, and nobody reads more than {limit}", limit = Manifest::LIMIT)]
+    TooLarge(usize),
 }
 
 /// The manifest under the `.sig` tag, with everything in it that others wrote.
@@ -240,9 +243,12 @@ impl SignatureManifest {
     }
 
     /// The bytes to store, and their media type is always [`media_type::OCI_MANIFEST`].
-    #[must_use]
-    pub fn to_bytes(&self) -> Bytes {
-        serde_json::to_vec(&self.document).expect("JSON values always serialise").into()
+    ///
+    /// # Errors
+    /// When they are more than anybody reads: storing them would hide the signatures that are there.
+    pub fn to_bytes(&self) -> Result<Bytes, Error> {
+        let content = serde_json::to_vec(&self.document).expect("JSON values always serialise");
+        if content.len() > Manifest::LIMIT { Err(Error::TooLarge(content.len())) } else { Ok(content.into()) }
     }
 }
 
@@ -391,7 +397,7 @@ mod tests {
         let written: Value = serde_json::from_slice(&vector("A-rsa-pkcs1", "manifest.json")).unwrap();
         let mut manifest = SignatureManifest::empty();
         manifest.add([prepared(REFERENCE).assemble(&signature("A-rsa-pkcs1"))]).unwrap();
-        let ours: Value = serde_json::from_slice(&manifest.to_bytes()).unwrap();
+        let ours: Value = serde_json::from_slice(&manifest.to_bytes().unwrap()).unwrap();
         assert_eq!(ours["layers"], written["layers"]);
         assert_eq!(ours["mediaType"], written["mediaType"]);
         assert_eq!(ours["config"]["digest"], "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a");
@@ -408,7 +414,7 @@ mod tests {
         let mut manifest = SignatureManifest::read(media_type::DOCKER_MANIFEST, document.to_string().as_bytes()).unwrap();
         assert_eq!(manifest.layers().len(), 2);
         manifest.add([prepared(REFERENCE).assemble(&RawSignature(vec![1, 2, 3]))]).unwrap();
-        let after: Value = serde_json::from_slice(&manifest.to_bytes()).unwrap();
+        let after: Value = serde_json::from_slice(&manifest.to_bytes().unwrap()).unwrap();
         assert_eq!(after["annotations"], document["annotations"]);
         assert_eq!(after["layers"].as_array().unwrap()[..3], document["layers"].as_array().unwrap()[..3]);
         assert_eq!(after["layers"].as_array().unwrap().len(), 4);

@@ -74,6 +74,11 @@ impl Pace {
         }
     }
 
+    /// Whether somebody waits.
+    pub(super) fn is_waited_for(&self) -> bool {
+        self.queue.try_lock().is_err()
+    }
+
     /// A call was served.
     pub(super) fn served(&self) {
         self.state().served.count(Instant::now());

@@ -153,5 +153,5 @@ impl Shelf {
 
 /// What everybody hears once the storage thread is gone.
 pub(super) fn died() -> Error {
-    Error::Unavailable { what: "its storage thread ended early; restart the daemon".into(), source: None }
+    Error::Died
 }
