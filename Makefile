@@ -20,7 +20,7 @@ demo: ## a registry, a key and countersign on this machine: push an image, see i
 test: ## every test, the ones beside real registries, verifiers and KMSs included
 	@$(INSTALL) docker-registry cosign2 cosign3 skopeo ministack
 	cargo build --workspace
-	cargo test --workspace
+	cargo test --workspace --no-fail-fast
 
 check: ## format, lints, documentation, licences and advisories of dependencies
 	@$(INSTALL) cargo-deny
@@ -38,16 +38,17 @@ check: ## format, lints, documentation, licences and advisories of dependencies
 build: ## the optimised binary, target/release/countersign
 	cargo build --release --package countersign
 
-bench: ## signatures, events and bytes: how many, how fast, beside a bare client on the same registry
+bench: export COUNTERSIGN_BIN = $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/release/countersign
+bench: ## signatures, events and bytes: how many, how fast, beside bare clients (ARGS="--quick --only signing")
 	@$(INSTALL) docker-registry cosign2 ministack
 	cargo build --release --workspace
-	cargo run --release --quiet --package integration-tests --bin bench
+	cargo run --release --quiet --package integration-tests --bin bench -- $(ARGS)
 
-fuzz: ## each fuzzing target for SECONDS=60 (needs a nightly toolchain)
+fuzz: ## each fuzzing target for SECONDS=60
 	@$(INSTALL) cargo-fuzz
 	@export PATH="$(CURDIR)/.tools/bin:$$PATH"; for target in $$(cargo fuzz list); do \
 	    echo "fuzzing $$target for $(or $(SECONDS),60) s"; \
-	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(or $(SECONDS),60); \
+	    RUSTC_BOOTSTRAP=1 cargo fuzz run "$$target" -- -max_total_time=$(or $(SECONDS),60); \
 	done
 
 tools: ## what the other targets run beside countersign, into .tools/

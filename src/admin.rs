@@ -228,10 +228,10 @@ fn view(letter: DeadLetter) -> DeadLetterView {
 async fn replay(State(admin): State<Admin>, Json(request): Json<Ids>) -> Result<Json<Moved>, Problem> {
     let mut moved = Moved::default();
     for id in request.ids {
-        let now = admin.clock.now();
+        let until = admin.clock.now();
         if admin.queue.replay(&id).await.map_err(unavailable)? {
-            // It is queued again, so it no longer counts as dead, unless it has died anew by now.
-            admin.ledger.forget_event(&id, now).await.map_err(unavailable)?;
+            // It is queued again, so it no longer counts as dead; unless it has died again meanwhile.
+            admin.ledger.forget_event_until(&id, until).await.map_err(unavailable)?;
             moved.done += 1;
         } else {
             moved.unknown.push(id);

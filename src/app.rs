@@ -24,7 +24,7 @@ use crate::{
     rule::{self, Rules, Scope, TagFilter},
     telemetry::Metrics,
     verify::Trust,
-    witness::{self, Rate, TrustedKeySettings, TrustedKeys, Witness, WitnessSettings},
+    witness::{self, Pin, Rate, TrustedKeySettings, TrustedKeys, Witness, WitnessSettings},
 };
 
 pub use daemon::serve;
@@ -103,10 +103,8 @@ fn witness_settings(config: &Config, witness: &config::Witness) -> anyhow::Resul
             Ok(TrustedKeySettings { pem, until: former.until, revoked })
         })
         .collect::<anyhow::Result<_>>()?;
-    let pin = witness
-        .public_key
-        .clone()
-        .unwrap_or_else(|| state_folder(config).join("witnesses").join(format!("{}.pub.pem", witness.name)));
+    let kept = || state_folder(config).join("witnesses").join(format!("{}.pub.pem", witness.name));
+    let pin = witness.public_key.clone().map_or_else(|| Pin::Kept(kept()), Pin::Given);
     Ok(WitnessSettings {
         name: witness.name.clone(),
         description: witness.description.clone(),

@@ -12,6 +12,7 @@ mod problem;
 mod queue;
 mod reader;
 mod registry;
+mod report;
 mod rule;
 mod schema;
 mod scope;
@@ -21,6 +22,7 @@ mod shape;
 mod source;
 mod syntax;
 mod units;
+mod value;
 mod witness;
 
 use std::{borrow::Cow, path::Path};
@@ -44,7 +46,8 @@ pub use self::{
 use self::{
     names::Names,
     outside::{Outside, Unreadable},
-    reader::{Report, Section},
+    reader::Section,
+    report::Report,
     shape::{Key, Kind, Table},
 };
 
@@ -95,7 +98,7 @@ impl Config {
                 let readable = std::str::from_utf8(&error.as_bytes()[..at]).expect("it is valid up to there");
                 let problem = ("the configuration is no UTF-8 text".to_owned(), Some("save it as UTF-8".to_owned()));
                 let source = problem::Source::new(readable, path);
-                Err(source.problem((Severity::Error, problem.0, problem.1), &(at..at), &[], false).into())
+                Err(source.problem((Severity::Error, problem.0, problem.1), &(at..at), None).into())
             }
         }
     }
@@ -112,8 +115,9 @@ impl Config {
     }
 
     fn parse_with(text: &str, path: &Path, outside: Outside) -> Result<(Self, Vec<Problem>), Problems> {
-        let source = problem::Source::new(text, path);
-        let (mut report, document) = Report::parse(source, outside);
+        let mut report = Report::new(problem::Source::new(text, path), outside);
+        let readable = syntax::readable(text, &mut report);
+        let document = syntax::document(&readable, &mut report);
         report.names = Names::gather(&document);
         let config = read(&report, &document);
         let problems = report.into_problems();
@@ -155,6 +159,9 @@ fn read(report: &Report<'_>, document: &DeTable<'_>) -> Option<Config> {
     let sources = root.value("source").and_then(|value| value.each_table(source::read));
     let witnesses = root.value("witness").and_then(|value| value.each_table(witness::read));
     let rules = root.value("rule").and_then(|value| value.each_table(rule::read));
+    if let Some(rules) = &rules {
+        rule::report_same(report, rules);
+    }
     Some(Config {
         server: server?,
         queue: queue?,
@@ -167,12 +174,14 @@ fn read(report: &Report<'_>, document: &DeTable<'_>) -> Option<Config> {
     })
 }
 
-/// The section that a key would be right in.
+/// The one section that a key would be right in.
 fn home_of(name: &str) -> Option<&'static str> {
-    ROOT.keys.iter().find_map(|section| match section.kind {
-        Kind::Table(table) | Kind::Tables(table) => table.current_keys().any(|key| key.name == name).then_some(table.title),
+    let mut homes = ROOT.keys.iter().filter_map(|section| match section.kind {
+        Kind::Table(table) | Kind::Tables(table) => table.current_keys().find(|key| key.name == name).map(|_| table.title),
         _ => None,
-    })
+    });
+    let home = homes.next()?;
+    homes.next().is_none().then_some(home)
 }
 
 #[cfg(test)]

@@ -3,9 +3,7 @@
 //! So whatever a key may have signed is known, even after a crash, and every event ends as a counted outcome. It also
 //! answers `explain`.
 //!
-//! The two halves differ in what they survive. [`Ledger::intend`] returns once the intent would survive the machine
-//! losing power. [`Ledger::conclude`] returns once the outcome would survive this process being killed; after a loss of
-//! power the last outcomes may be missing (their intents are not), as if the event had not been concluded.
+//! What is said here returns once it would survive the machine losing power; many who say something share one sync.
 
 mod sqlite;
 
@@ -50,18 +48,20 @@ impl Ledger {
 
     /// Records what became of one event. Said again for the same `message_id` (after a crash, a retry or a replay), it
     /// replaces what was said before.
-    pub async fn conclude(&self, conclusion: Conclusion) -> Result<(), Error> {
-        self.0.write(sqlite::Work::Conclude(Box::new(conclusion))).await
+    pub async fn conclude(&self, conclusion: impl Into<Arc<Conclusion>>) -> Result<(), Error> {
+        self.0.write(sqlite::Work::Conclude(conclusion.into())).await
     }
 
-    /// To be called after the queue replayed a dead letter: it is queued again, and no longer counts as dead. Its story
-    /// stays. An event that is not dead here is left alone, and so is one that died later than `replayed_at`, a moment just
-    /// before the replay: it has been handled again already.
-    ///
-    /// In this order a crash between the two leaves an event that counts twice until it is handled, which mends it; in the
-    /// other, one that counts nowhere until somebody replays it again.
-    pub async fn forget_event(&self, message_id: &str, replayed_at: Timestamp) -> Result<(), Error> {
-        self.0.write(sqlite::Work::Forget(message_id.to_owned(), replayed_at)).await
+    /// A dead letter that is replayed is queued again, and no longer counts as dead. Its story stays. An event that is not dead
+    /// here is left alone.
+    pub async fn forget_event(&self, message_id: &str) -> Result<(), Error> {
+        self.forget_event_until(message_id, Timestamp::MAX).await
+    }
+
+    /// As [`Self::forget_event`], of an event that was dead at `until`. With the time before the replay, this may come after it:
+    /// an event that has died again meanwhile (poison takes a millisecond) stays dead.
+    pub async fn forget_event_until(&self, message_id: &str, until: Timestamp) -> Result<(), Error> {
+        self.0.write(sqlite::Work::Forget(message_id.to_owned(), until)).await
     }
 
     /// Whether the ledger can be written now, found out by writing.
@@ -234,7 +234,8 @@ impl SignatureState {
     }
 }
 
-/// How events ended: each counts once, under its latest outcome. Events that are retried count nowhere.
+/// How events ended: each counts once, under its latest outcome. Events that are retried count nowhere, nor does what was
+/// signed by hand, which nobody received.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Sums {
     pub signed: u64,

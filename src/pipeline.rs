@@ -27,7 +27,7 @@ use crate::{
     registry::Registry,
     rule::{Matches, Occasion, Rule, Rules, Trigger},
     signature::Format,
-    subject::{self, Located},
+    subject::{self, Located, TagState},
     telemetry::Metrics,
     witness::Witness,
 };
@@ -41,6 +41,11 @@ use self::{
 
 /// No event takes longer in one go; what is not done by then is tried again.
 const DEADLINE: Duration = Duration::from_secs(120);
+/// How long after its event a push may still be on its way into the registry.
+const SETTLING: Duration = Duration::from_secs(5);
+/// Waits before each look for a push that is on its way. What is not there then goes back to the queue.
+const LOOKS_AFTER: [Duration; 4] =
+    [Duration::ZERO, Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(300)];
 /// Digests of one event that are signed at once: the platforms of an index.
 const DIGESTS_AT_ONCE: usize = 4;
 
@@ -189,9 +194,9 @@ impl Pipeline {
             return Ok(nothing_matched(skipped));
         }
         let registry = setup.registries.get(&event.registry).ok_or_else(|| Error::UnknownRegistry(event.registry.clone()))?;
-        let located = Instant::now();
-        let looking = subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest);
-        let image = match timeout_at(deadline, looking).await.map_err(|_| Error::Deadline { throttled: false })?? {
+        let looking = timeout_at(deadline, self.locate(registry, event)).await;
+        let (located, found) = looking.map_err(|_| Error::Deadline { throttled: false })??;
+        let image = match found {
             Located::Image(image) => image,
             Located::Attachment => return Ok(Report::skipped(Skip::Attachment)),
             Located::Missing => return Ok(Report::skipped(Skip::NotFound)),
@@ -244,6 +249,28 @@ impl Pipeline {
         Ok(report)
     }
 
+    /// Asks the registry for what the event names, and when that was.
+    ///
+    /// docker-registry tells of a push before it lets the tag name it, and others take a while to serve everywhere what
+    /// was stored. So while an event is young, "not there" and "elsewhere" are asked again before they are believed.
+    async fn locate(&self, registry: &Registry, event: &PushEvent) -> Result<(Instant, Located), Error> {
+        for wait in LOOKS_AFTER {
+            tokio::time::sleep(wait).await;
+            let asked = Instant::now();
+            let located = subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest).await?;
+            let is_settled = match &located {
+                Located::Image(image) => !matches!(image.tag, TagState::Moved(_)),
+                Located::Attachment => true,
+                Located::Missing => false,
+            };
+            let age = Duration::try_from(self.clock.now().duration_since(event.received_at)).unwrap_or_default();
+            if is_settled || age >= SETTLING || event.source == event::BY_HAND {
+                return Ok((asked, located));
+            }
+        }
+        Err(Error::Unsettled)
+    }
+
     /// Records what became of the event, then tells the queue.
     async fn settle(&self, delivery: Delivery, event: Option<PushEvent>, report: Report) -> Result<(), Fatal> {
         let detail = report.detail();
@@ -267,16 +294,19 @@ impl Pipeline {
             Settlement::Retry(..) => Outcome::Retrying,
             Settlement::Bury(_) => Outcome::Dead,
         };
-        self.tell(&delivery, event.as_ref(), &outcome, &report, detail.as_deref());
-        let conclusion = Conclusion {
+        let conclusion = Arc::new(Conclusion {
             event: facts(&delivery, event.as_ref()),
             outcome,
             rules: report.rules,
             signatures: report.signatures,
             detail: detail.clone(),
             attempt: delivery.attempts() + 1,
-        };
-        let settled = match (self.ledger.conclude(conclusion).await, settlement) {
+        });
+        let recorded = self.ledger.conclude(conclusion.clone()).await;
+        if recorded.is_ok() {
+            self.tell(&delivery, event.as_ref(), &conclusion);
+        }
+        let settled = match (recorded, settlement) {
             (Ok(()), Settlement::Done) => delivery.ack().await,
             (Ok(()), Settlement::Retry(after, counted)) => {
                 delivery.retry(Retry { after, counted, reason: detail.unwrap_or_default() }).await
@@ -308,18 +338,20 @@ impl Pipeline {
     }
 
     /// Logs the outcome once, and counts it.
-    fn tell(&self, delivery: &Delivery, event: Option<&PushEvent>, outcome: &Outcome, report: &Report, detail: Option<&str>) {
-        for rule in &report.rules {
+    fn tell(&self, delivery: &Delivery, event: Option<&PushEvent>, conclusion: &Conclusion) {
+        let Conclusion { outcome, rules, signatures, detail, .. } = conclusion;
+        let detail = detail.as_deref();
+        for rule in rules {
             self.metrics.rule_concluded(&rule.rule, &rule.outcome);
         }
-        for signature in &report.signatures {
+        for signature in signatures {
             match signature.state {
                 SignatureState::Written => self.metrics.signature_written(&signature.witness, signature.format),
                 SignatureState::Found => self.metrics.signature_found(&signature.witness, signature.format),
                 SignatureState::Failed(_) => {}
             }
         }
-        let written = report.signatures.iter().filter(|signature| signature.state == SignatureState::Written).count();
+        let written = signatures.iter().filter(|signature| signature.state == SignatureState::Written).count();
         match outcome {
             Outcome::Signed => {
                 if let Some(event) = event {

@@ -13,6 +13,7 @@
 mod auth;
 mod blobs;
 mod challenge;
+mod connect;
 mod error;
 mod flight;
 mod listing;
@@ -22,15 +23,17 @@ mod transport;
 use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, StatusCode, header::CONTENT_TYPE};
-use reqwest::{Client, Url};
+use http::{HeaderValue, Method, StatusCode, Uri, header::CONTENT_TYPE};
+use hyper_util::client::proxy::matcher::Matcher;
+use reqwest::Url;
 use secrecy::SecretString;
 
 use auth::{Access, Authenticator};
 use blobs::Blobs;
+use connect::Client;
 use transport::{Call, ERROR_LIMIT, Outgoing};
 
-pub use error::{Account, At, Error, Reported};
+pub use error::{Account, At, Broken, Error, Reported};
 pub use manifest::Manifest;
 
 use crate::oci::{Digest, RegistryName, Repository, Tag};
@@ -141,6 +144,7 @@ struct Shared {
     /// `https://host/v2/`
     base: String,
     client: Client,
+    timeouts: Timeouts,
     authenticator: Authenticator,
     blobs: Blobs,
     observer: Option<Observer>,
@@ -153,11 +157,16 @@ impl fmt::Debug for Registry {
 }
 
 impl Registry {
-    /// Sets up the client; nothing is sent yet.
+    /// Sets up the client; nothing is sent yet. Connections by https go through the proxy that `HTTPS_PROXY`, `ALL_PROXY` and
+    /// `NO_PROXY` name, those by plain http go directly.
     ///
     /// # Errors
     /// [`Error::Settings`], which says what is wrong with them.
     pub fn new(settings: Settings) -> Result<Self, Error> {
+        Self::through(settings, Matcher::from_env())
+    }
+
+    fn through(settings: Settings, proxies: Matcher) -> Result<Self, Error> {
         let wrong = |problem: String| Error::Settings { registry: settings.name.clone(), problem };
         let url = &settings.url;
         if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
@@ -174,17 +183,11 @@ impl Registry {
         let base = format!("{}/v2/", url.as_str().trim_end_matches('/'));
         let mut origin = url.clone();
         origin.set_path("");
-        let client = transport::client(&settings).map_err(wrong)?;
         let authenticator = Authenticator::new(settings.credentials.clone()).map_err(wrong)?;
-        Ok(Self(Arc::new(Shared {
-            name: settings.name,
-            origin,
-            base,
-            client,
-            authenticator,
-            blobs: Blobs::new(),
-            observer: settings.observer,
-        })))
+        let client = connect::client(&settings, proxies).map_err(wrong)?;
+        let Settings { name, timeouts, observer, .. } = settings;
+        let blobs = Blobs::new();
+        Ok(Self(Arc::new(Shared { name, origin, base, client, timeouts, authenticator, blobs, observer })))
     }
 
     /// The registry's name in image references.
@@ -196,7 +199,7 @@ impl Registry {
     pub async fn ping(&self) -> Result<(), Error> {
         let call = Call { doing: "reach the API", repository: None, item: None, access: Access::Enter };
         let answer = self.exchange(&call, Outgoing::new(Method::GET, self.url(&call, "")?), ERROR_LIMIT).await?;
-        if answer.status == StatusCode::OK { Ok(()) } else { Err(self.failure(&call, &answer).await) }
+        if answer.status == StatusCode::OK { Ok(()) } else { Err(self.failure(&call, &answer)) }
     }
 
     /// The manifest at `at`, verified as [`Manifest`] says. None only if the registry itself says that there is none.
@@ -208,7 +211,7 @@ impl Registry {
             return Ok(None);
         }
         if answer.status != StatusCode::OK {
-            return Err(self.failure(&call, &answer).await);
+            return Err(self.failure(&call, &answer));
         }
         let claimed = answer.content_digest();
         Manifest::new(at, answer.header(CONTENT_TYPE), claimed.as_ref(), answer.body.clone()).map(Some).map_err(|refused| {
@@ -270,7 +273,7 @@ impl Registry {
         let url = self.url(&call, &format!("/manifests/{at}"))?;
         let answer = self.exchange(&call, Outgoing::new(Method::PUT, url).with_content(media_type, content), ERROR_LIMIT).await?;
         if answer.status != StatusCode::CREATED {
-            return Err(self.write_failure(&call, &answer).await);
+            return Err(self.write_failure(&call, &answer));
         }
         self.check_claim(&call, &answer, &digest)
     }
@@ -303,7 +306,7 @@ impl Registry {
             return Ok(None);
         }
         if answer.status != StatusCode::OK {
-            return Err(self.failure(&call, &answer).await);
+            return Err(self.failure(&call, &answer));
         }
         if !digest.matches(&answer.body) {
             let found = Digest::of(&answer.body).to_string();
@@ -312,14 +315,15 @@ impl Registry {
         Ok(Some(answer.body))
     }
 
-    /// The API's URL for the call's repository, `rest` being what follows its name.
-    fn url(&self, call: &Call<'_>, rest: &str) -> Result<Url, Error> {
+    /// The API's address for the call's repository, `rest` being what follows its name.
+    fn url(&self, call: &Call<'_>, rest: &str) -> Result<Uri, Error> {
         let base = &self.0.base;
         let text = match call.repository {
             Some(repository) => format!("{base}{repository}{rest}"),
             None => format!("{base}{rest}"),
         };
-        Url::parse(&text).map_err(|error| Error::Malformed { at: self.at_call(call), problem: error.to_string() })
+        Uri::from_maybe_shared(Bytes::from(text))
+            .map_err(|error| Error::Malformed { at: self.at_call(call), problem: error.to_string() })
     }
 }
 

@@ -38,7 +38,7 @@ pub struct Rule {
 }
 
 /// What a signature says besides the digest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SignatureType {
     /// The digest and the tag: `host/repository:tag`.
@@ -48,7 +48,7 @@ pub enum SignatureType {
 }
 
 /// What sets a rule off.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Trigger {
     /// Every push.

@@ -4,7 +4,12 @@ mod pace;
 mod pin;
 mod trust;
 
-use std::{fmt, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use tokio::time::Instant;
@@ -30,7 +35,24 @@ pub struct WitnessSettings {
     /// The witness's share of the KMS's quota; as fast as it is asked, if absent.
     pub rate: Option<Rate>,
     /// Where the public key is kept from the first opening on. A later opening that finds another key is refused.
-    pub pin: Option<PathBuf>,
+    pub pin: Option<Pin>,
+}
+
+/// The file that says which public key a witness has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Pin {
+    /// Ours: written on the first opening, and again when the key is rotated.
+    Kept(PathBuf),
+    /// The administrator's: compared, and never written.
+    Given(PathBuf),
+}
+
+impl Pin {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Kept(path) | Self::Given(path) => path,
+        }
+    }
 }
 
 /// A public key whose signatures count though it does not sign (any more).

@@ -6,7 +6,7 @@ use countersign::{
     clock::Clock,
     kms::{self, Algorithm, Environment, Error, KeyUri, SigningKey},
     outcome::{Classify, Verdict},
-    witness::{self, Witness, WitnessSettings},
+    witness::{self, Pin, Witness, WitnessSettings},
 };
 use integration_tests::ministack::{Credentials, Ministack, REGION};
 use jiff::Timestamp;
@@ -38,7 +38,7 @@ fn witness(kms: &Ministack, key: Arc<dyn SigningKey>, pin: PathBuf) -> Result<Wi
         key: uri(kms, "alias/release"),
         verify: vec![],
         rate: None,
-        pin: Some(pin),
+        pin: Some(Pin::Kept(pin)),
     };
     Witness::from_key(&settings, key, Clock::system())
 }

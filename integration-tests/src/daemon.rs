@@ -149,7 +149,8 @@ impl Daemon {
         Metrics::parse(&response.text().await?)
     }
 
-    fn log(&self) -> PathBuf {
+    /// Where it logs.
+    pub fn log(&self) -> PathBuf {
         self.config.with_file_name("countersign.log")
     }
 }
@@ -159,7 +160,8 @@ impl Daemon {
 pub struct Metrics(BTreeMap<String, String>);
 
 impl Metrics {
-    fn parse(text: &str) -> Result<Self> {
+    /// What `GET /metrics` answered.
+    pub fn parse(text: &str) -> Result<Self> {
         let samples = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
         let samples = samples.map(|line| {
             let (series, value) = line.rsplit_once(' ').with_context(|| format!("no sample: {line}"))?;

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -28,7 +28,8 @@ pub enum Keys {
 }
 
 impl Keys {
-    fn spec(self) -> &'static str {
+    /// What `countersign key generate --spec` takes.
+    pub fn spec(self) -> &'static str {
         match self {
             Self::P256 => "EC_P256",
             Self::Rsa2048 => "RSA_2048",
@@ -204,12 +205,15 @@ impl House {
     pub async fn wait_signed(&self, repository: &str, digest: &str, tags: &[&str]) -> Result<()> {
         let mut expected: Vec<_> = tags.iter().map(|tag| self.reference(repository, tag)).collect();
         expected.sort();
-        let what = format!("{repository}@{digest} is signed as {tags:?}");
-        eventually(&what, Duration::from_secs(20), async || {
-            let signed = self.signed(repository, digest).await?;
-            Ok((signed == expected).then_some(()))
-        })
-        .await
+        let mut signed = Vec::new();
+        for _ in 0..1000 {
+            signed = self.signed(repository, digest).await?;
+            if signed == expected {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        bail!("{repository}@{digest} is signed as {signed:?} after all this time, and not as {expected:?}")
     }
 
     /// Waits until so many events were received and none is queued any more.

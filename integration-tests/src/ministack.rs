@@ -93,7 +93,25 @@ impl Ministack {
         self.ask(&Self::root(), "iam", &[("content-type", "application/x-www-form-urlencoded")], body).await
     }
 
+    /// The headers of a `POST /` with this body that asks the KMS, signed now; they are good for some minutes.
+    pub fn kms_headers(&self, who: &Credentials, operation: &str, body: &str) -> Vec<(String, String)> {
+        let target = format!("TrentService.{operation}");
+        self.headers(who, "kms", &[("content-type", "application/x-amz-json-1.1"), ("x-amz-target", &target)], body)
+    }
+
     async fn ask(&self, who: &Credentials, service: &str, headers: &[(&str, &str)], body: String) -> Result<String> {
+        let mut request = http_client()?.post(format!("http://{}/", self.host()));
+        for (name, value) in self.headers(who, service, headers, &body) {
+            request = request.header(name, value);
+        }
+        let response = request.body(body).send().await?;
+        let (status, answer) = (response.status(), response.text().await?);
+        ensure!(status.is_success(), "{service} answers {status}: {answer}");
+        Ok(answer)
+    }
+
+    /// These headers and what signs them.
+    fn headers(&self, who: &Credentials, service: &str, headers: &[(&str, &str)], body: &str) -> Vec<(String, String)> {
         #[expect(clippy::disallowed_methods, reason = "the other side compares it with its own clock")]
         let time = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
         let host = self.host();
@@ -101,14 +119,8 @@ impl Ministack {
         signed.extend([("host", host.as_str()), ("x-amz-date", &time)]);
         signed.sort_unstable();
         let authorization = sigv4(who, service, &time, &signed, body.as_bytes());
-        let mut request = http_client()?.post(format!("http://{host}/")).header("authorization", authorization);
-        for (name, value) in signed {
-            request = request.header(name, value);
-        }
-        let response = request.body(body).send().await?;
-        let (status, answer) = (response.status(), response.text().await?);
-        ensure!(status.is_success(), "{service} answers {status}: {answer}");
-        Ok(answer)
+        let headers = signed.into_iter().chain([("authorization", authorization.as_str())]);
+        headers.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
     }
 
     fn root() -> Credentials {

@@ -5,12 +5,19 @@ use std::future::Future;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// From here on, children that end are not told of: for a program whose output somebody reads.
+pub fn be_quiet() {
+    QUIET.store(true, Ordering::Relaxed);
+}
 
 /// A running child. Dropping it kills it with -9, reaps it and prints the end of its log.
 #[derive(Debug)]
@@ -93,6 +100,9 @@ impl Drop for Process {
         // Both are harmless on a child that is gone already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if QUIET.load(Ordering::Relaxed) {
+            return;
+        }
         eprintln!("--- end of {} ({}) ---\n{}", self.name, self.log.display(), self.log_end());
     }
 }

@@ -101,6 +101,10 @@ impl Registry {
         Client::new(&self.url(), self.options.login.then_some(LOGIN))
     }
 
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::id)
+    }
+
     /// kill -9. Notifications that were not delivered are lost with it, as they are in life.
     pub fn kill(&mut self) -> Result<()> {
         self.process.take().map_or(Ok(()), Process::kill)

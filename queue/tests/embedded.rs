@@ -3,9 +3,13 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::{Seek as _, SeekFrom, Write as _},
     os::unix::fs::PermissionsExt as _,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -239,6 +243,54 @@ async fn many_retries_that_are_due_at_once_all_come() {
         queue.pull().await.unwrap().unwrap().ack().await.unwrap();
     }
     assert_eq!(queue.stats().await.unwrap().queued(), 0);
+}
+
+#[tokio::test]
+async fn everybody_is_told_when_the_storage_thread_dies() {
+    let folder = tempdir().unwrap();
+    let broken = Arc::new(AtomicBool::new(false));
+    let clock = Arc::clone(&broken);
+    let options = Options::new(move || {
+        assert!(!clock.load(Ordering::Relaxed), "this clock is broken, as the test has it");
+        Timestamp::UNIX_EPOCH
+    });
+    let queue = Arc::new(Embedded::open(folder.path(), options).unwrap());
+    queue.push(vec![message(1, 1)]).await.unwrap();
+    let held = queue.pull().await.unwrap().unwrap();
+    let waiting = Arc::clone(&queue);
+    let mut waiting_pull = JoinSet::new();
+    waiting_pull.spawn(async move { waiting.pull().await.map(drop) });
+    broken.store(true, Ordering::Relaxed);
+    let told = |result: Result<(), Error>| assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
+    told(queue.push(vec![message(2, 2)]).await);
+    told(waiting_pull.join_next().await.unwrap().unwrap());
+    told(queue.pull().await.map(drop));
+    told(held.ack().await);
+    told(queue.stats().await.map(drop));
+    drop(queue);
+    assert_eq!(open(folder.path()).stats().await.unwrap().ready, 1);
+}
+
+#[tokio::test]
+async fn disk_that_gives_nothing_readable_is_told_to_who_pulls() {
+    let folder = tempdir().unwrap();
+    let queue = open(folder.path());
+    queue.push((0..1000).map(|n| Message { body: vec![b'x'; 3000].into(), ..message(n, n) }).collect()).await.unwrap();
+    drop(queue);
+    let queue = open(folder.path());
+    queue.stats().await.unwrap();
+    let mut database = fs::OpenOptions::new().write(true).open(folder.path().join("queue.db")).unwrap();
+    let length = database.metadata().unwrap().len();
+    database.seek(SeekFrom::Start(length / 2)).unwrap();
+    database.write_all(&vec![0; usize::try_from(length / 4).unwrap()]).unwrap();
+    let mut held = Vec::new();
+    let error = loop {
+        match timeout(Duration::from_secs(10), queue.pull()).await.expect("told, not left waiting") {
+            Ok(delivery) => held.push(delivery),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
 }
 
 /// Time per message may double or triple with the noise of the machine; looking through the backlog would make it hundreds.

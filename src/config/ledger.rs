@@ -2,7 +2,8 @@ use std::path::PathBuf;
 
 use super::{
     queue::Backend,
-    reader::{Report, Section, Wrong, cut},
+    reader::Section,
+    report::{Wrong, cut},
     shape::{Grammar, Key, Kind, Table},
 };
 
@@ -28,16 +29,13 @@ static URL: Grammar = Grammar { noun: "a URL in quotes", pattern: Some("^sqlite:
 /// None if it is wrong, or if its default is needed and the queue has no folder.
 pub(crate) fn read(section: &Section<'_>, backend: Option<&Backend>) -> Option<Ledger> {
     match section.value("url") {
-        Some(value) => value.parse(|text| sqlite(section.report, &value.span, text)).map(|path| Ledger::Sqlite { path }),
+        Some(value) => value.parse(sqlite).map(|path| Ledger::Sqlite { path }),
         None => backend.map(|Backend::Embedded { path }| Ledger::Sqlite { path: path.join("ledger.db") }),
     }
 }
 
-fn sqlite(report: &Report<'_>, span: &std::ops::Range<usize>, text: &str) -> Result<PathBuf, Wrong> {
+fn sqlite(text: &str) -> Result<PathBuf, Wrong> {
     const EXAMPLE: &str = "write a file's absolute path: \"sqlite:///var/lib/countersign/ledger.db\", with three slashes";
-    if text.contains('@') {
-        report.hide(span.clone());
-    }
     match text.split_once("://") {
         Some(("sqlite", path)) if path.starts_with('/') && !path.ends_with('/') && !path.contains(['?', '#', '\0']) => {
             Ok(path.into())

@@ -10,8 +10,9 @@ use toml::{
 use crate::oci::RegistryName;
 
 use super::{
-    reader::{Report, Span, Value, Wrong, cut},
+    report::{Report, Span, Wrong, cut},
     shape::nearest,
+    value::Value,
 };
 
 /// Every name in the file, gathered before the sections are read, so that a mistake elsewhere in a section does not make
@@ -79,6 +80,10 @@ impl Given {
 
     pub(crate) fn contains(&self, name: &str) -> bool {
         self.names.iter().any(|(given, _)| given == name)
+    }
+
+    pub(crate) fn span(&self, name: &str) -> Span {
+        self.names.iter().find(|(given, _)| given == name).map_or(0..0, |(_, span)| span.clone())
     }
 
     /// Reports names that are given more than once, at each but the first.

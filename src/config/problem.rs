@@ -145,15 +145,10 @@ impl fmt::Display for Problems {
 /// Every problem in full, a blank line between them, and how many there are at the end. Empty if there is none.
 #[must_use]
 pub fn in_full(problems: &[Problem]) -> String {
-    // More than this nobody reads; a file that is no configuration at all could make one for each of its lines.
-    const READABLE: usize = 100;
     if problems.is_empty() {
         return String::new();
     }
-    let mut parts: Vec<String> = problems.iter().take(READABLE).map(ToString::to_string).collect();
-    if problems.len() > READABLE {
-        parts.push(format!("… and {} more", problems.len() - READABLE));
-    }
+    let mut parts: Vec<String> = problems.iter().map(ToString::to_string).collect();
     parts.push(tally(problems));
     parts.join("\n\n")
 }
@@ -166,6 +161,29 @@ fn tally(problems: &[Problem]) -> String {
         n => Some(format!("{n} {}s", severity.name())),
     };
     [Severity::Error, Severity::Warning].into_iter().filter_map(count).collect::<Vec<_>>().join(", ")
+}
+
+/// The parts of a file that are not shown.
+pub(crate) struct Hidden(Vec<Range<usize>>);
+
+impl Hidden {
+    pub(crate) fn new(mut ranges: Vec<Range<usize>>) -> Self {
+        ranges.sort_by_key(|range| range.start);
+        let mut apart: Vec<Range<usize>> = Vec::new();
+        for range in ranges {
+            match apart.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => apart.push(range),
+            }
+        }
+        Self(apart)
+    }
+
+    /// The first hidden byte between two offsets.
+    fn first_within(&self, start: usize, end: usize) -> Option<usize> {
+        let candidate = self.0.get(self.0.partition_point(|range| range.end <= start))?;
+        (candidate.start < end).then_some(candidate.start.max(start))
+    }
 }
 
 /// The text of a configuration file, and what of it must not be shown.
@@ -200,34 +218,37 @@ impl<'a> Source<'a> {
         (start, self.text[start..end].trim_end_matches('\r'))
     }
 
-    /// A problem at `span`, with its line, of which nothing in `hidden` is shown. `show_line` is false where it cannot
-    /// be known what is a secret.
+    /// Whether nothing but blanks stands before `offset` on its line, as it is with a section's header.
+    pub(crate) fn begins_line(&self, offset: usize) -> bool {
+        let (start, text) = self.line_text(self.line(offset));
+        start + text.len() - text.trim_start().len() == offset
+    }
+
+    /// A problem at `span`, with its line, of which nothing in `hidden` is shown. None of it is, if it cannot be known what is
+    /// a secret.
     pub(crate) fn problem(
         &self,
         (severity, message, help): (Severity, String, Option<String>),
         span: &Range<usize>,
-        hidden: &[Range<usize>],
-        show_line: bool,
+        hidden: Option<&Hidden>,
     ) -> Problem {
         let start = (0..=span.start.min(self.text.len())).rev().find(|at| self.text.is_char_boundary(*at)).unwrap_or_default();
-        let excerpt = show_line.then(|| self.excerpt(start, span.end, hidden));
+        let excerpt = hidden.map(|hidden| self.excerpt(start, span.end, hidden));
         Problem { severity, message, help, file: self.file.clone(), place: Some(self.place(start)), excerpt }
     }
 
-    fn excerpt(&self, start: usize, end: usize, hidden: &[Range<usize>]) -> Excerpt {
+    fn excerpt(&self, start: usize, end: usize, hidden: &Hidden) -> Excerpt {
         const HIDDEN: &str = "<not shown>";
         let (line_start, line) = self.line_text(self.line(start));
         let line_end = line_start + line.len();
+        // The line's end may itself be what is wrong.
+        let (start, end) = (start.min(line_end), end.clamp(start.min(line_end), line_end));
         // From the first hidden byte on, nothing of the line is shown: not even how long the secret is.
-        let cut = hidden
-            .iter()
-            .filter(|range| range.start < line_end && range.end > line_start)
-            .map(|range| range.start.max(line_start))
-            .min();
+        let cut = hidden.first_within(line_start, line_end);
         let shown_end = cut.unwrap_or(line_end);
         let characters = |range: Range<usize>| self.text.get(range).map_or(0, |text| text.chars().count());
         let from = characters(line_start..start.min(shown_end));
-        let mut to = from + characters(start.min(shown_end)..end.clamp(start, line_end).min(shown_end));
+        let mut to = from + characters(start.min(shown_end)..end.min(shown_end));
         let mut text: String = self.text.get(line_start..shown_end).unwrap_or_default().to_owned();
         if cut.is_some() {
             text.push_str(HIDDEN);

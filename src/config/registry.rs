@@ -6,7 +6,8 @@ use crate::oci::RegistryName;
 
 use super::{
     Secret,
-    reader::{Report, Section, Span, Wrong, cut, optional},
+    reader::{Section, optional},
+    report::{Span, Wrong, cut},
     shape::{ANY_TEXT, Grammar, Key, Kind, Table},
 };
 
@@ -64,13 +65,13 @@ pub(crate) static TABLE: Table = Table {
 };
 
 pub(crate) static NAME: Grammar = Grammar { noun: "a registry's name in quotes", pattern: Some("^[^/\\s]+$") };
-static URL: Grammar = Grammar { noun: "a URL in quotes", pattern: Some("^https?://[^/?#]+/?$") };
+static URL: Grammar = Grammar { noun: "a URL in quotes", pattern: Some("^[A-Za-z]+://[^/?#\\s]+/?$") };
 
 pub(crate) fn read(section: &Section<'_>) -> Option<Registry> {
     let name: Option<RegistryName> = section.value("name").and_then(|value| value.parse(registry_name));
     let url = match section.value("url") {
-        Some(value) => value.parse(|text| api_url(section.report, &value.span, text)),
-        None => name.as_ref().map(default_url),
+        Some(value) => value.parse(api_url),
+        None => name.as_ref().and_then(|name| default_url(section, name)),
     };
     let username = section.value("username").and_then(|value| value.parse(username));
     let password = section.value("password").and_then(|value| value.secret());
@@ -98,21 +99,31 @@ pub(crate) fn registry_name(text: &str) -> Result<RegistryName, Wrong> {
                 "a host name or address, with :port if clients type one: \"registry.example.com\", \"127.0.0.1:5000\"".to_owned()
             }
         };
-        Wrong::new(format!("\"{}\" is no registry's name", if text.contains('@') { "…".to_owned() } else { cut(text) }), help)
+        Wrong::new(format!("\"{}\" is no registry's name", cut(text)), help)
     })
 }
 
-fn default_url(name: &RegistryName) -> Url {
+fn default_url(section: &Section<'_>, name: &RegistryName) -> Option<Url> {
     // Docker Hub's API has never been at its name.
     let host = if *name == RegistryName::docker_hub() { "registry-1.docker.io" } else { name.as_str() };
-    format!("https://{host}").parse().expect("a registry name is a host that URLs can have")
+    let url = format!("https://{host}").parse().ok();
+    if url.is_none() {
+        let message = format!("{name} is no host that can be reached");
+        section.report.error(section.value_span("name"), message, "write in `url` where the registry's API is".to_owned());
+    }
+    url
 }
 
-fn api_url(report: &Report<'_>, span: &Span, text: &str) -> Result<Url, Wrong> {
+fn api_url(text: &str) -> Result<Url, Wrong> {
     const EXAMPLE: &str = "write scheme and host, with a port if needed: \"https://registry.internal:5000\"";
     if text.contains('@') {
-        report.hide(span.clone());
         return Err(Wrong::new("`url` holds a user", "remove it from the URL, and use `username` and `password`"));
+    }
+    if !text.contains("://") {
+        return Err(Wrong::new("`url` has no scheme", format!("write \"https://{}\"", cut(text))));
+    }
+    if text.contains(char::is_whitespace) {
+        return Err(Wrong::new("there is a blank in `url`", EXAMPLE));
     }
     let url: Url = text.parse().map_err(|error| Wrong::new(format!("`url` is no URL: {error}"), EXAMPLE))?;
     if !matches!(url.scheme(), "http" | "https") || !url.has_host() {

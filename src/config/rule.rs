@@ -1,3 +1,5 @@
+use std::collections::{HashMap, HashSet};
+
 use jiff::Timestamp;
 
 use crate::{
@@ -10,10 +12,12 @@ use crate::{
 use super::{
     names::{self, PLAIN},
     problem::Place,
-    reader::{Section, Value, optional},
+    reader::{Section, optional},
     registry,
+    report::Report,
     scope::{SCOPE, Scope, TAG_PATTERN, scope, tag_pattern},
     shape::{Choice, Key, Kind, Table, Word},
+    value::Value,
 };
 
 /// Which images are signed, by whom, and how.
@@ -179,6 +183,19 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Rule> {
     })
 }
 
+/// Warns of rules that do the same as an earlier one.
+pub(crate) fn report_same(report: &Report<'_>, rules: &[Rule]) {
+    let mut earlier = HashMap::new();
+    for rule in rules {
+        let which = (&rule.registry, &rule.scope, &rule.exclude, &rule.tags, rule.created, rule.untagged, rule.enabled);
+        let how = (&rule.witness, rule.algorithm, rule.signature_type.name(), rule.trigger.name(), &rule.formats);
+        if let Some(first) = earlier.insert((which, how), &rule.name) {
+            let message = format!("rule \"{}\" does the same as rule \"{first}\"", rule.name);
+            report.warning(report.names.rules.span(&rule.name), message, "remove one of the two".to_owned());
+        }
+    }
+}
+
 /// Why a rule cannot be satisfied with a key of this spec (`RSA_2048`, `ECC_NIST_P256`, `EC_P256` …), and the cure; to be
 /// asked once the witness's key is open.
 ///
@@ -186,8 +203,8 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Rule> {
 /// The message is ready to be printed, with the rule's place in it.
 pub fn check_rule_against_key(rule: &Rule, spec: &str) -> Result<(), String> {
     let spec = spec.to_ascii_uppercase();
-    let is_rsa = spec.starts_with("RSA");
-    let is_p256 = spec.contains("P256") || spec.contains("P-256");
+    let is_rsa = matches!(spec.as_str(), "RSA_2048" | "RSA_3072" | "RSA_4096");
+    let is_p256 = matches!(spec.as_str(), "EC_P256" | "ECC_NIST_P256");
     let cure = match rule.algorithm {
         Algorithm::RsaPkcs1Sha256 | Algorithm::RsaPssSha256 if is_rsa => return Ok(()),
         Algorithm::EcdsaSha256 if is_p256 => return Ok(()),
@@ -204,7 +221,7 @@ pub fn check_rule_against_key(rule: &Rule, spec: &str) -> Result<(), String> {
 fn exclude(value: &Value<'_>, scope_value: Option<&Scope>) -> Option<Vec<Scope>> {
     value.each(|element| {
         let excluded = element.parse(|text| scope(element.report, text))?;
-        if Some(&excluded) == scope_value || excluded.as_str() == "**" {
+        if scope_value.is_some_and(|scope| excluded.holds(scope)) {
             let help = "remove it, or write enabled = false".to_owned();
             element.report.error(element.span.clone(), "this rule never matches: `exclude` holds all of its scope", help);
         }
@@ -227,7 +244,7 @@ fn formats(value: &Value<'_>) -> Option<Vec<Format>> {
         let help = "write formats = [\"cosign\"], or enabled = false".to_owned();
         value.report.error(value.span.clone(), "this rule signs nothing: `formats` is empty", help);
     }
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     formats.retain(|format| seen.insert(*format));
     Some(formats)
 }

@@ -99,3 +99,57 @@ fn to_json(value: &DeValue<'_>) -> Value {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every object in the schema, with its path.
+    fn visit(path: &str, schema: &Value, see: &mut impl FnMut(&str, &Value)) {
+        see(path, schema);
+        for (name, property) in schema["properties"].as_object().into_iter().flatten() {
+            visit(&format!("{path}.{name}"), property, see);
+        }
+        for nested in [&schema["items"], &schema["anyOf"][0]] {
+            if nested.is_object() {
+                visit(path, nested, see);
+            }
+        }
+    }
+
+    #[test]
+    fn editors_are_told_of_every_key_and_refuse_all_others() {
+        let mut keys = Vec::new();
+        visit("", &schema(), &mut |path, schema| {
+            if schema["type"] == "object" {
+                assert_eq!(schema["additionalProperties"], false, "{path}");
+            }
+            assert!(
+                path.is_empty()
+                    || schema["description"].is_string()
+                    || schema.get("pattern").is_some()
+                    || schema.get("enum").is_some(),
+                "{path}"
+            );
+            keys.push(path.to_owned());
+        });
+        for key in [".server.grace", ".server.tls.key.file", ".queue.retry.give_up", ".witness.verify.until", ".rule.exclude"] {
+            assert!(keys.iter().any(|path| path == key), "{key}");
+        }
+        for later in [".policy", ".queue.url", ".source.hmac"] {
+            assert!(!keys.iter().any(|path| path == later), "{later}");
+        }
+    }
+
+    #[test]
+    fn defaults_and_required_keys_are_those_of_the_reader() {
+        let schema = schema();
+        assert_eq!(schema["$schema"], "https://json-schema.org/draft/2020-12/schema");
+        assert_eq!(schema["properties"]["server"]["properties"]["max_requests"]["default"], 256);
+        assert_eq!(schema["properties"]["queue"]["properties"]["retry"]["properties"]["first"]["default"], "1s");
+        let rule = &schema["properties"]["rule"]["items"];
+        assert_eq!(rule["required"], json!(["name", "scope", "witness", "algorithm"]));
+        assert_eq!(rule["properties"]["formats"]["default"], json!(["cosign"]));
+        assert_eq!(rule["properties"]["created"]["examples"], json!(["2026-11-21T09:00:00Z"]));
+    }
+}

@@ -5,7 +5,7 @@ use globset::GlobBuilder;
 use crate::oci::Repository;
 
 use super::{
-    reader::{Report, Wrong, cut},
+    report::{Report, Wrong, cut},
     shape::Grammar,
 };
 
@@ -20,6 +20,16 @@ pub enum Scope {
 }
 
 impl Scope {
+    /// Whether everything in `other` is surely in this as well; decided by the text alone.
+    pub(crate) fn holds(&self, other: &Self) -> bool {
+        let is_below = |namespace: &str| other.as_str().strip_prefix(namespace).is_some_and(|rest| rest.starts_with('/'));
+        self == other
+            || match self {
+                Self::Namespace(namespace) => is_below(namespace),
+                Self::Glob(pattern) => pattern == "**",
+            }
+    }
+
     /// The text as it was written.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -53,20 +63,21 @@ pub(crate) fn scope(report: &Report<'_>, text: &str) -> Result<Scope, Wrong> {
     if text.len() > LONGEST {
         return wrong("it is longer than any repository name", HELP.to_owned());
     }
-    if let Some((first, rest)) = text.split_once('/')
-        && report.names.registries.contains(first)
-    {
+    let (first, rest) = text.split_once('/').unwrap_or((text, "**"));
+    if report.names.registries.contains(first) {
         return wrong("it begins with a registry", format!("write registry = \"{first}\" and scope = \"{}\"", cut(rest)));
     }
+    let segments: Vec<_> = text.split('/').filter(|segment| !segment.is_empty()).collect();
+    let tidied = segments.join("/").to_ascii_lowercase();
+    let write_tidied = format!("write \"{}\"", cut(&tidied));
+    if text.bytes().any(|b| b.is_ascii_uppercase()) {
+        return wrong("repository names are lower-case", write_tidied);
+    }
     if text.starts_with('/') || text.ends_with('/') {
-        let trimmed = text.trim_matches('/');
-        return wrong("it begins or ends with a slash", format!("write \"{}\", which holds all below it as well", cut(trimmed)));
+        return wrong("it begins or ends with a slash", format!("{write_tidied}: a namespace holds all below it"));
     }
     if text.contains("//") {
-        return wrong("it has an empty segment", HELP.to_owned());
-    }
-    if text.bytes().any(|b| b.is_ascii_uppercase()) {
-        return wrong("repository names are lower-case", format!("write \"{}\"", cut(&text.to_ascii_lowercase())));
+        return wrong("there is nothing between two slashes", write_tidied);
     }
     if text.contains([':', '@']) {
         return wrong("it holds a port, a tag or a digest", "registries go to `registry`, tags to `tags`".to_owned());

@@ -5,8 +5,9 @@ use toml::de::DeValue;
 
 use super::{
     outside::Unreadable,
-    reader::{Value, Wrong, cut},
+    report::{Wrong, cut},
     shape::{ANY_TEXT, Key, Kind, Table},
+    value::Value,
 };
 
 /// A password, token or private key from the configuration. It is wiped when dropped, and `Debug` prints `<redacted>`.
@@ -50,13 +51,16 @@ pub(crate) static REFERENCE: Table = Table {
 /// Reads a secret from where the configuration says that it is. Nothing of what was written or read is ever reported.
 pub(crate) fn read(value: &Value<'_>) -> Option<Secret> {
     let name = value.key.name;
-    match value.toml() {
+    match value.toml.get_ref() {
         DeValue::String(text) => {
             value.report.hide(value.span.clone());
+            if text.is_empty() {
+                return empty(value, &format!("`{name}`"));
+            }
             let message = format!("`{name}` stands in the configuration file itself");
             let help = format!("keep it in a file of its own: {name} = {{ file = \"/run/secrets/{name}\" }}");
             value.report.warning(value.span.clone(), message, help);
-            whole(value, text.as_ref().to_owned(), "it")
+            Some(Secret::new(text.as_ref().to_owned()))
         }
         DeValue::Table(_) => {
             let section = value.section(&REFERENCE)?;
@@ -65,16 +69,14 @@ pub(crate) fn read(value: &Value<'_>) -> Option<Secret> {
                 (None, Some(env)) => from_env(&env),
                 (Some(_), Some(second)) => second
                     .wrong(Wrong::new(format!("`{name}` is in a file or in a variable, not in both"), "remove one of the two")),
-                (None, None) => value.wrong(Wrong::new(
+                (None, None) if section.is_empty() => value.wrong(Wrong::new(
                     format!("`{name}` does not say where the secret is"),
                     format!("write {name} = {{ file = \"…\" }} or {name} = {{ env = \"…\" }}"),
                 )),
+                (None, None) => None,
             }
         }
-        _ => {
-            value.report.hide(value.span.clone());
-            value.mismatch()
-        }
+        _ => value.mismatch(),
     }
 }
 
@@ -112,6 +114,9 @@ fn from_file(value: &Value<'_>) -> Option<Secret> {
 fn from_env(value: &Value<'_>) -> Option<Secret> {
     let variable = value.text()?;
     let shown = cut(&variable);
+    if shown.is_empty() {
+        return value.wrong(Wrong::new("`env` names no environment variable", "write its name: { env = \"PASSWORD\" }"));
+    }
     match value.report.outside.env(&variable) {
         Some(text) => whole(value, text, &format!("the environment variable {shown}")),
         None => value.wrong(Wrong::new(
@@ -123,8 +128,9 @@ fn from_env(value: &Value<'_>) -> Option<Secret> {
 
 /// An empty secret protects nothing: most often a variable or file that was prepared and never filled.
 fn whole(value: &Value<'_>, text: String, what: &str) -> Option<Secret> {
-    if text.is_empty() {
-        return value.wrong(Wrong::new(format!("{what} is empty"), "an empty secret protects nothing: fill it in"));
-    }
-    Some(Secret::new(text))
+    if text.is_empty() { empty(value, what) } else { Some(Secret::new(text)) }
+}
+
+fn empty(value: &Value<'_>, what: &str) -> Option<Secret> {
+    value.wrong(Wrong::new(format!("{what} is empty"), "an empty secret protects nothing: fill it in"))
 }

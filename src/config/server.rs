@@ -2,7 +2,8 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::{
     Secret,
-    reader::{Section, Wrong, cut, optional},
+    reader::{Section, optional},
+    report::{Wrong, cut},
     shape::{Grammar, Key, Kind, Table},
 };
 

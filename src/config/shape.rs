@@ -56,6 +56,14 @@ impl Key {
         Self { name, kind, presence: Presence::Defaulted, example: default, doc }
     }
 
+    /// As it is called in messages: `name`, or a section's header.
+    pub(crate) fn shown(&self) -> String {
+        match self.kind {
+            Kind::Table(table) | Kind::Tables(table) if table.title.starts_with('[') => table.title.to_owned(),
+            _ => format!("`{}`", self.name),
+        }
+    }
+
     pub(crate) const fn later(name: &'static str) -> Self {
         Self { name, kind: Kind::Text(&ANY_TEXT), presence: Presence::Later, example: "", doc: "" }
     }
@@ -92,7 +100,7 @@ pub(crate) enum Kind {
 
 /// What a text must look like. The section's own parser decides; this is what messages and the schema say.
 pub(crate) struct Grammar {
-    /// Completes "it takes …".
+    /// Completes "it is …".
     pub noun: &'static str,
     /// For editors; may be wider than the parser, never narrower.
     pub pattern: Option<&'static str>,
@@ -120,7 +128,7 @@ impl Choice {
 }
 
 impl Kind {
-    /// Completes "it takes …".
+    /// Completes "it is …".
     pub(crate) fn noun(&self) -> String {
         match self {
             Self::Text(grammar) => grammar.noun.to_owned(),

@@ -3,9 +3,11 @@ use crate::oci::RegistryName;
 use super::{
     Secret,
     names::{self, PLAIN},
-    reader::{Section, Value, Wrong},
+    reader::Section,
     registry::{self, Login},
+    report::Wrong,
     shape::{ANY_TEXT, Choice, Key, Kind, Table, Word},
+    value::Value,
 };
 
 /// A door that push events come in by: `POST /events/{name}`.

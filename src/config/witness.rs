@@ -2,12 +2,13 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
-use crate::kms::KeyUri;
+use crate::kms::{KeyUri, UriError};
 
 use super::{
     names::{self, PLAIN},
     problem::Place,
-    reader::{Section, Wrong, optional},
+    reader::{Section, optional},
+    report::{Wrong, cut},
     shape::{ANY_TEXT, Grammar, Key, Kind, Table},
 };
 
@@ -19,7 +20,7 @@ pub struct Witness {
     pub description: String,
     /// The key that signs.
     pub key: KeyUri,
-    /// PEM (SPKI): what the key's public half must be. None: the KMS is asked, and believed.
+    /// PEM (SPKI): what the key's public half must be. None: what it is when it is first opened.
     pub public_key: Option<PathBuf>,
     /// Further public keys whose signatures count.
     pub verify: Vec<FormerKey>,
@@ -72,7 +73,7 @@ pub(crate) static TABLE: Table = Table {
             "public_key",
             Kind::Path,
             "\"release.pub.pem\"",
-            "The public key that it must turn out to have, as PEM. Whatever the KMS says, if absent.",
+            "The public key that it must turn out to have, as PEM. If absent, the one that it has at first is kept in the queue's folder.",
         ),
         Key::optional(
             "verify",
@@ -135,8 +136,23 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
 }
 
 fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
-    text.parse().map_err(|error: crate::kms::UriError| {
-        Wrong::new(error.to_string(), "file:///etc/countersign/key.pem, or awskms:///alias/NAME?region=REGION")
+    const LATER: [&str; 5] = ["alibabakms", "hashivault", "gcpkms", "azurekms", "pkcs11"];
+    const EXAMPLES: &str = "write file:///path/key.pem, or awskms:///alias/NAME?region=REGION";
+    let scheme = text.split(':').next().unwrap_or_default();
+    if LATER.contains(&scheme) {
+        return Err(Wrong::new(format!("keys in {scheme} are not in this version"), EXAMPLES));
+    }
+    let shown = cut(text);
+    text.parse().map_err(|error| match error {
+        UriError::NoScheme(_) if text.starts_with('/') => {
+            Wrong::new(format!("\"{shown}\" is a path, not a key's URI"), format!("write \"file://{shown}\""))
+        }
+        UriError::NoScheme(_) => Wrong::new(format!("\"{shown}\" is no key's URI: it has no scheme"), EXAMPLES),
+        UriError::UnknownScheme(_) => Wrong::new(format!("\"{shown}\" names no key provider"), EXAMPLES),
+        UriError::Secret => {
+            Wrong::new("`key` holds a user or password", "remove it: credentials come from the environment or an AWS profile")
+        }
+        UriError::Malformed { what, .. } => Wrong::new(format!("\"{shown}\" is no key's URI"), what),
     })
 }
 

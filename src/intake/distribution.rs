@@ -247,14 +247,21 @@ impl<'de: 'a, 'a> Deserialize<'de> for Envelope<'a> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut members = Members::default();
                 let mut envelope = Envelope(Some(Vec::new()));
+                let (mut has_events, mut has_others) = (false, false);
                 while let Some(key) = map.next_key::<Key<'de>>()? {
                     if key.0 == "events" {
+                        has_events = true;
                         envelope =
                             map.next_value::<Option<Events<'de>>>()?.map_or(Envelope(Some(Vec::new())), |Events(e)| Envelope(e));
                     } else {
+                        has_others = true;
                         map.next_value::<Unique>()?;
                     }
                     members.add(key)?;
+                }
+                // `{}` is an envelope of nothing; what has members and no events is something else.
+                if has_others && !has_events {
+                    return Err(de::Error::missing_field("events"));
                 }
                 Ok(envelope)
             }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rusqlite::Connection;
 
 use super::*;
-use crate::clock::ManualClock;
+use crate::{clock::ManualClock, event::BY_HAND};
 
 const START: &str = "2026-11-21T09:00:00.123456Z";
 
@@ -215,7 +215,7 @@ async fn a_replayed_dead_letter_is_no_longer_dead() {
     ledger.conclude(conclusion(2, Outcome::Signed)).await.unwrap();
 
     for n in [1, 1, 2, 99] {
-        ledger.forget_event(&message(n), Clock::system().now()).await.unwrap();
+        ledger.forget_event(&message(n)).await.unwrap();
     }
     assert_eq!(ledger.sums().await.unwrap(), Sums { signed: 1, ..Sums::default() });
     let story = ledger.story(story_of(1)).await.unwrap();
@@ -224,12 +224,43 @@ async fn a_replayed_dead_letter_is_no_longer_dead() {
     ledger.conclude(conclusion(1, Outcome::Signed)).await.unwrap();
     assert_eq!(ledger.sums().await.unwrap(), Sums { signed: 2, ..Sums::default() });
     assert_eq!(recount(&path), ledger.sums().await.unwrap());
+}
 
-    // One that was handled before it could be forgotten, and died again, is dead.
-    let replayed_at = Clock::system().now();
-    ledger.conclude(conclusion(3, Outcome::Dead)).await.unwrap();
-    ledger.forget_event(&message(3), replayed_at).await.unwrap();
-    assert_eq!(ledger.sums().await.unwrap().dead, 1);
+#[tokio::test]
+async fn an_event_that_died_again_while_it_was_replayed_stays_dead() {
+    let folder = tempfile::tempdir().unwrap();
+    let (clock, hand) = clock();
+    let path = folder.path().join("ledger.db");
+    let ledger = Ledger::open(&path, clock.clone()).unwrap();
+    ledger.conclude(conclusion(1, Outcome::Dead)).await.unwrap();
+    let replayed_at = clock.now();
+    hand.advance(Duration::from_millis(1));
+    ledger.conclude(conclusion(1, Outcome::Dead)).await.unwrap();
+
+    ledger.forget_event_until(&message(1), replayed_at).await.unwrap();
+    assert_eq!(ledger.sums().await.unwrap(), Sums { dead: 1, ..Sums::default() });
+    ledger.forget_event_until(&message(1), clock.now()).await.unwrap();
+    assert_eq!(ledger.sums().await.unwrap(), Sums::default());
+    assert_eq!(recount(&path), Sums::default());
+}
+
+#[tokio::test]
+async fn what_is_signed_by_hand_is_told_and_never_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, ledger) = system(&folder);
+    for outcome in [Outcome::Dead, Outcome::Retrying, Outcome::Dead, Outcome::Signed] {
+        let mut by_hand = conclusion(1, outcome);
+        by_hand.event.source = Some(BY_HAND.into());
+        ledger.conclude(by_hand).await.unwrap();
+        ledger.forget_event(&message(1)).await.unwrap();
+        assert_eq!(ledger.sums().await.unwrap(), Sums::default());
+        let tally: i64 = Connection::open(&path)
+            .unwrap()
+            .query_row("SELECT coalesce(sum(abs(events)), 0) FROM tally", [], |row| row.get(0))
+            .unwrap();
+        assert_eq!(tally, 0, "nor uncounted");
+    }
+    assert_eq!(ledger.story(story_of(1)).await.unwrap()[0].outcome, Outcome::Signed);
 }
 
 #[tokio::test]

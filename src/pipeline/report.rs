@@ -37,6 +37,8 @@ pub enum Error {
     },
     #[error("the signature that was just made would not be accepted")]
     Unverified(#[source] verify::Rejection),
+    #[error("the registry does not have the push yet, or its tag names another")]
+    Unsettled,
     #[error("the tag {tag} moved to another digest while its image was being signed")]
     TagMoved { tag: Tag },
     #[error("other writers replaced the signatures under {tag} {rounds} times in a row")]
@@ -67,6 +69,8 @@ impl Classify for Error {
                 Verdict::Refuse { cure: "look at what the tag holds; if nobody needs it, delete the tag and replay this event" }
             }
             Self::Unverified(_) => Verdict::Refuse { cure: "see that the rule's algorithm and the witness's key go together" },
+            // Waiting for a push that is on its way is no failure, so it costs no patience.
+            Self::Unsettled => Verdict::Retry { after: None, throttled: true },
             Self::Deadline { throttled } => Verdict::Retry { after: None, throttled: *throttled },
             Self::NoWitness { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } => Verdict::TRANSIENT,
             Self::NotAnEvent(_) | Self::Quarantined => Verdict::Poison,

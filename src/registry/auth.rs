@@ -13,7 +13,7 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use futures::FutureExt;
-use http::{HeaderValue, Method, StatusCode};
+use http::{HeaderValue, Method, StatusCode, Uri};
 use reqwest::Url;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
@@ -111,7 +111,6 @@ enum Scheme {
     Bearer(Arc<Service>),
 }
 
-#[derive(PartialEq, Eq)]
 struct Service {
     realm: Url,
     name: Option<String>,
@@ -337,9 +336,13 @@ impl Registry {
         let asked = Instant::now();
         let at = || self.at_token(grant);
         let authorization = authenticator.basic.clone().map_or(Authorization::None, Authorization::Basic);
-        let answer = self.send_once(&Outgoing::new(Method::GET, url), &authorization, ERROR_LIMIT, &at).await?;
+        let target = Uri::try_from(url.as_str()).map_err(|_| Error::Malformed {
+            at: at(),
+            problem: "the token service has no address that can be asked".to_owned(),
+        })?;
+        let answer = self.send_once(&Outgoing::new(Method::GET, target), &authorization, ERROR_LIMIT, &at).await?;
         if answer.status != StatusCode::OK {
-            let reported = self.reported(&answer, &authorization);
+            let reported = self.reported(&answer);
             return Err(match answer.status {
                 StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                     Error::Unauthorized { at: at(), account: authenticator.account(), need: grant.access.need(), reported }

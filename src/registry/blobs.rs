@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::{
     Error, Registry,
     auth::Access,
-    error::Reported,
+    error::{Broken, Reported},
     flight::Flights,
     transport::{Answer, Call, ERROR_LIMIT, Outgoing},
 };
@@ -49,7 +49,7 @@ struct Known {
 }
 
 impl Known {
-    const MOST: usize = 8192;
+    const MOST: usize = 4096;
     const LIFE: Duration = Duration::from_secs(30 * 60);
 
     fn new(now: Instant) -> Self {
@@ -119,10 +119,9 @@ impl Registry {
         };
         match self.upload_session(&call, digest, content.clone()).await {
             // A session that was cut off or lost is of no use any more, but content has one address: begin again, once.
-            Err(Error::Unreachable { source, .. }) if !source.is_timeout() && !source.is_connect() => {
+            Err(Error::BlobUnknown { .. } | Error::Unreachable { source: Broken::Lost(_) | Broken::Cut(_), .. }) => {
                 self.upload_session(&call, digest, content).await
             }
-            Err(Error::BlobUnknown { .. }) => self.upload_session(&call, digest, content).await,
             done => done,
         }
     }
@@ -131,7 +130,7 @@ impl Registry {
         let start = self.url(call, "/blobs/uploads/")?;
         let answer = self.exchange(call, Outgoing::new(Method::POST, start.clone()), ERROR_LIMIT).await?;
         if answer.status != StatusCode::ACCEPTED {
-            return Err(self.write_failure(call, &answer).await);
+            return Err(self.write_failure(call, &answer));
         }
         let Some(location) = answer.header(LOCATION) else {
             return Err(Error::Malformed { at: self.at_call(call), problem: "an upload without a Location".to_owned() });
@@ -145,10 +144,10 @@ impl Registry {
         target.set_query(Some(&query));
         target.set_fragment(None);
         let octets = const { HeaderValue::from_static("application/octet-stream") };
-        let outgoing = Outgoing::new(Method::PUT, target).with_content(octets, content);
+        let outgoing = Outgoing::new(Method::PUT, self.target(call, &target)?).with_content(octets, content);
         let answer = self.exchange(call, outgoing, ERROR_LIMIT).await?;
         if answer.status != StatusCode::CREATED && answer.status != StatusCode::NO_CONTENT {
-            return Err(self.write_failure(call, &answer).await);
+            return Err(self.write_failure(call, &answer));
         }
         self.check_claim(call, &answer, digest)
     }
@@ -164,10 +163,10 @@ impl Registry {
     }
 
     /// The error that the answer to a write stands for.
-    pub(super) async fn write_failure(&self, call: &Call<'_>, answer: &Answer) -> Error {
+    pub(super) fn write_failure(&self, call: &Call<'_>, answer: &Answer) -> Error {
         const LOST: &[&str] =
             &["MANIFEST_BLOB_UNKNOWN", "BLOB_UNKNOWN", "DIGEST_INVALID", "BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID"];
-        match self.failure(call, answer).await {
+        match self.failure(call, answer) {
             Error::Rejected { at, reported } if reported.has(LOST) => {
                 if let Some(repository) = call.repository {
                     self.0.blobs.forget(|(known, _)| known == repository);

@@ -3,6 +3,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use http::StatusCode;
+use hyper_util::client::legacy;
 use serde::Deserialize;
 
 use crate::{
@@ -18,12 +19,8 @@ pub enum Error {
     #[error("registry {registry}: {problem}")]
     Settings { registry: RegistryName, problem: String },
     /// Name resolution, connection, TLS, a time-out, or an answer that broke off.
-    #[error("{at}: the connection failed, or the answer broke off or came too late")]
-    Unreachable {
-        at: At,
-        #[source]
-        source: Arc<reqwest::Error>,
-    },
+    #[error("{at}: the registry does not answer")]
+    Unreachable { at: At, source: Broken },
     /// 429, or an error of the code TOOMANYREQUESTS.
     #[error("{at}: the registry asks for fewer requests ({reported})")]
     Throttled { at: At, retry_after: Option<Duration>, reported: Reported },
@@ -64,6 +61,21 @@ pub enum Error {
     /// The registry points somewhere that credentials must not go, or that makes an https connection a plain one.
     #[error("{at}: the registry points to {target}, {problem}")]
     Elsewhere { at: At, target: String, problem: &'static str, cure: &'static str },
+}
+
+/// How an exchange over the network failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Broken {
+    /// Nothing was sent.
+    #[error("no connection could be made")]
+    Connect(#[source] Arc<legacy::Error>),
+    /// It is not known whether the request was read.
+    #[error("the connection ended before the answer began")]
+    Lost(#[source] Arc<legacy::Error>),
+    #[error("the answer broke off")]
+    Cut(#[source] Arc<hyper::Error>),
+    #[error("no whole answer came within {0:?}")]
+    Slow(Duration),
 }
 
 impl Classify for Error {

@@ -53,7 +53,7 @@ impl Registry {
                 return Ok(listed);
             }
             if answer.status != StatusCode::OK {
-                return Err(self.failure(call, &answer).await);
+                return Err(self.failure(call, &answer));
             }
             let page: P = serde_json::from_slice(&answer.body)
                 .map_err(|error| Error::Malformed { at: self.at_call(call), problem: format!("it is no listing: {error}") })?;

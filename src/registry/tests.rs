@@ -2,6 +2,7 @@
 
 mod auth;
 mod content;
+mod tls;
 mod transport;
 
 use std::{
@@ -115,7 +116,7 @@ fn settings(url: &str) -> Settings {
         url: url.parse().unwrap(),
         credentials: Some(Credentials { username: "ann".into(), password: PASSWORD.to_owned().into() }),
         ca: None,
-        timeouts: Timeouts { connect: Duration::from_secs(1), request: Duration::from_secs(2) },
+        timeouts: Timeouts { connect: Duration::from_secs(5), request: Duration::from_secs(10) },
         observer: None,
     }
 }

@@ -1,20 +1,23 @@
 //! One request to a registry and its answer: authorised, bounded in time and size, redirected with care.
 
-use std::{fmt::Write, net::IpAddr, sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{
-    HeaderMap, HeaderValue, Method, StatusCode,
-    header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, DATE, LINK, LOCATION, RETRY_AFTER},
+    HeaderMap, HeaderValue, Method, Request, StatusCode, Uri,
+    header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, DATE, LINK, LOCATION, RETRY_AFTER, USER_AGENT},
+    uri::Scheme,
 };
-use reqwest::{Client, Request, Url, redirect};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use reqwest::Url;
 use tokio::time::Instant;
 
 use super::{
-    Registry, Settings,
+    Registry,
     auth::{Access, Authorization, Grant},
     challenge::Challenge,
-    error::{self, At, Error, Object, Reported},
+    error::{self, At, Broken, Error, Object, Reported},
 };
 use crate::{
     clock::Clock,
@@ -42,14 +45,14 @@ pub(super) struct Call<'a> {
 /// A request that can be sent more than once.
 pub(super) struct Outgoing {
     method: Method,
-    url: Url,
+    target: Uri,
     accept_manifests: bool,
     content: Option<(HeaderValue, Bytes)>,
 }
 
 impl Outgoing {
-    pub(super) fn new(method: Method, url: Url) -> Self {
-        Self { method, url, accept_manifests: false, content: None }
+    pub(super) fn new(method: Method, target: Uri) -> Self {
+        Self { method, target, accept_manifests: false, content: None }
     }
 
     pub(super) fn accepting_manifests(mut self) -> Self {
@@ -62,21 +65,27 @@ impl Outgoing {
         self
     }
 
-    fn request(&self, authorization: &Authorization) -> Request {
-        let mut request = Request::new(self.method.clone(), self.url.clone());
+    fn request(&self, authorization: &Authorization) -> Request<Full<Bytes>> {
+        let mut request = Request::new(Full::default());
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = self.target.clone();
         let headers = request.headers_mut();
+        headers.insert(USER_AGENT, const { HeaderValue::from_static(concat!("countersign/", env!("CARGO_PKG_VERSION"))) });
         if self.accept_manifests {
             headers.insert(ACCEPT, const { HeaderValue::from_static(media_type::ACCEPT_MANIFESTS) });
         }
         if let Some(authorization) = authorization.header() {
             headers.insert(AUTHORIZATION, authorization.clone());
         }
+        let mut length = 0;
         if let Some((media_type, content)) = &self.content {
             headers.insert(CONTENT_TYPE, media_type.clone());
-            *request.body_mut() = Some(content.clone().into());
-        } else if self.method == Method::POST {
+            length = content.len();
+            *request.body_mut() = Full::new(content.clone());
+        }
+        if length == 0 && !self.is_read() {
             // RFC 9110 section 8.6; hyper leaves it out for an empty body, and some registries then answer 411.
-            headers.insert(CONTENT_LENGTH, const { HeaderValue::from_static("0") });
+            request.headers_mut().insert(CONTENT_LENGTH, const { HeaderValue::from_static("0") });
         }
         request
     }
@@ -94,6 +103,8 @@ pub(super) struct Answer {
     pub(super) body: Bytes,
     /// Whether it came from the registry itself, and not from where it redirected to.
     own: bool,
+    /// What was sent along.
+    shown: Authorization,
 }
 
 impl Answer {
@@ -120,53 +131,6 @@ impl Answer {
         }
         reported.has(ABSENT) && !reported.message().to_ascii_lowercase().contains("accept header")
     }
-}
-
-pub(super) fn client(settings: &Settings) -> Result<Client, String> {
-    /// Shorter than the idle time-outs of common servers and balancers (60 s and more), so that a request seldom meets a
-    /// connection that is just being closed.
-    const IDLE: Duration = Duration::from_secs(45);
-
-    let authorities = match &settings.ca {
-        None => Vec::new(),
-        Some(bundle) => {
-            let authorities = reqwest::Certificate::from_pem_bundle(bundle).unwrap_or_default();
-            if authorities.is_empty() {
-                return Err("the CA bundle holds no PEM certificate".to_owned());
-            }
-            authorities
-        }
-    };
-    let builder = || {
-        Client::builder()
-            .user_agent(concat!("countersign/", env!("CARGO_PKG_VERSION")))
-            .redirect(redirect::Policy::none())
-            .referer(false)
-            .no_gzip()
-            .no_brotli()
-            .no_zstd()
-            .no_deflate()
-            .connect_timeout(settings.timeouts.connect)
-            .timeout(settings.timeouts.request)
-            .pool_idle_timeout(IDLE)
-            .tcp_nodelay(true)
-    };
-    builder()
-        .tls_certs_merge(authorities.iter().cloned())
-        .build()
-        .or_else(|error| {
-            // A minimal container image has no certificates, and a registry by plain http needs none.
-            if settings.url.scheme() == "http" { builder().tls_certs_only(authorities).build() } else { Err(error) }
-        })
-        .map_err(|error| {
-            let mut text = format!("the HTTPS client cannot be set up: {error}");
-            let mut cause = std::error::Error::source(&error);
-            while let Some(error) = cause {
-                let _ = write!(text, ": {error}");
-                cause = error.source();
-            }
-            text
-        })
 }
 
 impl Registry {
@@ -206,13 +170,17 @@ impl Registry {
             let shown = if own { &authorization } else { &Authorization::None };
             let mut answer = match self.send_once(&outgoing, shown, limit, &|| self.at_call(call)).await {
                 // The server may have closed a kept connection in the very moment; what only reads can be asked again.
-                Err(Error::Unreachable { source, .. }) if !lost && outgoing.is_read() && was_cut_off(&source) => {
+                Err(Error::Unreachable { source: Broken::Lost(_), .. }) if !lost && outgoing.is_read() => {
                     lost = true;
                     continue;
                 }
                 answer => answer?,
             };
             answer.own = own;
+            tracing::trace!(
+                registry = %self.0.name, doing = call.doing, repository = call.repository.map(Repository::as_str),
+                status = answer.status.as_u16(), elapsed = ?since.elapsed(), "asked the registry"
+            );
             match answer.status {
                 StatusCode::UNAUTHORIZED if own => {
                     let met = if challenged {
@@ -221,7 +189,7 @@ impl Registry {
                         self.meet(Challenge::read(&answer.headers), &grant, &authorization, since).await?
                     };
                     let Some(met) = met else {
-                        let reported = self.reported(&answer, &authorization);
+                        let reported = self.reported(&answer);
                         let account = self.0.authenticator.account();
                         return Err(Error::Unauthorized { at: self.at_call(call), account, need: call.access.need(), reported });
                     };
@@ -234,10 +202,10 @@ impl Registry {
                 }
                 status if status.is_redirection() && outgoing.is_read() && redirects < MOST_REDIRECTS => {
                     redirects += 1;
-                    let target = self.redirect(call, &outgoing.url, &answer)?;
+                    let target = self.redirect(call, &outgoing.target, &answer)?;
                     // Once elsewhere, never ours again: a way back would be one for whoever stands there to choose.
                     own = own && target.origin() == self.0.origin.origin();
-                    outgoing.url = target;
+                    outgoing.target = self.target(call, &target)?;
                 }
                 _ => return Ok(answer),
             }
@@ -245,13 +213,13 @@ impl Registry {
     }
 
     /// Where a read is redirected to.
-    fn redirect(&self, call: &Call<'_>, from: &Url, answer: &Answer) -> Result<Url, Error> {
-        let target = answer.header(LOCATION).and_then(|location| from.join(location).ok());
+    fn redirect(&self, call: &Call<'_>, from: &Uri, answer: &Answer) -> Result<Url, Error> {
+        let target = answer.header(LOCATION).and_then(|location| join(from, location));
         let Some(target) = target.filter(|url| matches!(url.scheme(), "http" | "https") && url.host().is_some()) else {
             let problem = format!("a redirect (status {}) without a place to go", answer.status.as_u16());
             return Err(Error::Malformed { at: self.at_call(call), problem });
         };
-        if from.scheme() == "https" && target.scheme() != "https" {
+        if from.scheme() == Some(&Scheme::HTTPS) && target.scheme() != "https" {
             return Err(Error::Elsewhere {
                 at: self.at_call(call),
                 target: origin_text(&target),
@@ -270,36 +238,40 @@ impl Registry {
         limit: usize,
         at: &(dyn Fn() -> At + Sync),
     ) -> Result<Answer, Error> {
-        let began = Instant::now();
-        // A URL's query may hold a signature, so no error keeps the URL.
-        let unreachable = |source: reqwest::Error| Error::Unreachable { at: at(), source: Arc::new(source.without_url()) };
-        let mut response = self.0.client.execute(outgoing.request(authorization)).await.map_err(unreachable)?;
-        let status = response.status();
-        let headers = std::mem::take(response.headers_mut());
-        let body = read(&mut response, if status.is_success() { limit } else { ERROR_LIMIT }).await.map_err(unreachable)?;
-        tracing::trace!(
-            registry = %self.0.name, method = %outgoing.method, path = outgoing.url.path(), status = status.as_u16(),
-            elapsed = ?began.elapsed(), "asked the registry"
-        );
-        match body {
-            Body::Whole(body) | Body::Cut(body) if !status.is_success() => Ok(Answer { status, headers, body, own: true }),
-            Body::Whole(body) => Ok(Answer { status, headers, body, own: true }),
-            Body::Cut(_) => Err(Error::Oversized { at: at(), limit: format!("{limit} bytes") }),
+        let asked = async {
+            let response = self.0.client.request(outgoing.request(authorization)).await.map_err(|error| {
+                if error.is_connect() { Broken::Connect(Arc::new(error)) } else { Broken::Lost(Arc::new(error)) }
+            })?;
+            let (head, body) = response.into_parts();
+            let most = if head.status.is_success() { limit } else { ERROR_LIMIT };
+            let (body, is_whole) = read(body, most).await.map_err(|error| Broken::Cut(Arc::new(error)))?;
+            Ok((head, body, is_whole))
+        };
+        let patience = self.0.timeouts.request;
+        let answered = tokio::time::timeout(patience, asked).await.unwrap_or(Err(Broken::Slow(patience)));
+        let (head, body, is_whole) = answered.map_err(|source| Error::Unreachable { at: at(), source })?;
+        if head.status.is_success() && !is_whole {
+            return Err(Error::Oversized { at: at(), limit: format!("{limit} bytes") });
         }
+        Ok(Answer { status: head.status, headers: head.headers, body, own: true, shown: authorization.clone() })
     }
 
     /// What the registry said, without any credential that it may have repeated.
-    pub(super) fn reported(&self, answer: &Answer, shown: &Authorization) -> Reported {
-        let secrets: Vec<&str> = shown.secret().into_iter().chain(self.0.authenticator.password()).collect();
+    pub(super) fn reported(&self, answer: &Answer) -> Reported {
+        let secrets: Vec<&str> = answer.shown.secret().into_iter().chain(self.0.authenticator.password()).collect();
         Reported::read(answer.status, &answer.body, &secrets)
     }
 
     /// The error that an answer stands for, if it is not what the call hoped for.
-    pub(super) async fn failure(&self, call: &Call<'_>, answer: &Answer) -> Error {
-        let grant = Grant { repository: call.repository.cloned(), access: call.access };
-        let shown = self.authorization(&grant).await.unwrap_or(Authorization::None);
-        let reported = self.reported(answer, &shown);
+    pub(super) fn failure(&self, call: &Call<'_>, answer: &Answer) -> Error {
+        let reported = self.reported(answer);
         let at = self.at_call(call);
+        if let Some(target) = answer.header(LOCATION).filter(|_| answer.status.is_redirection()) {
+            let target = self.0.origin.join(target).map_or_else(|_| "nowhere".to_owned(), |url| origin_text(&url));
+            let status = answer.status.as_u16();
+            let problem = format!("a redirect (status {status}) to {target}; if the API is there, make it this registry's `url`");
+            return Error::Malformed { at, problem };
+        }
         if !answer.own {
             // Where the content is kept, and not the registry, says so: no word of it about rights or existence counts.
             return match answer.status {
@@ -317,8 +289,8 @@ impl Registry {
 
     /// Takes a URL that the registry gave for its own use (an upload's Location, a listing's Link), relative to `from`, to
     /// the configured origin. Refuses one that is on another host: credentials would follow it there.
-    pub(super) fn own_url(&self, call: &Call<'_>, from: &Url, text: &str) -> Result<Url, Error> {
-        let Ok(mut url) = from.join(text) else {
+    pub(super) fn own_url(&self, call: &Call<'_>, from: &Uri, text: &str) -> Result<Url, Error> {
+        let Some(mut url) = join(from, text) else {
             let problem = format!("it points to {:?}, which is no URL", error::cut(text, 120));
             return Err(Error::Malformed { at: self.at_call(call), problem });
         };
@@ -345,10 +317,19 @@ impl Registry {
         })
     }
 
+    /// The URL as hyper takes it.
+    pub(super) fn target(&self, call: &Call<'_>, url: &Url) -> Result<Uri, Error> {
+        Uri::try_from(url.as_str()).map_err(|_| Error::Malformed {
+            at: self.at_call(call),
+            problem: format!("it points to {}, at an address that cannot be asked for", origin_text(url)),
+        })
+    }
+
     /// The URL of the next page, if there is one: RFC 8288, as distribution-spec 1.1 has it for listings.
-    pub(super) fn next_page(&self, call: &Call<'_>, from: &Url, answer: &Answer) -> Result<Option<Url>, Error> {
+    pub(super) fn next_page(&self, call: &Call<'_>, from: &Uri, answer: &Answer) -> Result<Option<Uri>, Error> {
         let mut links = answer.headers.get_all(LINK).iter().filter_map(|value| value.to_str().ok());
-        links.find_map(next_link).map(|target| self.own_url(call, from, target)).transpose()
+        let Some(link) = links.find_map(next_link) else { return Ok(None) };
+        self.target(call, &self.own_url(call, from, link)?).map(Some)
     }
 }
 
@@ -412,33 +393,28 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     Some(wait.min(LONGEST_WAIT))
 }
 
-enum Body {
-    Whole(Bytes),
-    Cut(Bytes),
-}
-
-/// Reads a body of at most `limit` bytes. Where it comes in one piece, it is not copied.
-async fn read(response: &mut reqwest::Response, limit: usize) -> Result<Body, reqwest::Error> {
-    let Some(first) = response.chunk().await? else { return Ok(Body::Whole(Bytes::new())) };
-    if first.len() > limit {
-        return Ok(Body::Cut(first.slice(..limit)));
-    }
-    let Some(second) = response.chunk().await? else { return Ok(Body::Whole(first)) };
-    let mut whole = BytesMut::from(first);
-    let mut next = Some(second);
-    while let Some(piece) = next {
-        if whole.len() + piece.len() > limit {
-            return Ok(Body::Cut(whole.freeze()));
+/// Reads a body as far as `limit` bytes, and whether that was all of it. Where it comes in one piece, it is not copied.
+async fn read(mut body: Incoming, limit: usize) -> Result<(Bytes, bool), hyper::Error> {
+    let mut first = Bytes::new();
+    let mut whole = BytesMut::new();
+    let mut length = 0;
+    while let Some(frame) = body.frame().await {
+        let Ok(piece) = frame?.into_data() else { continue };
+        if length + piece.len() > limit {
+            return Ok((if whole.is_empty() { first } else { whole.freeze() }, false));
+        }
+        if length == 0 {
+            first = piece;
+            length = first.len();
+            continue;
+        }
+        if whole.is_empty() {
+            whole.extend_from_slice(&first);
         }
         whole.extend_from_slice(&piece);
-        next = response.chunk().await?;
+        length = whole.len();
     }
-    Ok(Body::Whole(whole.freeze()))
-}
-
-/// Whether an established connection ended without an answer.
-fn was_cut_off(error: &reqwest::Error) -> bool {
-    error.is_request() && !error.is_connect() && !error.is_timeout()
+    Ok((if whole.is_empty() { first } else { whole.freeze() }, true))
 }
 
 /// 5, 15, 45, 135 ms, give or take half.
@@ -450,6 +426,11 @@ fn pause(repeat: u32) -> Duration {
 pub(super) fn is_loopback(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// A reference (RFC 3986 section 4.1) that was found at `from`.
+fn join(from: &Uri, reference: &str) -> Option<Url> {
+    Url::parse(&from.to_string()).ok()?.join(reference).ok()
 }
 
 /// `host` or `host:port`, as a registry's name has it.

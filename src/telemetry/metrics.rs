@@ -159,7 +159,7 @@ impl Metrics {
         self.0.event_handling_seconds.observe(took.as_secs_f64());
     }
 
-    /// An event ended as signed, this long after the push.
+    /// An event ended as signed, this long after it was received: by our clock alone.
     pub fn pushed_to_signed(&self, took: Duration) {
         self.0.push_to_signed_seconds.observe(took.as_secs_f64());
     }
@@ -228,7 +228,7 @@ impl Inner {
         );
         to.register(
             "push_to_signed_seconds",
-            "From the push of an image to its signature in the registry",
+            "From the receipt of an event to its signature in the registry",
             self.push_to_signed_seconds.clone(),
         );
         to.register("config_reloads", "How often the configuration was read again", self.config_reloads.clone());

@@ -145,7 +145,7 @@ async fn the_key_is_pinned_once_and_another_one_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (uri, first) = generated(&folder, "key.pem");
     let pin = folder.path().join("release.pub.pem");
-    let settings = WitnessSettings { pin: Some(pin.clone()), ..settings(uri) };
+    let settings = WitnessSettings { pin: Some(Pin::Kept(pin.clone())), ..settings(uri) };
     for _ in 0..2 {
         Witness::open(&settings, clock().0).await.unwrap();
         assert_eq!(fs::read_to_string(&pin).unwrap(), first.to_pem());
@@ -177,10 +177,10 @@ async fn a_damaged_pin_is_refused_and_an_unwritable_one_is_named() {
     let (uri, _) = generated(&folder, "key.pem");
     let pin = folder.path().join("release.pub.pem");
     fs::write(&pin, "-----BEGIN PUBLIC KEY-----\n").unwrap();
-    let damaged = WitnessSettings { pin: Some(pin.clone()), ..settings(uri.clone()) };
+    let damaged = WitnessSettings { pin: Some(Pin::Kept(pin.clone())), ..settings(uri.clone()) };
     let error = Witness::open(&damaged, clock().0).await.unwrap_err();
     assert!(matches!(error, Error::PinDamaged { .. }), "{error}");
-    let nowhere = WitnessSettings { pin: Some(folder.path().join("no/such/folder.pem")), ..settings(uri) };
+    let nowhere = WitnessSettings { pin: Some(Pin::Kept(folder.path().join("no/such/folder.pem"))), ..settings(uri) };
     let error = Witness::open(&nowhere, clock().0).await.unwrap_err();
     assert!(error.to_string().contains("no/such/folder.pem"), "{error}");
 }
@@ -202,7 +202,7 @@ fn offline_the_keys_come_from_the_file_the_pin_or_the_configuration() {
 
     let pin = folder.path().join("release.pub.pem");
     fs::write(&pin, own.to_pem()).unwrap();
-    let pinned = WitnessSettings { pin: Some(pin.clone()), ..settings(aws.clone()) };
+    let pinned = WitnessSettings { pin: Some(Pin::Kept(pin.clone())), ..settings(aws.clone()) };
     assert_eq!(fingerprints(TrustedKeys::offline(&pinned).unwrap().at(now)), [own.fingerprint()]);
 
     let configured = WitnessSettings { verify: vec![trusted(&rsa)], ..settings(aws) };
@@ -210,7 +210,7 @@ fn offline_the_keys_come_from_the_file_the_pin_or_the_configuration() {
     assert_eq!((keys.own(), fingerprints(keys.at(now))), (None, vec![rsa.fingerprint()]));
 
     let unreadable = KeyUri::File(Path::new("/nonexistent/key.pem").into());
-    let pinned = WitnessSettings { pin: Some(pin), ..settings(unreadable.clone()) };
+    let pinned = WitnessSettings { pin: Some(Pin::Kept(pin)), ..settings(unreadable.clone()) };
     assert_eq!(TrustedKeys::offline(&pinned).unwrap().own(), Some(&own));
     assert!(matches!(TrustedKeys::offline(&settings(unreadable)), Err(Error::Key { .. })));
 }
@@ -276,4 +276,28 @@ async fn what_is_wrong_under_verify_is_named_by_its_place() {
     let twice = WitnessSettings { verify: vec![trusted(&own), trusted(&own)], ..settings };
     let error = Witness::open(&twice, clock().0).await.unwrap_err();
     assert!(error.to_string().contains("keys 1 and 2 under `verify` are the same"), "{error}");
+}
+
+#[tokio::test]
+async fn a_public_key_that_the_administrator_gave_is_compared_and_never_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let (key, given) = (folder.path().join("key.pem"), folder.path().join("given.pub.pem"));
+    let own = kms::generate(KeySpec::EcP256, &key).unwrap();
+    let other = kms::generate(KeySpec::EcP256, &folder.path().join("other.pem")).unwrap();
+    let uri: KeyUri = format!("file://{}", key.display()).parse().unwrap();
+    let verify = vec![TrustedKeySettings { pem: other.to_pem(), until: None, revoked: None }];
+    let settings = WitnessSettings { pin: Some(Pin::Given(given.clone())), verify, ..settings(uri) };
+
+    let missing = Witness::open(&settings, Clock::system()).await.unwrap_err();
+    assert!(matches!(missing, Error::Pin { what: "read", .. }), "{missing}");
+    assert!(!given.exists());
+
+    std::fs::write(&given, own.to_pem()).unwrap();
+    Witness::open(&settings, Clock::system()).await.unwrap();
+
+    // Also not taken for a rotation, though the old key is listed.
+    std::fs::write(&given, other.to_pem()).unwrap();
+    let changed = Witness::open(&settings, Clock::system()).await.unwrap_err();
+    assert!(matches!(changed, Error::KeyChanged { .. }), "{changed}");
+    assert_eq!(std::fs::read_to_string(&given).unwrap(), other.to_pem());
 }

@@ -43,7 +43,7 @@ impl TrustedKeys {
         let own = match &settings.key {
             KeyUri::File(path) => match (kms::public_key_of_file(path), pinned) {
                 (Ok(found), Some(pinned)) => {
-                    let pin = settings.pin.as_deref().expect("there is a pinned key");
+                    let pin = settings.pin.as_ref().expect("there is a pinned key").path();
                     pin::compare_or_rotation(settings, pin, &pinned, &found)?;
                     Some(found)
                 }

@@ -81,9 +81,13 @@ impl Folder {
             store::create(&new).map_err(io::Error::other)?;
             file.sync_all()?;
             std::fs::rename(&new, path)?;
-            // The names are durable when the folder is; and the folder's own name, when it is new, when its parent is.
+            // A name is durable when its folder is: the file's, and the folder's own, which may be new. The latter may be one
+            // that we must not read.
             File::open(&self.path)?.sync_all()?;
-            self.path.canonicalize()?.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+            match File::open(self.path.join("..")) {
+                Ok(parent) => parent.sync_all(),
+                Err(_) => Ok(()),
+            }
         })();
         made.map_err(|cause| Error::Unavailable {
             what: format!("{} cannot be made", path.display()),

@@ -46,7 +46,7 @@ enum End {
 pub(super) struct Level {
     pub messages: usize,
     pub in_flight: usize,
-    /// It is at most half full, so that reading is worth while.
+    /// It is at most half full, so that reading is worth while, and not closed.
     pub is_low: bool,
     /// So many more may be put on it.
     pub room: usize,
@@ -114,7 +114,7 @@ impl Shelf {
         Level {
             messages: inner.next.len(),
             in_flight: inner.in_flight,
-            is_low: self.is_low(&inner),
+            is_low: self.is_low(&inner) && inner.end.is_none(),
             room: self.capacity.saturating_sub(inner.next.len()),
             room_bytes: BYTES.saturating_sub(inner.bytes),
         }

@@ -108,6 +108,8 @@ pub(super) struct Store {
     books: Books,
     /// Greater than every `seq` and every place in line.
     next: i64,
+    /// So many pages in the log that are not in the file are enough to write them back.
+    tidy_at: i64,
     /// `PRAGMA synchronous` as it is set.
     synced: bool,
     /// A sync failed: what the kernel has dropped of the log since the last one that succeeded is not known.
@@ -138,15 +140,20 @@ impl Store {
         if version != VERSION {
             return Err(wrong_version(path, version));
         }
+        let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(trouble)?;
+        if mode != "wal" {
+            return Err(unreadable(path, "SQLite refuses to keep a write-ahead log for it", None));
+        }
         let (books, next) = connection
             .execute_batch(&format!(
-                "PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 0; PRAGMA journal_size_limit = {LOG_BYTES};
-                 PRAGMA cache_size = -2048; PRAGMA temp_store = MEMORY; PRAGMA synchronous = FULL;"
+                "PRAGMA wal_autocheckpoint = 0; PRAGMA journal_size_limit = {LOG_BYTES}; PRAGMA synchronous = FULL;
+                 PRAGMA cache_size = -2048; PRAGMA temp_store = MEMORY;"
             ))
             .and_then(|()| Ok((count(&connection)?, next(&connection)?)))
             .map_err(trouble)?;
         connection.set_prepared_statement_cache_capacity(64);
-        Ok(Self { connection, path: path.to_path_buf(), books, next, synced: true, suspect: false })
+        let path = path.to_path_buf();
+        Ok(Self { connection, path, books, next, tidy_at: CHECKPOINT_PAGES, synced: true, suspect: false })
     }
 
     pub fn books(&self) -> &Books {
@@ -198,11 +205,20 @@ impl Store {
         Ok(done)
     }
 
-    /// Writes the log back to the file if it has grown long.
+    /// Writes the log back to the file if it has grown long. If it fails, nothing is lost: the log goes on growing, and later
+    /// calls try again.
     pub fn tidy(&mut self) -> Result<(), Failure> {
-        let long = |(in_log, written_back): (i64, i64)| in_log - written_back >= CHECKPOINT_PAGES;
-        let done = self.checkpoint("NOOP").and_then(|log| if long(log) { self.checkpoint("PASSIVE").map(drop) } else { Ok(()) });
-        done.map_err(|error| Failure::new(&self.path, error))
+        let mut tidy = || {
+            let (in_log, written_back) = self.checkpoint("NOOP")?;
+            if in_log - written_back < self.tidy_at {
+                return Ok(());
+            }
+            self.tidy_at = in_log - written_back + CHECKPOINT_PAGES / 4;
+            self.checkpoint("PASSIVE")?;
+            self.tidy_at = CHECKPOINT_PAGES;
+            Ok(())
+        };
+        tidy().map_err(|error| Failure::new(&self.path, error))
     }
 
     /// Ready messages in line behind this turn, for as long as `more` says so.

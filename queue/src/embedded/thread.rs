@@ -258,7 +258,6 @@ impl Worker {
             });
         }
         if let Err(failure) = self.store.tidy() {
-            // Nothing is lost: the log grows, and the next round tries again.
             tracing::warn!(error = &failure.error() as &dyn StdError, "the queue's log could not be written back");
         }
     }

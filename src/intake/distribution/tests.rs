@@ -102,6 +102,7 @@ fn what_is_no_envelope_is_refused_as_a_whole() {
         r#"{"events":"x"}"#,
         "{} x",
         r#"{"events":[],"events":[]}"#,
+        r#"{"no":0}"#,
         r#"{"x":1,"x":1}"#,
         r#"{"x":{"y":1,"y":1}}"#,
         &deep,

@@ -402,10 +402,15 @@ async fn the_most_talkative_log_holds_no_secret() {
     let sink = log.clone();
     let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || sink.clone()).finish();
     async {
-        let key = scene.open("alias/rsa").await.unwrap();
-        scene.kms.then([Fault::error(400, "ExpiredTokenException")]);
-        key.sign(Algorithm::RsaPkcs1Sha256, &DIGEST).await.unwrap();
-        tracing::trace!(?key);
+        // Twice: another test may meet an event's place for the first time in the same moment, and that nobody listened would
+        // be remembered of it.
+        for _ in 0..2 {
+            let key = scene.open("alias/rsa").await.unwrap();
+            scene.kms.then([Fault::error(400, "ExpiredTokenException")]);
+            key.sign(Algorithm::RsaPkcs1Sha256, &DIGEST).await.unwrap();
+            tracing::trace!(?key);
+            tracing::callsite::rebuild_interest_cache();
+        }
     }
     .with_subscriber(subscriber)
     .await;

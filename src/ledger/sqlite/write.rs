@@ -6,7 +6,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 use tokio::sync::oneshot;
 
 use super::rows::{
@@ -27,7 +27,8 @@ const MOST_WORDS: usize = 20_000;
 
 pub(in crate::ledger) enum Work {
     Intend(Vec<Intent>),
-    Conclude(Box<Conclusion>),
+    Conclude(Arc<Conclusion>),
+    /// What was concluded dead until then.
     Forget(String, Timestamp),
     Check,
 }
@@ -42,13 +43,11 @@ pub(super) struct Writer {
     clock: Clock,
     /// The numbers of words, as committed.
     words: HashMap<String, i64>,
-    /// Whether commits reach the disk before they return; None before the first.
-    synced: Option<bool>,
 }
 
 impl Writer {
     pub(super) fn new(connection: Connection, clock: Clock) -> Self {
-        Self { connection, clock, words: HashMap::new(), synced: None }
+        Self { connection, clock, words: HashMap::new() }
     }
 
     /// Until the last [`super::Store`] is dropped.
@@ -65,7 +64,6 @@ impl Writer {
     }
 
     fn commit(&mut self, batch: &[Job]) -> rusqlite::Result<()> {
-        self.sync_if(batch.iter().any(|job| matches!(job.work, Work::Intend(_))))?;
         if self.words.len() > MOST_WORDS {
             self.words.clear();
         }
@@ -79,15 +77,14 @@ impl Writer {
         }
         result
     }
+}
 
-    fn sync_if(&mut self, synced: bool) -> rusqlite::Result<()> {
-        if self.synced != Some(synced) {
-            self.synced = None;
-            self.connection.pragma_update(None, "synchronous", if synced { "FULL" } else { "NORMAL" })?;
-            self.synced = Some(synced);
-        }
-        Ok(())
-    }
+/// What is on record of an event.
+struct Recorded {
+    id: i64,
+    outcome: Outcome,
+    source: Option<String>,
+    concluded_at: Timestamp,
 }
 
 /// One transaction.
@@ -104,7 +101,7 @@ impl Page<'_> {
         match work {
             Work::Intend(intents) => intents.iter().try_for_each(|intent| self.intend(intent)),
             Work::Conclude(conclusion) => self.conclude(conclusion),
-            Work::Forget(message, replayed_at) => self.forget(message, *replayed_at),
+            Work::Forget(message, until) => self.forget(message, *until),
             Work::Check => self.check(),
         }
     }
@@ -142,22 +139,19 @@ impl Page<'_> {
 
     fn conclude(&mut self, conclusion: &Conclusion) -> rusqlite::Result<()> {
         let event = &conclusion.event;
-        // What was asked for by hand was never received, so that it has no place in the sums.
-        if event.source.as_deref() != Some(BY_HAND) {
-            self.count(&conclusion.outcome, 1);
-        }
+        self.count(event.source.as_deref(), &conclusion.outcome, 1);
         let outcome = conclusion.outcome.name();
         let reason = reason(&conclusion.outcome);
         let rules = rules_column(&conclusion.rules);
         let detail = conclusion.detail.as_deref().map(shortened);
-        if let Some((id, before)) = self.outcome_of(&event.message_id)? {
-            self.count(&before, -1);
+        if let Some(before) = self.recorded(&event.message_id)? {
+            self.count(before.source.as_deref(), &before.outcome, -1);
             // The facts of one message never change.
             let mut again = self.transaction.prepare_cached(
                 "UPDATE event SET outcome = ?2, reason = ?3, rules = ?4, detail = ?5, attempt = ?6, concluded_at = ?7
                   WHERE id = ?1",
             )?;
-            again.execute(params![id, outcome, reason, rules, detail, conclusion.attempt, TimeColumn(self.now)])?;
+            again.execute(params![before.id, outcome, reason, rules, detail, conclusion.attempt, TimeColumn(self.now)])?;
         } else {
             let source = event.source.as_deref().map(|source| self.word(source)).transpose()?;
             let repository = match (&event.registry, &event.repository) {
@@ -262,17 +256,14 @@ impl Page<'_> {
         Ok(())
     }
 
-    fn forget(&mut self, message: &str, replayed_at: Timestamp) -> rusqlite::Result<()> {
-        let Some((id, before @ Outcome::Dead)) = self.outcome_of(message)? else { return Ok(()) };
-        let mut died = self.transaction.prepare_cached("SELECT concluded_at <= ?2 FROM event WHERE id = ?1")?;
-        if !died.query_row(params![id, TimeColumn(replayed_at)], |row| row.get(0))? {
-            return Ok(());
-        }
-        self.count(&before, -1);
+    fn forget(&mut self, message: &str, until: Timestamp) -> rusqlite::Result<()> {
+        let dead = |recorded: &Recorded| recorded.outcome == Outcome::Dead && recorded.concluded_at <= until;
+        let Some(before) = self.recorded(message)?.filter(dead) else { return Ok(()) };
+        self.count(before.source.as_deref(), &before.outcome, -1);
         let mut forget = self.transaction.prepare_cached(
             "UPDATE event SET outcome = ?2, detail = 'replayed: ' || coalesce(detail, ''), concluded_at = ?3 WHERE id = ?1",
         )?;
-        forget.execute(params![id, Outcome::Retrying.name(), TimeColumn(self.now)])?;
+        forget.execute(params![before.id, Outcome::Retrying.name(), TimeColumn(self.now)])?;
         Ok(())
     }
 
@@ -282,14 +273,25 @@ impl Page<'_> {
         Ok(())
     }
 
-    fn outcome_of(&self, message: &str) -> rusqlite::Result<Option<(i64, Outcome)>> {
-        let mut find = self.transaction.prepare_cached("SELECT id, outcome, reason FROM event WHERE message = ?1")?;
-        find.query_row(params![message], |row| Ok((row.get("id")?, outcome(row)?))).optional()
+    fn recorded(&self, message: &str) -> rusqlite::Result<Option<Recorded>> {
+        let mut find = self.transaction.prepare_cached(
+            "SELECT id, outcome, reason, (SELECT text FROM word WHERE word.id = source) AS source, concluded_at
+               FROM event WHERE message = ?1",
+        )?;
+        let recorded = |row: &Row<'_>| {
+            Ok(Recorded {
+                id: row.get("id")?,
+                outcome: outcome(row)?,
+                source: row.get("source")?,
+                concluded_at: row.get::<_, TimeColumn>("concluded_at")?.0,
+            })
+        };
+        find.query_row(params![message], recorded).optional()
     }
 
-    /// Only what has ended is counted.
-    fn count(&mut self, outcome: &Outcome, by: i64) {
-        if !matches!(outcome, Outcome::Retrying) {
+    /// Only what has ended is counted; and of that, what was received: what was asked for by hand was not.
+    fn count(&mut self, source: Option<&str>, outcome: &Outcome, by: i64) {
+        if !matches!(outcome, Outcome::Retrying) && source != Some(BY_HAND) {
             *self.tally.entry((outcome.name(), reason(outcome).unwrap_or_default())).or_default() += by;
         }
     }

@@ -1,4 +1,8 @@
-use std::sync::{Arc, Mutex};
+use std::{
+    process::Command,
+    sync::{Arc, Mutex},
+    thread,
+};
 
 use tracing::{field, info, info_span, warn};
 
@@ -94,4 +98,41 @@ fn a_misspelt_filter_is_refused() {
         let error = filter(bad).unwrap_err();
         assert!(error.to_string().contains("is no log filter"), "{bad}: {error}");
     }
+}
+
+/// In a process of its own, since a log is installed once.
+#[test]
+fn all_that_an_installed_log_writes_is_json_panics_included() {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "telemetry::log::tests::child", "--ignored", "--nocapture", "-q"])
+        .env("LOG_TEST_CHILD", "")
+        .env("RUST_BACKTRACE", "1")
+        .output()
+        .unwrap();
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+    let messages: Vec<_> = lines.iter().map(|line| line["message"].as_str().unwrap()).collect();
+    assert_eq!(messages, ["seen", "a thread panicked, which is a bug in countersign", "seen after the filter was changed"]);
+    assert_eq!((&lines[1]["panic"], &lines[1]["thread"]), (&"out of\norder".into(), &"worker".into()));
+    assert!(lines[1]["location"].as_str().unwrap().contains("src/telemetry/log/tests.rs:"), "{}", lines[1]);
+    assert!(lines[1]["backtrace"].is_string());
+}
+
+#[test]
+#[ignore = "is what the test above starts"]
+fn child() {
+    if std::env::var_os("LOG_TEST_CHILD").is_none() {
+        return;
+    }
+    let settings = LogSettings { format: LogFormat::Json, filter: "info".into() };
+    let log = install(&settings).unwrap();
+    assert!(matches!(install(&settings), Err(Error::Installed(_))));
+    info!("seen");
+    tracing::debug!("not seen");
+    let worker = thread::Builder::new().name("worker".into()).spawn(|| panic!("out of\n{}", "order")).unwrap();
+    assert!(worker.join().is_err());
+    assert!(log.set_filter("loud").is_err());
+    log.set_filter("debug").unwrap();
+    tracing::debug!("seen after the filter was changed");
 }

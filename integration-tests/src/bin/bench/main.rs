@@ -1,0 +1,111 @@
+//! `make bench`: how many, how fast and how large, beside bare clients that share the machine in the same run.
+//!
+//! Each part starts what it needs on 127.0.0.1, in memory where syncs are not what is measured, and interleaves what it compares:
+//! a round of one, a round of the other, three times over; what is printed are medians. The numbers are also left in
+//! `target/bench.json`.
+
+mod bare;
+mod cosign;
+mod events;
+mod latency;
+mod memory;
+mod meter;
+mod report;
+mod requests;
+mod rules;
+mod signing;
+mod stage;
+mod wire;
+
+use std::process::ExitCode;
+use std::time::Instant;
+use std::{env, fs};
+
+use anyhow::{Context, Result};
+use integration_tests::{daemon, process};
+
+use crate::report::{load_average, summary, target};
+
+const PARTS: [&str; 7] = ["signing", "requests", "latency", "events", "memory", "rules", "cosign"];
+const USAGE: &str = "usage: bench [--quick] [--only NAME]...
+  --quick       small numbers and one round, to see that it works
+  --only NAME   only this part: signing, requests, latency, events, memory, rules or cosign";
+
+/// How much of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Scale {
+    pub quick: bool,
+    pub rounds: usize,
+}
+
+impl Scale {
+    /// This many, or some of them if it is to be quick.
+    pub fn of(self, full: usize) -> usize {
+        if self.quick { (full / 10).max(6) } else { full }
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<ExitCode> {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    if let [verb, batch, milliseconds, folder] = &arguments[..]
+        && verb == "bare-commits"
+    {
+        events::run_bare_commits(batch, milliseconds, folder)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some((scale, parts)) = read(&arguments) else {
+        eprintln!("{USAGE}");
+        return Ok(ExitCode::from(2));
+    };
+    process::be_quiet();
+    let begun = Instant::now();
+    println!("{}; {} processors, load average {}", daemon::binary()?.display(), processors(), load_average());
+    if cfg!(debug_assertions) {
+        println!("This is not an optimised build: run `make bench`.");
+    }
+    let mut tables = Vec::new();
+    for part in parts {
+        let table = match part {
+            "signing" => signing::measure(scale).await,
+            "requests" => requests::measure(scale).await,
+            "latency" => latency::measure(scale).await,
+            "events" => events::measure(scale).await,
+            "memory" => memory::measure(scale).await,
+            "rules" => rules::measure(scale).await,
+            "cosign" => cosign::measure(scale).await,
+            other => unreachable!("{other} is no part"),
+        };
+        tables.push(table.with_context(|| format!("measure {part}"))?);
+    }
+    let mut document = summary(&tables);
+    document["quick"] = scale.quick.into();
+    document["rounds"] = scale.rounds.into();
+    document["processors"] = processors().into();
+    document["seconds"] = begun.elapsed().as_secs().into();
+    let path = target()?.join("bench.json");
+    fs::write(&path, format!("{document:#}\n")).with_context(|| format!("write {}", path.display()))?;
+    println!("\n{} s; the numbers are in {}", begun.elapsed().as_secs(), path.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn read(arguments: &[String]) -> Option<(Scale, Vec<&'static str>)> {
+    let mut scale = Scale { quick: false, rounds: 3 };
+    let mut only = Vec::new();
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--quick" => scale = Scale { quick: true, rounds: 1 },
+            "--only" => {
+                let wanted = arguments.next()?;
+                only.push(*PARTS.iter().find(|part| *part == wanted)?);
+            }
+            _ => return None,
+        }
+    }
+    Some((scale, if only.is_empty() { PARTS.to_vec() } else { only }))
+}
+
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, Into::into)
+}
