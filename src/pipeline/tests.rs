@@ -139,9 +139,13 @@ impl House {
         self.registry.store().put("team/app", Some("1.0"), media_type::OCI_MANIFEST, &image(name))
     }
 
-    /// Queues the event of a push.
+    /// Queues the event of a push, which came a while ago.
     pub(crate) async fn push(&self, tag: Option<&str>, digest: &Digest) -> String {
-        let now = Clock::system().now();
+        self.push_received(tag, digest, Duration::from_secs(60)).await
+    }
+
+    async fn push_received(&self, tag: Option<&str>, digest: &Digest, ago: Duration) -> String {
+        let now = Clock::system().now() - ago;
         let event = PushEvent {
             id: "sender's".into(),
             source: "main".into(),
@@ -311,6 +315,36 @@ async fn a_tag_that_moved_is_signed_by_digest_alone_or_superseded() {
     let (outcome, rules) = house.outcome(&old).await;
     assert_eq!(outcome, Outcome::Signed);
     assert_eq!(rules, [("all".into(), Outcome::Signed), ("by tag".into(), Outcome::Skipped(Skip::Superseded))]);
+}
+
+#[tokio::test]
+async fn an_event_that_is_faster_than_its_image_or_its_tag_waits_for_them() {
+    let house = House::new().await;
+    let by_tag = Rule { tags: Some(TagFilter::parse(&["1.*"]).unwrap()), ..rule("by tag", "release") };
+    let pipeline = house.pipeline(vec![by_tag]);
+    // What comes soon is waited for with the event in hand; for what comes late the event goes back to the queue.
+    for (name, half) in [("soon", 10), ("late", 400)] {
+        house.image("old");
+        let digest = Digest::of(image(name).to_string().as_bytes());
+        house.push_received(Some("1.0"), &digest, Duration::ZERO).await;
+        let coming = async {
+            tokio::time::sleep(Duration::from_millis(half)).await;
+            house.registry.store().put("team/app", None, media_type::OCI_MANIFEST, &image(name));
+            tokio::time::sleep(Duration::from_millis(half)).await;
+            house.image(name);
+        };
+        tokio::join!(house.settle(&pipeline), coming);
+        assert_eq!(house.signed(&digest), [tagged("1.0")], "{name}");
+    }
+    // What does not come is not waited for for ever, and costs no patience meanwhile.
+    let (old, _) = (house.image("superseded"), house.image("new"));
+    house.push_received(Some("1.0"), &old, SETTLING - Duration::from_millis(700)).await;
+    house.handle_next(&pipeline).await;
+    let delivery = house.queue.pull().await.unwrap().unwrap();
+    assert_eq!(delivery.waited(), Duration::ZERO);
+    drop(delivery);
+    house.settle(&pipeline).await;
+    assert_eq!(house.outcome(&old).await.0, Outcome::Skipped(Skip::Superseded));
 }
 
 #[tokio::test]
