@@ -105,7 +105,7 @@ pub struct Intent {
     pub message_id: String,
     pub rule: String,
     pub witness: String,
-    /// The key's URI, as configured.
+    /// What the KMS itself calls the key: an alias says nothing once it has been moved.
     pub key: String,
     pub algorithm: Algorithm,
     /// The signature format's name: `cosign`.

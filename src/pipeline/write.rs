@@ -262,7 +262,7 @@ impl Desk<'_> {
             message_id: self.message_id.to_owned(),
             rule: wanted.rules.first().map(|rule| rule.name.clone()).unwrap_or_default(),
             witness: wanted.witness.name().to_owned(),
-            key: wanted.witness.key_uri().to_string(),
+            key: wanted.witness.resolved_key().to_owned(),
             algorithm: wanted.algorithm,
             format: crate::signature::Format::Cosign.name(),
             registry: subject.registry().clone(),
