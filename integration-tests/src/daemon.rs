@@ -190,7 +190,7 @@ impl Metrics {
 
     /// Events that ended so: `signed`, `already_signed`, `skipped`, `dead`.
     pub fn ended(&self, outcome: &str) -> u64 {
-        self.count("countersign_events_total", &[("outcome", outcome)])
+        self.count("countersign_events", &[("outcome", outcome)])
     }
 
     pub fn queued(&self) -> u64 {

@@ -261,7 +261,7 @@ async fn everybody_is_told_when_the_storage_thread_dies() {
     let mut waiting_pull = JoinSet::new();
     waiting_pull.spawn(async move { waiting.pull().await.map(drop) });
     broken.store(true, Ordering::Relaxed);
-    let told = |result: Result<(), Error>| assert!(matches!(result, Err(Error::Unavailable { .. })), "{result:?}");
+    let told = |result: Result<(), Error>| assert!(matches!(result, Err(Error::Died)), "{result:?}");
     told(queue.push(vec![message(2, 2)]).await);
     told(waiting_pull.join_next().await.unwrap().unwrap());
     told(queue.pull().await.map(drop));

@@ -27,7 +27,7 @@ pub struct Retry {
     /// The wait after the first failure; it doubles with each further one.
     pub first: Duration,
     pub longest: Duration,
-    /// From the event's arrival to the dead letter.
+    /// The sum of an event's waits, those that a peer asked for aside, beyond which it is a dead letter.
     pub give_up: Duration,
 }
 
@@ -75,7 +75,7 @@ static RETRY: Table = Table {
             "give_up",
             Kind::Duration { least: 1000, most: 366 * DAY },
             "\"24h\"",
-            "After this time from its arrival, an event that still fails becomes a dead letter.",
+            "An event whose waits add up to more than this becomes a dead letter. Waits that a peer asked for do not count.",
         ),
     ],
 };

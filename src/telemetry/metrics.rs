@@ -314,11 +314,11 @@ impl Collector for Standing {
         to.one("events_received", "Events ever taken in", &ConstCounter::new(queue.pushed_total))?;
         to.each(
             "events",
-            "Events by their latest outcome: one that is replayed leaves its old one",
+            "Events by their latest outcome: one that is replayed leaves its old one, so this can fall",
             outcomes,
-            ConstCounter::new,
+            ConstGauge::new,
         )?;
-        to.each("events_skipped", "Events of which nothing was signed, by why", reasons, ConstCounter::new)?;
+        to.each("events_skipped", "Events of which nothing was signed, by why", reasons, ConstGauge::new)?;
         to.one("events_discarded", "Dead letters that were discarded", &ConstCounter::new(queue.discarded_total))?;
         to.one("events_queued", "Events that are still to be handled", &ConstGauge::new(queue.queued()))?;
         to.each("queue_messages", "Messages in the queue now, by state", states, ConstGauge::new)?;

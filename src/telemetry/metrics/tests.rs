@@ -194,7 +194,7 @@ fn every_metric_is_well_formed_and_says_what_it_is() {
 #[test]
 fn received_is_the_sum_of_the_outcomes_and_what_is_queued() {
     let families = parse(&exercised().render(snapshot()));
-    let outcome = |name| value(&families, "countersign_events", "countersign_events_total", &[("outcome", name)]);
+    let outcome = |name| value(&families, "countersign_events", "countersign_events", &[("outcome", name)]);
     let ended: f64 = ["signed", "already_signed", "skipped", "dead"].into_iter().map(outcome).sum();
     assert_eq!(outcome("signed"), 7.0);
     let queued = value(&families, "countersign_events_queued", "countersign_events_queued", &[]);
