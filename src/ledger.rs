@@ -6,6 +6,7 @@
 //! What is said here returns once it would survive the machine losing power; many who say something share one sync.
 
 mod columns;
+mod postgres;
 mod sqlite;
 
 use std::{
@@ -26,6 +27,8 @@ use crate::{
     oci::{Digest, Reference, RegistryName, Repository, Tag},
     outcome::{Classify, Outcome, Skip, Verdict},
 };
+
+pub use postgres::{Authorities, Limits, Postgres, Trust};
 
 /// The longest text of an error that is kept, in bytes: what peers say is of any length.
 const LONGEST_DETAIL: usize = 2048;
@@ -77,6 +80,15 @@ impl Ledger {
     /// [`Error::Foreign`] or [`Error::Newer`] when the file is something else: it is left as it was.
     pub fn open(path: &Path, clock: Clock) -> Result<Self, Error> {
         sqlite::Store::open(path, clock).map(|store| Self(Arc::new(store)))
+    }
+
+    /// The ledger in a PostgreSQL database, in a schema of its own. Nothing is connected to yet: that happens when something is
+    /// said or asked, and again whenever the connection was lost. The schema is made, or migrated, by whoever comes first.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the certificate authorities cannot be read.
+    pub fn connect(settings: Postgres, clock: Clock) -> Result<Self, Error> {
+        postgres::Store::new(settings, clock).map(|store| Self(Arc::new(store)))
     }
 
     /// Puts on record, durably, that a key is about to be asked. Said again for the same message, it counts how often.
@@ -391,6 +403,13 @@ pub enum Error {
         #[source]
         source: Cause,
     },
+    /// The database does not let this be done, whenever it is tried.
+    #[error("the ledger's database refuses: {cure}")]
+    Refused {
+        cure: &'static str,
+        #[source]
+        source: Cause,
+    },
     /// Its thread has ended, which it does only when this process does.
     #[error("the ledger is closed")]
     Closed,
@@ -400,9 +419,11 @@ impl Classify for Error {
     fn verdict(&self) -> Verdict {
         match self {
             Self::Unavailable { .. } | Self::Closed => Verdict::TRANSIENT,
-            Self::Create { .. } | Self::Foreign { .. } | Self::Newer { .. } | Self::Open { .. } => {
+            Self::Create { .. } | Self::Open { .. } => {
                 Verdict::Refuse { cure: "name a file for the ledger that countersign can create or wrote itself" }
             }
+            Self::Newer { .. } => Verdict::Refuse { cure: "use the newer countersign" },
+            Self::Foreign { cure, .. } | Self::Refused { cure, .. } => Verdict::Refuse { cure },
         }
     }
 }

@@ -1,0 +1,484 @@
+//! One transaction: what was said, as rows, and how they come to stand in the tables.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+};
+
+use futures::try_join;
+use jiff::Timestamp;
+use sha2::{Digest as _, Sha256};
+use tokio_postgres::{Row, types::ToSql};
+
+use super::{super::read::outcome, Failure, Session};
+use crate::{
+    ledger::{
+        Conclusion, EventFacts, Intent, SignatureResult, SignatureState, Work,
+        columns::{digest_column, reason, reference_column, repository_word, rules_column, shortened, state_columns},
+        is_counted,
+    },
+    oci::{Digest, Reference, RegistryName, Repository, Tag},
+    outcome::Outcome,
+};
+
+const LOCK: usize = 0;
+const CLAIMED: usize = 1;
+const INSERT_EVENTS: usize = 2;
+const UPDATE_EVENTS: usize = 3;
+const FORGET: usize = 4;
+const INTEND: usize = 5;
+const CONCLUDE: usize = 6;
+const TELL: usize = 7;
+const COUNT: usize = 8;
+const PROBE: usize = 9;
+
+/// By the numbers above.
+pub(super) const STATEMENTS: [&str; 10] = [
+    "SELECT message, source, outcome, reason, concluded_at
+       FROM countersign.event
+      WHERE message = ANY($1)
+      ORDER BY message
+        FOR UPDATE",
+    // With another key in between there are several: the one asked last is meant.
+    "SELECT DISTINCT ON (claim) claim, id
+       FROM countersign.signature
+      WHERE claim = ANY($1)
+      ORDER BY claim, asked_last_at DESC NULLS LAST, id DESC",
+    "INSERT INTO countersign.event (message, source, sender_id, repository, tag, digest, pushed_at, received_at, actor,
+                                    outcome, reason, rules, detail, attempt, concluded_at)
+     SELECT *, $15
+       FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bytea[], $7::timestamptz[],
+                   $8::timestamptz[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::bigint[])
+     ON CONFLICT (message) DO NOTHING",
+    // The facts of one message never change.
+    "UPDATE countersign.event
+        SET outcome = new.outcome, reason = new.reason, rules = new.rules, detail = new.detail, attempt = new.attempt,
+            concluded_at = $7
+       FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[])
+            AS new (message, outcome, reason, rules, detail, attempt)
+      WHERE event.message = new.message",
+    "UPDATE countersign.event
+        SET outcome = 'retrying', reason = NULL, detail = 'replayed: ' || coalesce(detail, ''), concluded_at = $2
+      WHERE message = ANY($1)",
+    // What is about to be written is open again, whatever was said of it before.
+    "INSERT INTO countersign.signature AS before (identity, claim, message, rule, witness, format, repository, digest, reference,
+                                                  payload, key, algorithm, asked, asked_first_at, asked_last_at)
+     SELECT *, $14, $14
+       FROM unnest($1::bytea[], $2::bytea[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[], $9::text[],
+                   $10::bytea[], $11::text[], $12::text[], $13::bigint[])
+     ON CONFLICT (identity) DO UPDATE
+        SET asked = before.asked + excluded.asked, asked_last_at = excluded.asked_last_at,
+            state = NULL, detail = NULL, concluded_at = NULL",
+    // One that we wrote stays written.
+    "UPDATE countersign.signature
+        SET state = new.state, detail = new.detail, concluded_at = $4
+       FROM unnest($1::bigint[], $2::text[], $3::text[]) AS new (id, state, detail)
+      WHERE signature.id = new.id AND NOT (new.state = 'found' AND signature.state IS NOT DISTINCT FROM 'written')",
+    // Another event's record of the same signature says all that there is to say of one that was found.
+    "INSERT INTO countersign.signature AS before (identity, claim, message, rule, witness, format, repository, digest, reference,
+                                                  payload, state, detail, asked, concluded_at)
+     SELECT *, 0, $13
+       FROM unnest($1::bytea[], $2::bytea[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[], $9::text[],
+                   $10::bytea[], $11::text[], $12::text[])
+            AS new (identity, claim, message, rule, witness, format, repository, digest, reference, payload, state, detail)
+      WHERE NOT (state = 'found' AND EXISTS (
+                SELECT 1 FROM countersign.signature AS known
+                 WHERE known.digest = new.digest AND known.repository = new.repository AND known.reference = new.reference
+                   AND known.witness = new.witness AND known.format = new.format AND known.payload = new.payload
+                   AND known.state IN ('written', 'found')))
+     ON CONFLICT (identity) DO UPDATE
+        SET state = excluded.state, detail = excluded.detail, concluded_at = excluded.concluded_at
+      WHERE before.state = 'failed'",
+    "INSERT INTO countersign.tally AS before (shard, outcome, reason, events)
+     SELECT $1, * FROM unnest($2::text[], $3::text[], $4::bigint[])
+     ON CONFLICT (shard, outcome, reason) DO UPDATE SET events = before.events + excluded.events",
+    "INSERT INTO countersign.probe (shard, written_at) VALUES ($1, $2)
+     ON CONFLICT (shard) DO UPDATE SET written_at = excluded.written_at",
+];
+
+/// What one transaction is to say. All of it is in the order of its key, which is the order in which its rows are locked.
+pub(super) struct Page<'a> {
+    now: Timestamp,
+    /// Of the tally.
+    shard: i32,
+    /// By identity; and how often each is said.
+    intents: BTreeMap<Vec<u8>, (&'a Intent, i64)>,
+    /// By message.
+    conclusions: BTreeMap<String, &'a Conclusion>,
+    /// What died until then, by message.
+    forgotten: BTreeMap<String, Timestamp>,
+    /// By claim.
+    results: BTreeMap<Vec<u8>, (Named, &'a SignatureState)>,
+    is_probe: bool,
+}
+
+impl<'a> Page<'a> {
+    /// Of works about different messages.
+    pub(super) fn new(works: &[&'a Work], now: Timestamp, shard: i32) -> Self {
+        let mut page = Self {
+            now: time_column(now),
+            shard,
+            intents: BTreeMap::new(),
+            conclusions: BTreeMap::new(),
+            forgotten: BTreeMap::new(),
+            results: BTreeMap::new(),
+            is_probe: false,
+        };
+        for work in works {
+            match work {
+                Work::Intend(intents) => {
+                    for intent in intents {
+                        let identity = Named::of_intent(intent).asked(&intent.key, intent.algorithm.name());
+                        page.intents.entry(identity).or_insert((intent, 0)).1 += 1;
+                    }
+                }
+                Work::Conclude(conclusion) => {
+                    page.conclusions.insert(text_column(&conclusion.event.message_id).into_owned(), conclusion);
+                    for result in &conclusion.signatures {
+                        let named = Named::of_result(&conclusion.event, result);
+                        page.results.insert(named.claim(), (named, &result.state));
+                    }
+                }
+                Work::Forget(message, until) => {
+                    page.forgotten.insert(text_column(message).into_owned(), *until);
+                }
+                Work::Check => page.is_probe = true,
+            }
+        }
+        page
+    }
+
+    /// Begins a transaction and does all of it but the commit.
+    pub(super) async fn write(&self, session: &Session<10>) -> Result<(), Failure> {
+        let begin = async { Ok(session.client.batch_execute("BEGIN").await?) };
+        // Sent in this order, without waiting for each other's answers.
+        let ((), recorded, claimed) = try_join!(begin, self.lock(session), self.claimed(session))?;
+
+        let mut tally: BTreeMap<(&str, &str), i64> = BTreeMap::new();
+        let mut count = |source: Option<&str>, outcome: &Outcome, by: i64| {
+            if is_counted(source, outcome) {
+                *tally.entry((outcome.name(), reason(outcome).unwrap_or_default())).or_default() += by;
+            }
+        };
+        for (message, conclusion) in &self.conclusions {
+            if let Some(before) = recorded.get(message) {
+                count(before.source.as_deref(), &before.outcome, -1);
+            }
+            count(conclusion.event.source.as_deref(), &conclusion.outcome, 1);
+        }
+        let mut forgotten = vec![];
+        for (message, until) in &self.forgotten {
+            let dead = |before: &&Recorded| before.outcome == Outcome::Dead && before.concluded_at <= *until;
+            if let Some(before) = recorded.get(message).filter(dead) {
+                count(before.source.as_deref(), &before.outcome, -1);
+                forgotten.push(message);
+            }
+        }
+        let (again, new): (Vec<_>, Vec<_>) = self.conclusions.iter().partition(|(message, _)| recorded.contains_key(*message));
+        let (asked, told): (Vec<_>, Vec<_>) = self.results.iter().partition(|(claim, _)| claimed.contains_key(*claim));
+        let asked = asked.into_iter().map(|(claim, (_, state))| (claimed[claim], *state)).collect();
+
+        try_join!(
+            self.insert_events(session, &new),
+            self.update_events(session, &again),
+            self.forget(session, &forgotten),
+            self.intend(session),
+            self.conclude(session, asked),
+            self.tell(session, &told),
+            self.count(session, &tally),
+            self.probe(session),
+        )?;
+        Ok(())
+    }
+
+    /// What is on record of these events, and nobody else says anything of them until the commit.
+    async fn lock(&self, session: &Session<10>) -> Result<HashMap<String, Recorded>, Failure> {
+        let messages: Vec<_> = self.conclusions.keys().chain(self.forgotten.keys()).collect();
+        if messages.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let rows = session.client.query(&session.statements[LOCK], &[&messages]).await?;
+        rows.iter().map(|row| Ok((row.try_get("message")?, Recorded::read(row)?))).collect()
+    }
+
+    /// The rows of the signatures that something is said of, by claim.
+    async fn claimed(&self, session: &Session<10>) -> Result<HashMap<Vec<u8>, i64>, Failure> {
+        let claims: Vec<_> = self.results.keys().collect();
+        if claims.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let rows = session.client.query(&session.statements[CLAIMED], &[&claims]).await?;
+        rows.iter().map(|row| Ok((row.try_get("claim")?, row.try_get("id")?))).collect()
+    }
+
+    async fn insert_events(&self, session: &Session<10>, rows: &[(&String, &&Conclusion)]) -> Result<(), Failure> {
+        let event = |of: fn(&EventFacts) -> Option<Cow<'_, str>>| column(rows, move |(_, said)| of(&said.event));
+        let messages = column(rows, |(message, _)| message.as_str());
+        let repositories =
+            column(rows, |(_, said)| Some(repository_word(said.event.registry.as_ref()?, said.event.repository.as_ref()?)));
+        let digests = column(rows, |(_, said)| said.event.digest.as_ref().map(digest_column));
+        let pushed = column(rows, |(_, said)| said.event.pushed_at.map(time_column));
+        let received = column(rows, |(_, said)| said.event.received_at.map(time_column));
+        let said = Said::of(rows);
+        let inserted = execute(
+            session,
+            INSERT_EVENTS,
+            rows.len(),
+            &[
+                &messages,
+                &event(|event| event.source.as_deref().map(text_column)),
+                &event(|event| event.event_id.as_deref().map(shortened).map(text_column)),
+                &repositories,
+                &event(|event| event.tag.as_ref().map(Tag::as_str).map(text_column)),
+                &digests,
+                &pushed,
+                &received,
+                &event(|event| event.actor.as_deref().map(shortened).map(text_column)),
+                &said.outcomes,
+                &said.reasons,
+                &said.rules,
+                &said.details,
+                &said.attempts,
+                &self.now,
+            ],
+        )
+        .await?;
+        // Another replica was faster with one of them, and what is to be counted is no longer known.
+        if inserted == rows.len() as u64 { Ok(()) } else { Err(Failure::Raced) }
+    }
+
+    async fn update_events(&self, session: &Session<10>, rows: &[(&String, &&Conclusion)]) -> Result<(), Failure> {
+        let messages = column(rows, |(message, _)| message.as_str());
+        let Said { outcomes, reasons, rules, details, attempts } = Said::of(rows);
+        let parameters: Parameters<'_> = &[&messages, &outcomes, &reasons, &rules, &details, &attempts, &self.now];
+        execute(session, UPDATE_EVENTS, rows.len(), parameters).await.map(drop)
+    }
+
+    async fn forget(&self, session: &Session<10>, messages: &[&String]) -> Result<(), Failure> {
+        execute(session, FORGET, messages.len(), &[&messages, &self.now]).await.map(drop)
+    }
+
+    async fn intend(&self, session: &Session<10>) -> Result<(), Failure> {
+        let identities: Vec<_> = self.intents.keys().collect();
+        let named: Vec<_> = self.intents.values().map(|(intent, _)| Named::of_intent(intent)).collect();
+        let intents: Vec<_> = self.intents.values().collect();
+        let keys = column(&intents, |(intent, _)| text_column(&intent.key));
+        let algorithms = column(&intents, |(intent, _)| intent.algorithm.name());
+        let times = column(&intents, |(_, times)| *times);
+        let names = Names::of(&named);
+        let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&identities];
+        parameters.extend(names.columns());
+        parameters.extend([&keys as &(dyn ToSql + Sync), &algorithms, &times, &self.now]);
+        execute(session, INTEND, intents.len(), &parameters).await.map(drop)
+    }
+
+    /// Of rows that are there.
+    async fn conclude(&self, session: &Session<10>, mut rows: Vec<(i64, &SignatureState)>) -> Result<(), Failure> {
+        rows.sort_by_key(|(id, _)| *id);
+        let ids = column(&rows, |(id, _)| *id);
+        let (states, details) = states(rows.iter().map(|(_, state)| *state));
+        execute(session, CONCLUDE, rows.len(), &[&ids, &states, &details, &self.now]).await.map(drop)
+    }
+
+    /// Of signatures that nobody here asked a key for.
+    async fn tell(&self, session: &Session<10>, rows: &[(&Vec<u8>, &(Named, &SignatureState))]) -> Result<(), Failure> {
+        // One that several events found is one row, whoever is first.
+        let by_identity: BTreeMap<_, _> =
+            rows.iter().rev().map(|(_, (named, state))| (named.told(state), (named, *state))).collect();
+        let identities: Vec<_> = by_identity.keys().collect();
+        let (named, all): (Vec<_>, Vec<_>) = by_identity.values().copied().unzip();
+        let (states, details) = states(all.into_iter());
+        let names = Names::of(named.iter().copied());
+        let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&identities];
+        parameters.extend(names.columns());
+        parameters.extend([&states as &(dyn ToSql + Sync), &details, &self.now]);
+        execute(session, TELL, identities.len(), &parameters).await.map(drop)
+    }
+
+    async fn count(&self, session: &Session<10>, tally: &BTreeMap<(&str, &str), i64>) -> Result<(), Failure> {
+        let changed: Vec<_> = tally.iter().filter(|(_, by)| **by != 0).collect();
+        let outcomes = column(&changed, |((outcome, _), _)| *outcome);
+        let reasons = column(&changed, |((_, reason), _)| *reason);
+        let events = column(&changed, |(_, by)| **by);
+        execute(session, COUNT, changed.len(), &[&self.shard, &outcomes, &reasons, &events]).await.map(drop)
+    }
+
+    async fn probe(&self, session: &Session<10>) -> Result<(), Failure> {
+        execute(session, PROBE, usize::from(self.is_probe), &[&self.shard, &self.now]).await.map(drop)
+    }
+}
+
+type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
+
+/// Runs a statement, unless there are no rows for it.
+async fn execute(session: &Session<10>, statement: usize, rows: usize, parameters: Parameters<'_>) -> Result<u64, Failure> {
+    if rows == 0 {
+        return Ok(0);
+    }
+    Ok(session.client.execute(&session.statements[statement], parameters).await?)
+}
+
+/// One column of many rows.
+fn column<'a, R, T>(rows: &'a [R], of: impl FnMut(&'a R) -> T) -> Vec<T> {
+    rows.iter().map(of).collect()
+}
+
+/// What is on record of an event.
+struct Recorded {
+    source: Option<String>,
+    outcome: Outcome,
+    concluded_at: Timestamp,
+}
+
+impl Recorded {
+    fn read(row: &Row) -> Result<Self, Failure> {
+        Ok(Self { source: row.try_get("source")?, outcome: outcome(row)?, concluded_at: row.try_get("concluded_at")? })
+    }
+}
+
+/// What conclusions say, in columns.
+struct Said<'a> {
+    outcomes: Vec<&'static str>,
+    reasons: Vec<Option<&'static str>>,
+    rules: Vec<Option<String>>,
+    details: Vec<Option<Cow<'a, str>>>,
+    attempts: Vec<i64>,
+}
+
+impl<'a> Said<'a> {
+    fn of(rows: &'a [(&String, &&Conclusion)]) -> Self {
+        Self {
+            outcomes: column(rows, |(_, said)| said.outcome.name()),
+            reasons: column(rows, |(_, said)| reason(&said.outcome)),
+            rules: column(rows, |(_, said)| rules_column(&said.rules)),
+            details: column(rows, |(_, said)| said.detail.as_deref().map(shortened).map(text_column)),
+            attempts: column(rows, |(_, said)| i64::from(said.attempt)),
+        }
+    }
+}
+
+fn states<'a>(states: impl Iterator<Item = &'a SignatureState>) -> (Vec<&'static str>, Vec<Option<Cow<'a, str>>>) {
+    states.map(state_columns).map(|(state, detail)| (state, detail.map(text_column))).unzip()
+}
+
+/// The columns that name a signature, and the event that it is of.
+struct Named {
+    message: String,
+    rule: String,
+    witness: String,
+    format: &'static str,
+    repository: String,
+    digest: Vec<u8>,
+    reference: String,
+    payload: Vec<u8>,
+}
+
+impl Named {
+    fn of_intent(intent: &Intent) -> Self {
+        let Intent { message_id, rule, witness, format, registry, repository, digest, reference, payload_sha256, .. } = intent;
+        Self::new((message_id, rule, witness, format), (registry, repository, digest), reference, payload_sha256)
+    }
+
+    fn of_result(event: &EventFacts, result: &SignatureResult) -> Self {
+        let SignatureResult { rule, witness, format, digest, reference, payload_sha256, .. } = result;
+        let registry = event.registry.as_ref().unwrap_or(&reference.registry);
+        let repository = event.repository.as_ref().unwrap_or(&reference.repository);
+        Self::new((&event.message_id, rule, witness, format), (registry, repository, digest), reference, payload_sha256)
+    }
+
+    fn new(
+        (message, rule, witness, format): (&str, &str, &str, &'static str),
+        (registry, repository, digest): (&RegistryName, &Repository, &Digest),
+        reference: &Reference,
+        payload: &[u8; 32],
+    ) -> Self {
+        Self {
+            message: text_column(message).into_owned(),
+            rule: text_column(rule).into_owned(),
+            witness: text_column(witness).into_owned(),
+            format,
+            repository: repository_word(registry, repository),
+            digest: digest_column(digest),
+            reference: reference_column(reference, digest, registry, repository),
+            payload: payload.to_vec(),
+        }
+    }
+
+    /// Who says it, and of which signature.
+    fn claim(&self) -> Vec<u8> {
+        hash("claim", &[&self.signature(), self.message.as_bytes(), self.rule.as_bytes()])
+    }
+
+    /// Of a row that says that this key was asked.
+    fn asked(&self, key: &str, algorithm: &str) -> Vec<u8> {
+        hash("asked", &[&self.claim(), key.as_bytes(), algorithm.as_bytes()])
+    }
+
+    /// Of a row about a signature that no key was asked for. One that was found is there once, whoever found it.
+    fn told(&self, state: &SignatureState) -> Vec<u8> {
+        match state {
+            SignatureState::Found => hash("found", &[&self.signature()]),
+            SignatureState::Written | SignatureState::Failed(_) => hash("told", &[&self.claim()]),
+        }
+    }
+
+    fn signature(&self) -> Vec<u8> {
+        let texts = [&self.repository, &self.reference, &self.witness].map(String::as_bytes);
+        let [repository, reference, witness] = texts;
+        hash("signature", &[repository, &self.digest, reference, witness, self.format.as_bytes(), &self.payload])
+    }
+}
+
+/// Each part with its length before it, so that no two lists of parts are the same bytes.
+fn hash(what: &str, parts: &[&[u8]]) -> Vec<u8> {
+    let mut hash = Sha256::new();
+    for part in [what.as_bytes()].iter().chain(parts) {
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part);
+    }
+    hash.finalize().to_vec()
+}
+
+/// What names signatures, in columns.
+struct Names<'a> {
+    claims: Vec<Vec<u8>>,
+    /// Message, rule, witness, format, repository.
+    words: [Vec<&'a str>; 5],
+    digests: Vec<&'a [u8]>,
+    references: Vec<&'a str>,
+    payloads: Vec<&'a [u8]>,
+}
+
+impl<'a> Names<'a> {
+    fn of(rows: impl IntoIterator<Item = &'a Named>) -> Self {
+        let rows: Vec<_> = rows.into_iter().collect();
+        let words: [fn(&'a Named) -> &'a str; 5] =
+            [|row| &row.message, |row| &row.rule, |row| &row.witness, |row| row.format, |row| &row.repository];
+        Self {
+            claims: rows.iter().map(|row| row.claim()).collect(),
+            words: words.map(|word| rows.iter().map(|row| word(row)).collect()),
+            digests: rows.iter().map(|row| row.digest.as_slice()).collect(),
+            references: rows.iter().map(|row| row.reference.as_str()).collect(),
+            payloads: rows.iter().map(|row| row.payload.as_slice()).collect(),
+        }
+    }
+
+    /// As `signature` has them, from `claim` on.
+    fn columns(&self) -> impl Iterator<Item = &(dyn ToSql + Sync)> {
+        let claims: &(dyn ToSql + Sync) = &self.claims;
+        let words = self.words.iter().map(|word| word as &(dyn ToSql + Sync));
+        let rest: [&(dyn ToSql + Sync); 3] = [&self.digests, &self.references, &self.payloads];
+        [claims].into_iter().chain(words).chain(rest)
+    }
+}
+
+/// PostgreSQL's texts hold every character but NUL, which is written as the sign for it.
+fn text_column(text: &str) -> Cow<'_, str> {
+    if text.contains('\0') { Cow::Owned(text.replace('\0', "\u{2400}")) } else { Cow::Borrowed(text) }
+}
+
+/// To the microsecond. What a registry says of times before our era PostgreSQL cannot say.
+fn time_column(time: Timestamp) -> Timestamp {
+    const EARLIEST: Timestamp = Timestamp::constant(-62_135_596_800, 0);
+    Timestamp::from_microsecond(time.as_microsecond()).map_or(EARLIEST, |time| time.max(EARLIEST))
+}
