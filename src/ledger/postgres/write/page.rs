@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
 };
 
 use futures::try_join;
@@ -96,19 +96,20 @@ pub(super) const STATEMENTS: [&str; 10] = [
      ON CONFLICT (shard) DO UPDATE SET written_at = excluded.written_at",
 ];
 
-/// What one transaction is to say. All of it is in the order of its key, which is the order in which its rows are locked.
+/// What one transaction is to say, in the order of the messages, which is the order in which rows are locked; of one message in
+/// the order in which it was said, which is that of the rules.
 pub(super) struct Page<'a> {
     now: Timestamp,
     /// Of the tally.
     shard: i32,
-    /// By identity; and how often each is said.
-    intents: BTreeMap<Vec<u8>, (&'a Intent, i64)>,
+    /// With their identities; and how often each is said.
+    intents: Vec<(Vec<u8>, &'a Intent, i64)>,
     /// By message.
     conclusions: BTreeMap<String, &'a Conclusion>,
     /// What died until then, by message.
     forgotten: BTreeMap<String, Timestamp>,
-    /// By claim.
-    results: BTreeMap<Vec<u8>, (Named, &'a SignatureState)>,
+    /// With their claims, of which each is there once.
+    results: Vec<(Vec<u8>, Named, &'a SignatureState)>,
     is_probe: bool,
 }
 
@@ -118,10 +119,10 @@ impl<'a> Page<'a> {
         let mut page = Self {
             now: time_column(now),
             shard,
-            intents: BTreeMap::new(),
+            intents: vec![],
             conclusions: BTreeMap::new(),
             forgotten: BTreeMap::new(),
-            results: BTreeMap::new(),
+            results: vec![],
             is_probe: false,
         };
         for work in works {
@@ -129,14 +130,22 @@ impl<'a> Page<'a> {
                 Work::Intend(intents) => {
                     for intent in intents {
                         let identity = Named::of_intent(intent).asked(&intent.key, intent.algorithm.name());
-                        page.intents.entry(identity).or_insert((intent, 0)).1 += 1;
+                        match page.intents.iter_mut().rev().take(intents.len()).find(|(known, ..)| *known == identity) {
+                            Some((_, _, times)) => *times += 1,
+                            None => page.intents.push((identity, intent, 1)),
+                        }
                     }
                 }
                 Work::Conclude(conclusion) => {
                     page.conclusions.insert(text_column(&conclusion.event.message_id).into_owned(), conclusion);
                     for result in &conclusion.signatures {
                         let named = Named::of_result(&conclusion.event, result);
-                        page.results.insert(named.claim(), (named, &result.state));
+                        let claim = named.claim();
+                        let said = conclusion.signatures.len();
+                        match page.results.iter_mut().rev().take(said).find(|(known, ..)| *known == claim) {
+                            Some((_, _, state)) => *state = &result.state,
+                            None => page.results.push((claim, named, &result.state)),
+                        }
                     }
                 }
                 Work::Forget(message, until) => {
@@ -145,6 +154,9 @@ impl<'a> Page<'a> {
                 Work::Check => page.is_probe = true,
             }
         }
+        // Stable.
+        page.intents.sort_by(|(_, one, _), (_, other, _)| one.message_id.cmp(&other.message_id));
+        page.results.sort_by(|(_, one, _), (_, other, _)| one.message.cmp(&other.message));
         page
     }
 
@@ -175,8 +187,8 @@ impl<'a> Page<'a> {
             }
         }
         let (again, new): (Vec<_>, Vec<_>) = self.conclusions.iter().partition(|(message, _)| recorded.contains_key(*message));
-        let (asked, told): (Vec<_>, Vec<_>) = self.results.iter().partition(|(claim, _)| claimed.contains_key(*claim));
-        let asked = asked.into_iter().map(|(claim, (_, state))| (claimed[claim], *state)).collect();
+        let (asked, told): (Vec<_>, Vec<_>) = self.results.iter().partition(|(claim, ..)| claimed.contains_key(claim));
+        let asked = asked.into_iter().map(|(claim, _, state)| (claimed[claim], *state)).collect();
 
         try_join!(
             self.insert_events(session, &new),
@@ -203,7 +215,7 @@ impl<'a> Page<'a> {
 
     /// The rows of the signatures that something is said of, by claim.
     async fn claimed(&self, session: &Session<10>) -> Result<HashMap<Vec<u8>, i64>, Failure> {
-        let claims: Vec<_> = self.results.keys().collect();
+        let claims = column(&self.results, |(claim, ..)| claim);
         if claims.is_empty() {
             return Ok(HashMap::new());
         }
@@ -259,17 +271,16 @@ impl<'a> Page<'a> {
     }
 
     async fn intend(&self, session: &Session<10>) -> Result<(), Failure> {
-        let identities: Vec<_> = self.intents.keys().collect();
-        let named: Vec<_> = self.intents.values().map(|(intent, _)| Named::of_intent(intent)).collect();
-        let intents: Vec<_> = self.intents.values().collect();
-        let keys = column(&intents, |(intent, _)| text_column(&intent.key));
-        let algorithms = column(&intents, |(intent, _)| intent.algorithm.name());
-        let times = column(&intents, |(_, times)| *times);
+        let identities = column(&self.intents, |(identity, ..)| identity);
+        let named = column(&self.intents, |(_, intent, _)| Named::of_intent(intent));
+        let keys = column(&self.intents, |(_, intent, _)| text_column(&intent.key));
+        let algorithms = column(&self.intents, |(_, intent, _)| intent.algorithm.name());
+        let times = column(&self.intents, |(.., times)| *times);
         let names = Names::of(&named);
         let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&identities];
         parameters.extend(names.columns());
         parameters.extend([&keys as &(dyn ToSql + Sync), &algorithms, &times, &self.now]);
-        execute(session, INTEND, intents.len(), &parameters).await.map(drop)
+        execute(session, INTEND, self.intents.len(), &parameters).await.map(drop)
     }
 
     /// Of rows that are there.
@@ -281,18 +292,19 @@ impl<'a> Page<'a> {
     }
 
     /// Of signatures that nobody here asked a key for.
-    async fn tell(&self, session: &Session<10>, rows: &[(&Vec<u8>, &(Named, &SignatureState))]) -> Result<(), Failure> {
-        // One that several events found is one row, whoever is first.
-        let by_identity: BTreeMap<_, _> =
-            rows.iter().rev().map(|(_, (named, state))| (named.told(state), (named, *state))).collect();
-        let identities: Vec<_> = by_identity.keys().collect();
-        let (named, all): (Vec<_>, Vec<_>) = by_identity.values().copied().unzip();
-        let (states, details) = states(all.into_iter());
+    async fn tell(&self, session: &Session<10>, rows: &[&(Vec<u8>, Named, &SignatureState)]) -> Result<(), Failure> {
+        // One that several events found is one row, of the first.
+        let mut known = HashSet::new();
+        let rows = rows.iter().map(|(_, named, state)| (named.told(state), named, *state));
+        let rows: Vec<_> = rows.filter(|(identity, ..)| known.insert(identity.clone())).collect();
+        let identities = column(&rows, |(identity, ..)| identity);
+        let named = column(&rows, |(_, named, _)| *named);
+        let (states, details) = states(rows.iter().map(|(.., state)| *state));
         let names = Names::of(named.iter().copied());
         let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&identities];
         parameters.extend(names.columns());
         parameters.extend([&states as &(dyn ToSql + Sync), &details, &self.now]);
-        execute(session, TELL, identities.len(), &parameters).await.map(drop)
+        execute(session, TELL, rows.len(), &parameters).await.map(drop)
     }
 
     async fn count(&self, session: &Session<10>, tally: &BTreeMap<(&str, &str), i64>) -> Result<(), Failure> {

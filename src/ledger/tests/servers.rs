@@ -1,0 +1,3 @@
+//! What only a database server can do to a ledger.
+
+use super::*;
