@@ -33,7 +33,7 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let clock = Clock::system();
     let lifecycle = Lifecycle::install(config.server.grace)?;
     let queue: Arc<dyn Queue> = Arc::new(open_queue(&config, &clock)?);
-    let ledger = open_ledger(&config, &clock)?;
+    let ledger = open_ledger(&config, &clock).await?;
     let metrics = Metrics::new();
     let (setup, shut) = setup(&config, &clock, &metrics).await?;
     let pipeline = Arc::new(Pipeline::new(setup, ledger.clone(), metrics.clone(), clock.clone(), patience(&config)));
