@@ -143,3 +143,29 @@ fn set_up(limit: Duration) -> String {
 async fn within<T>(limit: Duration, answer: impl Future<Output = Result<T, tokio_postgres::Error>>) -> Result<T, Failure> {
     timeout(limit, answer).await.map_err(|_| Failure::Silent)?.map_err(Failure::Database)
 }
+
+#[cfg(test)]
+mod tests {
+    use integration_tests::postgres::Postgres as Server;
+
+    use super::*;
+    use crate::ledger::{Limits, Trust, postgres::tls};
+
+    #[tokio::test]
+    async fn a_commit_is_on_the_disk_whatever_is_set_for_the_database() {
+        let server = Server::shared();
+        let database = server.database().unwrap();
+        for (set, expected) in
+            [("off", "on"), ("local", "on"), ("remote_write", "on"), ("on", "on"), ("remote_apply", "remote_apply")]
+        {
+            server.sql("postgres", &format!("ALTER DATABASE {database} SET synchronous_commit = {set}")).unwrap();
+            let connection = server.url(&database).parse().unwrap();
+            let settings = Postgres { connection, trust: Trust::Anything, limits: Limits::default() };
+            let tls = tls::connector(&settings.trust).unwrap();
+            let mut link = Link::new(settings, tls, ["SHOW synchronous_commit".to_owned()]);
+            let session = link.session("read").await.unwrap();
+            let row = session.client.query_one(&session.statements[0], &[]).await.unwrap();
+            assert_eq!(row.get::<_, &str>(0), expected, "{set}");
+        }
+    }
+}
