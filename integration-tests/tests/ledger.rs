@@ -26,6 +26,8 @@ async fn what_is_pushed_while_the_database_is_away_is_signed_once_it_is_back() -
     let name = database.database()?;
     let mut house = house(database.url(&name)).await?;
     house.daemon.start().await?;
+    let checked = house.run(&["check", "--online"]).await?.expect_code(0)?;
+    ensure!(checked.stdout.contains(&format!("ok: ledger postgres://{}/{name}", database.host())), "{checked:?}");
     let before = Image::oci("before")?;
     house.push(&before, "team/app", &["1.0"]).await?;
     house.wait_signed("team/app", &before.manifest.digest, &["1.0"]).await?;
@@ -98,6 +100,8 @@ async fn a_database_that_is_down_at_start_is_waited_for_and_one_that_refuses_is_
         let ledger = Some("{ env = \"LEDGER_URL\" }".to_owned());
         let mut house = House::build(Plan { ledger, environment: vec![("LEDGER_URL", wrong)], ..Plan::default() }).await?;
         house.run(&["check"]).await?.expect_code(0)?;
+        let checked = house.run(&["check", "--online"]).await?.expect_code(3)?;
+        ensure!(checked.stdout.contains(expected), "{checked:?}");
         house.daemon.start_unready()?;
         ensure!(!house.daemon.wait(SETTLE).await?.success());
         let log = house.daemon.logged();

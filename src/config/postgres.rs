@@ -130,3 +130,57 @@ pub(crate) fn is_exposed(settings: &Postgres) -> bool {
         && settings.trust == Trust::Anything
         && !settings.connection.get_hosts().iter().all(here)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(url: &str) -> Result<Postgres, String> {
+        read(url, |path| Ok(PathBuf::from("/etc").join(path))).map_err(|wrong| wrong.message)
+    }
+
+    #[test]
+    fn sslmode_and_sslrootcert_are_read_as_libpq_reads_them() {
+        let file = || Authorities::File("/etc/ca.pem".into());
+        for (parameters, mode, trust) in [
+            ("", SslMode::Prefer, Trust::Anything),
+            ("?sslmode=disable", SslMode::Disable, Trust::Anything),
+            ("?sslmode=prefer", SslMode::Prefer, Trust::Anything),
+            ("?sslmode=require", SslMode::Require, Trust::Anything),
+            ("?sslmode=require&sslrootcert=ca.pem", SslMode::Require, Trust::Issuer(file())),
+            ("?sslrootcert=ca.pem&sslmode=verify-ca", SslMode::Require, Trust::Issuer(file())),
+            ("?sslmode=verify-full", SslMode::Require, Trust::Host(Authorities::Machine)),
+            ("?sslmode=verify-full&sslrootcert=system", SslMode::Require, Trust::Host(Authorities::Machine)),
+            ("?application_name=one&sslmode=verify-full&sslrootcert=ca.pem", SslMode::Require, Trust::Host(file())),
+        ] {
+            let settings = parse(&format!("postgres://u@db/ledger{parameters}")).unwrap();
+            assert_eq!((settings.connection.get_ssl_mode(), settings.trust), (mode, trust), "{parameters}");
+        }
+    }
+
+    #[test]
+    fn hosts_user_password_and_database_are_read_and_the_password_is_never_shown() {
+        let settings = parse("postgresql://u:p%40ss%2Fhunter2@one:1,two:2/ledger?options=-csearch_path%3Dx").unwrap();
+        let connection = &settings.connection;
+        assert_eq!(connection.get_password(), Some(b"p@ss/hunter2".as_slice()));
+        assert_eq!((connection.get_user(), connection.get_dbname()), (Some("u"), Some("ledger")));
+        assert_eq!((connection.get_hosts().len(), connection.get_ports()), (2, [1, 2].as_slice()));
+        assert_eq!(settings.place(), "postgres://one:1,two:2/ledger");
+        assert!(!format!("{settings:?}").contains("hunter2"));
+        assert!(parse("postgres://u@/ledger?host=/run/postgresql").is_ok_and(|settings| !is_exposed(&settings)));
+    }
+
+    #[test]
+    fn only_a_database_elsewhere_that_nobody_vouches_for_is_exposed() {
+        for (url, expected) in [
+            ("postgres://u@db/l", true),
+            ("postgres://u@db/l?sslmode=require", true),
+            ("postgres://u@localhost,db/l", true),
+            ("postgres://u@db/l?sslmode=disable", false),
+            ("postgres://u@db/l?sslmode=verify-full", false),
+            ("postgres://u@127.0.0.1,localhost/l", false),
+        ] {
+            assert_eq!(is_exposed(&parse(url).unwrap()), expected, "{url}");
+        }
+    }
+}

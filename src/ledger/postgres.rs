@@ -16,6 +16,7 @@ use std::{fmt, io, sync::Arc, thread, time::Duration};
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 use tokio_postgres::config::Host;
+use tokio_postgres_rustls::MakeRustlsConnect;
 
 use self::{failure::Failure, link::Link};
 use super::{Backend, Error, EventRecord, SignatureRecord, StoryQuery, Sums, Work};
@@ -51,6 +52,24 @@ impl Default for Limits {
     }
 }
 
+impl Postgres {
+    /// The database as messages name it, without user and password.
+    #[must_use]
+    pub fn place(&self) -> String {
+        place(&self.connection)
+    }
+
+    /// Logs in and looks whether a ledger can be there. Nothing is written.
+    pub async fn look(&self) -> Result<(), Error> {
+        Link::new(self.clone(), connector(&self.trust)?, []).look().await
+    }
+}
+
+fn connector(trust: &Trust) -> Result<MakeRustlsConnect, Error> {
+    let cure = "let sslrootcert name a readable file of PEM certificates";
+    tls::connector(trust).map_err(|source| Error::Refused { cure, source: Arc::new(source) })
+}
+
 /// The database as messages name it, without user and password.
 fn place(config: &tokio_postgres::Config) -> String {
     let hosts = config.get_hosts().iter().enumerate().map(|(number, host)| {
@@ -78,14 +97,15 @@ impl Store {
     /// # Errors
     /// [`Error::Refused`] if the authorities for TLS cannot be read, or if there is no thread to be had.
     pub(super) fn new(settings: Postgres, clock: Clock) -> Result<Self, Error> {
-        let refused = |cure| move |source: io::Error| Error::Refused { cure, source: Arc::new(source) };
-        let place = place(&settings.connection);
-        let tls = tls::connector(&settings.trust).map_err(refused("let sslrootcert name a readable file of PEM certificates"))?;
+        let no_thread = |source: io::Error| Error::Refused {
+            cure: "let countersign have one more thread, and a few more file descriptors",
+            source: Arc::new(source),
+        };
+        let (place, tls) = (settings.place(), connector(&settings.trust)?);
         let writing = Link::new(settings.clone(), tls.clone(), write::statements());
         let reading = Link::new(settings, tls, read::statements());
         let (writer, jobs) = mpsc::unbounded_channel();
         let (reader, questions) = mpsc::unbounded_channel();
-        let no_thread = refused("let countersign have one more thread, and a few more file descriptors");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(&no_thread)?;
         let work = move || {
             runtime.block_on(async {

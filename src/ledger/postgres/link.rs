@@ -109,13 +109,29 @@ impl<const N: usize> Link<N> {
         }
     }
 
-    async fn try_connect(&self) -> Result<Session<N>, Failure> {
+    /// Whether the database lets us in, and has no ledger that is not ours. Nothing is changed.
+    pub(super) async fn look(&self) -> Result<(), Error> {
+        let look = async {
+            let (client, _carrier) = self.log_in().await?;
+            let limit = self.settings.limits.statement;
+            timeout(limit, schema::look(&client, &self.settings.connection)).await.map_err(|_| Failure::Silent)?
+        };
+        look.await.map_err(|failure| failure.into_error("read"))
+    }
+
+    async fn log_in(&self) -> Result<(Client, JoinSet<()>), Failure> {
         let Postgres { connection: config, limits, .. } = &self.settings;
         let (client, connection) = within(limits.connect, config.connect(self.tls.clone())).await?;
         let mut carrier = JoinSet::new();
         // How it ends is told to whoever waits for an answer then.
         carrier.spawn(async move { drop(connection.await) });
         within(limits.connect, client.batch_execute(&set_up(limits.statement))).await?;
+        Ok((client, carrier))
+    }
+
+    async fn try_connect(&self) -> Result<Session<N>, Failure> {
+        let Postgres { connection: config, limits, .. } = &self.settings;
+        let (client, carrier) = self.log_in().await?;
         timeout(MIGRATION, schema::bring_up(&client, config)).await.map_err(|_| Failure::Silent)??;
         let prepared = futures::future::try_join_all(self.sql.iter().map(|sql| client.prepare(sql)));
         let statements = within(limits.statement, prepared).await?;

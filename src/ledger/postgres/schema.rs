@@ -104,6 +104,11 @@ pub(super) async fn bring_up(client: &Client, config: &tokio_postgres::Config) -
     result
 }
 
+/// Whether there is a ledger of another program or of a newer version. Nothing is changed.
+pub(super) async fn look(client: &Client, config: &tokio_postgres::Config) -> Result<(), Failure> {
+    state(client, config).await.map(drop)
+}
+
 async fn migrate(client: &Client, config: &tokio_postgres::Config) -> Result<(), Failure> {
     // Many replicas start at once: one migrates, the others wait for it and find it done. Building an index may take its time.
     client.batch_execute("BEGIN; SET LOCAL statement_timeout = 0").await?;

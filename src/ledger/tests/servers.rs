@@ -109,7 +109,7 @@ async fn replicas_that_tell_of_the_same_events_at_once_count_each_once() {
         async move {
             replica.intend(vec![intent(n)]).await?;
             replica.conclude(conclusion(n, outcome)).await?;
-            if number % 5 == 0 { replica.forget_event(&message(n)).await } else { Ok(()) }
+            if number.is_multiple_of(5) { replica.forget_event(&message(n)).await } else { Ok(()) }
         }
     });
     try_join_all(work).await.unwrap();
@@ -134,6 +134,7 @@ async fn who_waits_at_the_same_moment_shares_a_commit() {
 
 #[tokio::test]
 async fn a_database_that_is_away_at_first_and_killed_later_loses_nothing_that_was_promised() {
+    const EVENTS: u32 = 900;
     let mut server = Server::start().unwrap();
     let database = server.database().unwrap();
     let url = server.url(&database);
@@ -144,7 +145,6 @@ async fn a_database_that_is_away_at_first_and_killed_later_loses_nothing_that_wa
     assert!(matches!(ledger.sums().await.unwrap_err(), Error::Unavailable { what: "read", .. }));
     server.start_again().unwrap();
 
-    const EVENTS: u32 = 900;
     let killing = thread::spawn(move || {
         for _ in 0..3 {
             thread::sleep(Duration::from_millis(fastrand::u64(20..300)));

@@ -276,9 +276,9 @@ impl<'a> Page<'a> {
         let keys = column(&self.intents, |(_, intent, _)| text_column(&intent.key));
         let algorithms = column(&self.intents, |(_, intent, _)| intent.algorithm.name());
         let times = column(&self.intents, |(.., times)| *times);
-        let names = Names::of(&named);
+        let columns = Names::of(&named);
         let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&identities];
-        parameters.extend(names.columns());
+        parameters.extend(columns.all());
         parameters.extend([&keys as &(dyn ToSql + Sync), &algorithms, &times, &self.now]);
         execute(session, INTEND, self.intents.len(), &parameters).await.map(drop)
     }
@@ -300,9 +300,9 @@ impl<'a> Page<'a> {
         let identities = column(&rows, |(identity, ..)| identity);
         let named = column(&rows, |(_, named, _)| *named);
         let (states, details) = states(rows.iter().map(|(.., state)| *state));
-        let names = Names::of(named.iter().copied());
+        let columns = Names::of(named.iter().copied());
         let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&identities];
-        parameters.extend(names.columns());
+        parameters.extend(columns.all());
         parameters.extend([&states as &(dyn ToSql + Sync), &details, &self.now]);
         execute(session, TELL, rows.len(), &parameters).await.map(drop)
     }
@@ -476,7 +476,7 @@ impl<'a> Names<'a> {
     }
 
     /// As `signature` has them, from `claim` on.
-    fn columns(&self) -> impl Iterator<Item = &(dyn ToSql + Sync)> {
+    fn all(&self) -> impl Iterator<Item = &(dyn ToSql + Sync)> {
         let claims: &(dyn ToSql + Sync) = &self.claims;
         let words = self.words.iter().map(|word| word as &(dyn ToSql + Sync));
         let rest: [&(dyn ToSql + Sync); 3] = [&self.digests, &self.references, &self.payloads];
