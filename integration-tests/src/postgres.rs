@@ -21,7 +21,7 @@ pub const PASSWORD: &str = "the-secret-of-the-database";
 
 const READY: Duration = Duration::from_secs(60);
 
-/// Dropping it kills it.
+/// Dropping it ends it.
 #[derive(Debug)]
 pub struct Postgres {
     process: Option<Process>,
@@ -71,7 +71,8 @@ impl Postgres {
     /// Waits for the end of this process, then stops the server and removes its folder.
     fn mourn(&self) -> Result<Child> {
         // Its input ends when we do.
-        let script = "cat; kill -QUIT $0; while kill -0 $0 2> /dev/null; do sleep 0.05; done; rm -rf \"$1\"";
+        let script = "cat; kill -QUIT $0; for i in {1..200}; do [ -e \"$1/data/postmaster.pid\" ] || break; sleep 0.05; done; \
+                      rm -rf \"$1\"";
         let pid = self.process.as_ref().context("the server is not running")?.id().to_string();
         let mut bash = Command::new("bash");
         bash.args(["-c", script, &pid]).arg(self.folder.path());
@@ -172,6 +173,8 @@ impl Postgres {
         let mut command = program("postgres")?;
         command.arg("-D").arg(folder.join("data")).arg("-k").arg(folder).args(["-p", &self.port.to_string()]);
         command.args(["-h", "127.0.0.1", "-c", "fsync=on", "-c", "shared_buffers=16MB", "-c", "max_wal_size=64MB"]);
+        // In its folder, which goes with it: what a killed server has elsewhere stays for ever.
+        command.args(["-c", "dynamic_shared_memory_type=mmap"]);
         for setting in &self.settings {
             command.args(["-c", setting]);
         }
@@ -186,12 +189,25 @@ impl Postgres {
         Ok(())
     }
 
-    /// Stops answering, with connections left open, until [`Self::resume`].
+    /// `STOP`: stops answering, with connections left open, until `CONT`.
     pub fn signal_all(&self, signal: &str) -> Result<()> {
         let pid = self.process.as_ref().context("the server is not running")?.id().to_string();
         let status = Command::new("bash").args(["-c", "kill -$0 $1 $(pgrep -P $1)", signal, &pid]).status()?;
         ensure!(status.success(), "kill -{signal} {pid}");
         Ok(())
+    }
+}
+
+impl Drop for Postgres {
+    /// Killed at once, it would leave memory behind that belongs to nobody.
+    fn drop(&mut self) {
+        let Some(mut process) = self.process.take() else { return };
+        // One that does not end is killed when `process` is dropped; one that was stopped by a signal cannot end.
+        let _ = (process.signal(Signal::QUIT), process.signal(Signal::CONT));
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(10) && matches!(process.ended(), Ok(None)) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 
