@@ -4,6 +4,7 @@
 //! All transactions lock events first, then signatures, then the tally, each in one order, so that replicas wait for each
 //! other and do not deadlock; where they do all the same, the database picks one and it is done again.
 
+mod named;
 mod page;
 
 use std::collections::HashSet;
