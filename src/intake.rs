@@ -231,6 +231,7 @@ impl Door {
             content_type: event::CONTENT_TYPE.to_owned(),
             key: PartitionKey(event.partition_key()),
             body: event.to_cloud_event().into(),
+            replay_of: None,
         }
     }
 
@@ -240,6 +241,7 @@ impl Door {
             content_type: event::QUARANTINE_CONTENT_TYPE.to_owned(),
             key: PartitionKey(format!("quarantine/{}", self.name)),
             body,
+            replay_of: None,
         }
     }
 }

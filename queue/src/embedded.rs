@@ -30,7 +30,7 @@ use self::{
     store::{Change, Settlement, Store, Stored},
     thread::{Command, StorageThread},
 };
-use crate::{Burial, DeadLetter, Delivery, Error, Message, Queue, Retry, Settle, Stats};
+use crate::{Burial, DeadLetter, Delivery, Error, Kept, Message, Queue, Retry, Settle, Stats};
 
 /// Bytes of pushes that may wait for the storage thread; further pushes wait outside. Bounds memory when the disk hangs.
 const WAITING_BYTES: u32 = 8 * 1024 * 1024;
@@ -142,6 +142,10 @@ impl Queue for Embedded {
 
     async fn discard(&self, id: &str) -> Result<bool, Error> {
         self.thread().change(Change::Discard { id: id.to_owned() }).await
+    }
+
+    async fn history(&self, _: Timestamp, _: Timestamp, _: Option<&str>, _: usize) -> Result<Vec<Kept>, Error> {
+        Ok(Vec::new())
     }
 
     async fn probe(&self) -> Result<(), Error> {
@@ -283,6 +287,7 @@ mod tests {
             content_type: "text/plain".into(),
             key: PartitionKey(number.to_string()),
             body: vec![b'x'; bytes].into(),
+            replay_of: None,
         }
     }
 }

@@ -352,6 +352,7 @@ fn message(number: i64, key: i64) -> Message {
         content_type: "text/plain".into(),
         key: PartitionKey(key.to_string()),
         body: format!("body of {number}").into(),
+        replay_of: None,
     }
 }
 

@@ -2,7 +2,7 @@ use async_trait::async_trait;
 use axum::body::Body;
 use http::{Request, header};
 use http_body_util::BodyExt;
-use queue::{Delivery, Embedded, Message, Stats};
+use queue::{Delivery, Embedded, Kept, Message, Stats};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
@@ -107,6 +107,15 @@ impl Queue for Hasty {
     }
     async fn discard(&self, id: &str) -> Result<bool, queue::Error> {
         self.queue.discard(id).await
+    }
+    async fn history(
+        &self,
+        from: Timestamp,
+        until: Timestamp,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<Kept>, queue::Error> {
+        self.queue.history(from, until, after, limit).await
     }
     async fn close(&self) {}
 }

@@ -388,6 +388,7 @@ fn message(row: &Row<'_>, first: usize) -> rusqlite::Result<Message> {
         content_type: row.get(first + 1)?,
         key: PartitionKey(row.get(first + 2)?),
         body: Bytes::from(row.get::<_, Vec<u8>>(first + 3)?),
+        replay_of: None,
     })
 }
 

@@ -97,6 +97,7 @@ fn keyed(number: usize, key: usize) -> Message {
         content_type: "text/plain".into(),
         key: PartitionKey(format!("key {key}")),
         body: format!("body of {number}").into(),
+        replay_of: None,
     }
 }
 

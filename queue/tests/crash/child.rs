@@ -194,6 +194,7 @@ pub fn message(id: &str, key: u64) -> Message {
         content_type: "text/plain".into(),
         key: PartitionKey(format!("key {key}")),
         body: id.bytes().cycle().take(length).collect(),
+        replay_of: None,
     }
 }
 

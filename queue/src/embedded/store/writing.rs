@@ -131,7 +131,7 @@ impl<'a> Writing<'a> {
                 "INSERT INTO message (seq, id, key, state, turn, attempts, waited, pushed_at, reason, content_type, body)
                  VALUES (?1, ?2, ?3, ?4, ?1, 0, 0, ?5, NULL, ?6, ?7)",
             )?;
-            let Message { id, content_type, key, body } = message;
+            let Message { id, content_type, key, body, .. } = message;
             insert.execute(params![seq, id, key.0, state, now, content_type, &body[..]])?;
             self.books.pushed += 1;
         }
