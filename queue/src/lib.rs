@@ -142,8 +142,8 @@ pub enum Error {
         #[source]
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
-    /// A message with this id is in the queue already: it was not pushed again.
-    #[error("a message with id {0} is in the queue already")]
+    /// A message with this id is in the queue already, or kept of the past: it was not pushed again.
+    #[error("a message with id {0} is in the queue already, or was not long ago")]
     Duplicate(String),
     /// It cannot go on, and will not until it is opened again: what is durable is safe.
     #[error("the queue's storage thread ended early; restart the daemon")]
@@ -175,7 +175,7 @@ pub trait Queue: Send + Sync + fmt::Debug {
     /// Drops a dead letter for good. False if there is none with this id.
     async fn discard(&self, id: &str) -> Result<bool, Error>;
 
-    /// What was pushed from `from` on and before `until`, whatever became of it, in the order of the pushes: at most `limit` (a
+    /// What was pushed from `from` on and before `until`, whatever became of it, oldest first: at most `limit` (a
     /// backend may give fewer; only an empty list is the end), beginning after the message whose [`Kept::cursor`] is `after`,
     /// whether that one is still kept or not. A cursor that this queue never gave is as none.
     ///
