@@ -247,7 +247,7 @@ impl Door {
 }
 
 /// A UUID of version 7 (RFC 9562 section 5.7): sorts by time, and is random beside it.
-fn message_id(now: Timestamp) -> String {
+pub(crate) fn message_id(now: Timestamp) -> String {
     let seconds = u64::try_from(now.as_second()).unwrap_or_default();
     let nanoseconds = u32::try_from(now.subsec_nanosecond()).unwrap_or_default();
     Uuid::new_v7(uuid::Timestamp::from_unix(uuid::NoContext, seconds, nanoseconds)).to_string()
