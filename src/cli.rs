@@ -82,7 +82,7 @@ pub enum Command {
     Explain(ExplainArgs),
     /// The queue from outside. Works whether the daemon runs or not.
     #[command(subcommand)]
-    Queue(QueueCommand),
+    Queue(Box<QueueCommand>),
     /// Print completions for a shell: `countersign completions bash > /etc/bash_completion.d/countersign`.
     Completions { shell: clap_complete::Shell },
 }

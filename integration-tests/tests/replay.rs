@@ -117,7 +117,12 @@ async fn dead_letters_are_replayed_by_filter_at_the_rate_and_until_ctrl_c() -> R
     slow.args(["queue", "replay", "--all", "--rate", "60/m", "--config"]).arg(house.config_path());
     let child = slow.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn()?;
     let pid = Pid::from_raw(i32::try_from(child.id().expect("it runs"))?).expect("a pid");
-    tokio::time::sleep(Duration::from_millis(1500)).await;
+    // Two have been handled again: it is in the midst of it.
+    eventually("some to be replayed", LIMIT, || async {
+        let handled = house.daemon.metrics().await?.count("countersign_event_handling_seconds_count", &[]);
+        Ok((handled >= 30 + 30 + 2).then_some(()))
+    })
+    .await?;
     kill_process(pid, Signal::INT)?;
     let output = child.wait_with_output().await?;
     let said = String::from_utf8(output.stdout)?;

@@ -73,7 +73,7 @@ impl Stop {
         Self::when(async {
             if tokio::signal::ctrl_c().await.is_err() {
                 // Then it kills, as it does by default.
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         })
     }

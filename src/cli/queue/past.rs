@@ -62,31 +62,31 @@ pub(super) async fn replay(
             replayed.stopped_at = Some(reached);
             break;
         }
-        let page: anyhow::Result<PastPage> = if args.how.dry_run {
+        let answer: anyhow::Result<PastPage> = if args.how.dry_run {
             client.get("/api/v1/queue/past", &query).await
         } else {
             query.limit = Some(pace.batch());
             client.post("/api/v1/queue/past/replay", &query).await
         };
-        let page = page.map_err(|error| match replayed.events {
+        let looked = answer.map_err(|error| match replayed.events {
             0 => error,
             _ => error.context(format!("{}, then it failed; go on with {}", told(&replayed), go_on(args, reached, until))),
         })?;
-        replayed.events += page.events.len() as u64;
+        replayed.events += looked.events.len() as u64;
         if !args.how.dry_run {
-            pace.went(page.events.len());
+            pace.went(looked.events.len());
         }
         if let Some(list) = &mut list
-            && !page.events.iter().all(|event| list.item(event, render))
+            && !looked.events.iter().all(|event| list.item(event, render))
         {
             return Ok(ExitCode::SUCCESS);
         }
-        reached = page.reached.unwrap_or(reached);
+        reached = looked.reached.unwrap_or(reached);
         bar.seek(reached, replayed.events);
-        if page.next.is_none() {
+        if looked.next.is_none() {
             break;
         }
-        query.after = page.next;
+        query.after = looked.next;
     }
     bar.0.finish_and_clear();
     match (list, output) {
@@ -107,9 +107,10 @@ pub(super) async fn replay(
 }
 
 fn told(replayed: &Replayed) -> String {
-    match replayed.dry_run {
-        true => format!("would replay {} events", replayed.events),
-        false => format!("replayed {} events: they are queued again", replayed.events),
+    if replayed.dry_run {
+        format!("would replay {} events", replayed.events)
+    } else {
+        format!("replayed {} events: they are queued again", replayed.events)
     }
 }
 

@@ -154,11 +154,11 @@ async fn dead_letters_are_selected_by_rule_kind_error_age_and_repository() {
         ids
     };
     assert_eq!(selected("").await, sorted(&[&one, &two, &poison]));
-    assert_eq!(selected("rule=one").await, [one.clone()]);
-    assert_eq!(selected("rule=two").await, [two.clone()], "by the recorded failure");
-    assert_eq!(selected("rule=three").await, [one.clone()], "by the configuration in force");
-    assert_eq!(selected("kind=poison").await, [poison.clone()]);
-    assert_eq!(selected("kind=refused&rule=two").await, [two.clone()]);
+    assert_eq!(selected("rule=one").await, [&*one]);
+    assert_eq!(selected("rule=two").await, [&*two], "by the recorded failure");
+    assert_eq!(selected("rule=three").await, [&*one], "by the configuration in force");
+    assert_eq!(selected("kind=poison").await, [&*poison]);
+    assert_eq!(selected("kind=refused&rule=two").await, [&*two]);
     assert_eq!(selected("error=kms:Sign").await, sorted(&[&one, &two]));
     assert_eq!(selected("error=nothing+like+it").await, [""; 0]);
     assert_eq!(selected("repository=team/**").await, sorted(&[&one, &two]));
