@@ -7,6 +7,7 @@ use axum::{
     extract::{Query, State},
 };
 use base64::{Engine as _, prelude::BASE64_STANDARD};
+use futures::{StreamExt as _, stream};
 use jiff::Timestamp;
 use queue::DeadLetter;
 use serde::{Deserialize, Serialize};
@@ -23,6 +24,8 @@ use crate::{
 
 /// Dead letters that one request looks at, at most.
 const LARGEST_PAGE: usize = 1000;
+/// Dead letters of one request that are moved at the same time, so that they share syncs.
+const AT_ONCE: usize = 64;
 
 /// A dead letter as it is shown.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -117,27 +120,40 @@ fn view(letter: DeadLetter, event: Option<PushEvent>) -> DeadLetterView {
 }
 
 pub(super) async fn replay(State(admin): State<Admin>, Json(request): Json<Ids>) -> Result<Json<Moved>, Problem> {
-    let mut moved = Moved::default();
-    for id in request.ids {
-        let until = admin.clock.now();
-        if admin.queue.replay(&id).await.map_err(unavailable)? {
-            // It is queued again, so it no longer counts as dead; unless it has died again meanwhile.
-            admin.ledger.forget_event_until(&id, until).await.map_err(unavailable)?;
-            moved.done += 1;
-        } else {
-            moved.unknown.push(id);
-        }
-    }
-    Ok(Json(moved))
+    let moves = request.ids.into_iter().map(|id| put_back(admin.clone(), id));
+    gather(stream::iter(moves.collect::<Vec<_>>()).buffered(AT_ONCE).collect().await)
 }
 
 pub(super) async fn discard(State(admin): State<Admin>, Json(request): Json<Ids>) -> Result<Json<Moved>, Problem> {
+    let moves = request.ids.into_iter().map(|id| drop_for_good(admin.clone(), id));
+    gather(stream::iter(moves.collect::<Vec<_>>()).buffered(AT_ONCE).collect().await)
+}
+
+/// With the id, whether there was such a dead letter.
+type Move = Result<(String, bool), Problem>;
+
+async fn put_back(admin: Admin, id: String) -> Move {
+    let until = admin.clock.now();
+    let is_there = admin.queue.replay(&id).await.map_err(unavailable)?;
+    if is_there {
+        // It is queued again, so it no longer counts as dead; unless it has died again meanwhile.
+        admin.ledger.forget_event_until(&id, until).await.map_err(unavailable)?;
+    }
+    Ok((id, is_there))
+}
+
+async fn drop_for_good(admin: Admin, id: String) -> Move {
+    let is_there = admin.queue.discard(&id).await.map_err(unavailable)?;
+    Ok((id, is_there))
+}
+
+/// All have come to their end: one that failed breaks off none of the others.
+fn gather(moves: Vec<Move>) -> Result<Json<Moved>, Problem> {
     let mut moved = Moved::default();
-    for id in request.ids {
-        if admin.queue.discard(&id).await.map_err(unavailable)? {
-            moved.done += 1;
-        } else {
-            moved.unknown.push(id);
+    for one in moves {
+        match one? {
+            (_, true) => moved.done += 1,
+            (id, false) => moved.unknown.push(id),
         }
     }
     Ok(Json(moved))
