@@ -37,6 +37,8 @@ pub struct PastQuery {
     pub after: Option<String>,
     /// How many events to look at.
     pub limit: Option<usize>,
+    /// How many to find, at most: the page ends with that one.
+    pub most: Option<usize>,
     #[serde(flatten)]
     pub filter: Filter,
 }
@@ -86,15 +88,20 @@ async fn look(admin: &Admin, query: &PastQuery) -> Result<(PastPage, Vec<Message
     let selector = Selector::new(&query.filter, admin)?;
     let limit = query.limit.unwrap_or(LARGEST_PAGE).clamp(1, LARGEST_PAGE);
     let kept = admin.queue.history(query.from, query.until, query.after.as_deref(), limit).await.map_err(unavailable)?;
-    let last = kept.last().map(|kept| (kept.pushed_at, kept.cursor.clone()));
-    let (reached, next) = last.unzip();
-    let selected = kept.into_iter().filter_map(|Kept { message, pushed_at, .. }| {
+    let most = query.most.unwrap_or(LARGEST_PAGE).max(1);
+    let (mut page, mut messages) = (PastPage::default(), Vec::new());
+    for Kept { message, pushed_at, cursor } in kept {
+        page.reached = Some(pushed_at);
+        page.next = Some(cursor);
         // What was no event then is none now.
         let event = (message.content_type == event::CONTENT_TYPE).then(|| PushEvent::from_cloud_event(&message.body).ok());
-        let event = event.flatten().filter(|event| selector.holds_of_event(event))?;
-        let view = PastView { id: message.id.clone(), accepted_at: pushed_at, image: event.into(), replayed_as: None };
-        Some((view, message))
-    });
-    let (events, messages) = selected.unzip();
-    Ok((PastPage { events, reached, next }, messages))
+        if let Some(event) = event.flatten().filter(|event| selector.holds_of_event(event)) {
+            page.events.push(PastView { id: message.id.clone(), accepted_at: pushed_at, image: event.into(), replayed_as: None });
+            messages.push(message);
+            if messages.len() == most {
+                break;
+            }
+        }
+    }
+    Ok((page, messages))
 }

@@ -46,7 +46,7 @@ pub(super) async fn replay(
         return Err(Usage(what.to_owned()).into());
     }
     let mut pace = Pace::new(args.how.rate.as_deref())?;
-    let mut query = PastQuery { from, until, after: None, limit: None, filter: args.selection.filter(clock)? };
+    let mut query = PastQuery { from, until, after: None, limit: None, most: None, filter: args.selection.filter(clock)? };
     let status: QueueStatus = client.get("/api/v1/queue", &()).await?;
     let Some(history) = status.history else {
         return Err(Usage("nothing is kept of the past: set `history` in [queue], and it is from then on".to_owned()).into());
@@ -65,7 +65,9 @@ pub(super) async fn replay(
         let answer: anyhow::Result<PastPage> = if args.how.dry_run {
             client.get("/api/v1/queue/past", &query).await
         } else {
-            query.limit = Some(pace.batch());
+            // Some that the filter does not hold of may lie between; when it is slow, it need not look far ahead either.
+            query.most = Some(pace.batch());
+            query.limit = Some((4 * pace.batch()).max(64));
             client.post("/api/v1/queue/past/replay", &query).await
         };
         let looked = answer.map_err(|error| match replayed.events {

@@ -111,6 +111,9 @@ async fn looking_at_the_past_changes_nothing_and_goes_in_pages_by_time_repositor
         found += number(&page);
     }
     assert_eq!((pages, found), (2, 3), "what is no event is looked at, and left out");
+    let first = past("most=1").await;
+    assert_eq!(number(&first), 1);
+    assert_eq!(number(&past(&format!("after={}", first["next"].as_str().unwrap())).await), 2, "what it did not come to");
     assert_eq!(number(&past("repository=team/*").await), 3);
     assert_eq!(number(&past("repository=other/**").await), 0);
     assert_eq!(number(&past("rule=team").await), 3);
