@@ -358,8 +358,10 @@ mod tests {
         let layers = |count: usize| format!(r#"{{"layers":[{}]}}"#, vec!["0"; count].join(","));
         assert!(read(layers(MAX_LAYERS_READ)).is_ok());
         assert!(matches!(read(layers(MAX_LAYERS_READ + 1)), Err(Error::Malformed(why)) if why.to_string().contains("layers")));
-        let members =
-            |count: usize| format!(r#"{{"layers":[]{}}}"#, (1..count).map(|n| format!(r#","m{n}":0"#)).collect::<String>());
+        let members = |count: usize| {
+            let names: Vec<_> = (1..count).map(|n| format!(r#""m{n}":0,"#)).collect();
+            format!(r#"{{{}"layers":[]}}"#, names.concat())
+        };
         assert!(read(members(MAX_MEMBERS)).is_ok());
         assert!(read(members(MAX_MEMBERS + 1)).is_err());
     }
