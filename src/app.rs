@@ -220,6 +220,7 @@ pub fn sources(config: &Config) -> Vec<intake::Source> {
         name: source.name.clone(),
         kind: match source.kind {
             config::SourceKind::Distribution => intake::Kind::Distribution,
+            config::SourceKind::CloudEvents => intake::Kind::CloudEvents,
         },
         registry: source.registry.clone(),
         auth: match &source.auth {

@@ -31,11 +31,15 @@ const REFUSED: &[(&str, &str)] = &[("http_refused", "Requests that were turned a
 /// Runs until it is told to stop.
 pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Result<ExitCode> {
     let clock = Clock::system();
-    let lifecycle = Lifecycle::install(config.server.grace)?;
+    let mut lifecycle = Lifecycle::install(config.server.grace)?;
     let queue: Arc<dyn Queue> = Arc::new(open_queue(&config, &clock)?);
     let ledger = open_ledger(&config, &clock)?;
     let metrics = Metrics::new();
-    let (setup, shut) = setup(&config, &clock, &metrics).await?;
+    let Some(opened) = lifecycle.unless_stopped(setup(&config, &clock, &metrics)).await else {
+        info!("stopped before all keys were open");
+        return Ok(ExitCode::SUCCESS);
+    };
+    let (setup, shut) = opened?;
     let pipeline = Arc::new(Pipeline::new(setup, ledger.clone(), metrics.clone(), clock.clone(), patience(&config)));
     let intake = Arc::new(Intake::new(queue.clone(), clock.clone(), sources(&config)));
     attach_intake(&metrics, &intake);

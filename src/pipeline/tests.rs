@@ -181,7 +181,8 @@ impl House {
 
     async fn handle_one(queue: &Embedded, pipeline: &Pipeline) {
         let delivery = tokio::time::timeout(Duration::from_secs(20), queue.pull()).await;
-        pipeline.handle(delivery.expect("a delivery is due").unwrap().unwrap()).await.unwrap();
+        let handled = pipeline.handle(delivery.expect("a delivery is due").unwrap().unwrap()).await;
+        pipeline.settle(handled).await.unwrap();
     }
 
     pub(crate) async fn settle_queue(queue: &Embedded, pipeline: &Pipeline) {
