@@ -10,7 +10,7 @@ mod postgres;
 mod sqlite;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fmt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -50,6 +50,7 @@ trait Backend: fmt::Debug + Send + Sync {
     async fn write(&self, work: Work) -> Result<(), Error>;
     async fn sums(&self) -> Result<Sums, Error>;
     async fn story(&self, query: StoryQuery) -> Result<Vec<EventRecord>, Error>;
+    async fn rule_outcomes(&self, message_ids: Vec<String>) -> Result<HashMap<String, Vec<RuleOutcome>>, Error>;
     async fn signatures(
         &self,
         registry: RegistryName,
@@ -130,6 +131,11 @@ impl Ledger {
     /// The events of one repository that `query` names, the one heard of last first.
     pub async fn story(&self, query: StoryQuery) -> Result<Vec<EventRecord>, Error> {
         self.0.story(query).await
+    }
+
+    /// What each rule made of these messages, as far as they are on record.
+    pub async fn rule_outcomes(&self, message_ids: Vec<String>) -> Result<HashMap<String, Vec<RuleOutcome>>, Error> {
+        self.0.rule_outcomes(message_ids).await
     }
 
     /// Every signature of this manifest that a key was asked for, or that was found to be there, newest first; the newest

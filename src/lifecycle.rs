@@ -82,6 +82,17 @@ impl Lifecycle {
         self.reload.subscribe()
     }
 
+    /// What `work` gives, or None if a signal to stop comes first: starting may wait for a peer that does not answer.
+    pub async fn unless_stopped<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+        let signals = &mut self.signals;
+        // A reload that is asked for while the configuration is first put into force has nothing to do.
+        let mut stop = signals.filter(|signal| std::future::ready(*signal == Signal::Stop));
+        tokio::select! {
+            done = work => Some(done),
+            Some(_) = stop.next() => None,
+        }
+    }
+
     /// Runs `task` until it is done, which it may be, without an error, once draining has begun. One that returns earlier,
     /// returns an error at any time, or panics, drains the process and makes it exit with 1.
     pub fn spawn<F, T>(&self, name: &'static str, task: F)
@@ -221,6 +232,15 @@ mod tests {
         signals.unbounded_send(Signal::Stop).unwrap();
         assert!(is_success(lifecycle.run().await));
         assert!(!abort.is_cancelled());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_that_waits_for_ever_can_be_stopped_and_one_that_ends_goes_on() {
+        let (signals, mut lifecycle) = lifecycle();
+        signals.unbounded_send(Signal::Reload).unwrap();
+        assert_eq!(lifecycle.unless_stopped(sleep(GRACE)).await, Some(()));
+        signals.unbounded_send(Signal::Stop).unwrap();
+        assert_eq!(lifecycle.unless_stopped(pending::<()>()).await, None);
     }
 
     #[tokio::test(start_paused = true)]

@@ -12,7 +12,7 @@ use countersign::{
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(workers()).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("error: cannot start: {error}");
@@ -24,6 +24,12 @@ fn main() -> ExitCode {
     // What still blocks a thread has no say in when we end.
     runtime.shutdown_background();
     result.unwrap_or_else(|error| report(&error, output))
+}
+
+/// Nearly all that the runtime does is wait for others, so it gets half of the processors. On all of them its threads spend
+/// more on waking each other than they gain; and the queue, the ledger and the registry beside want some too.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, |processors| processors.get().div_ceil(2))
 }
 
 async fn start(cli: Cli) -> anyhow::Result<ExitCode> {

@@ -106,13 +106,33 @@ impl Pipeline {
 
     /// Handles deliveries, one after the other, until the queue is closed. Dropped, it gives back what is in hand.
     ///
+    /// While one is put on record and settled, the next is looked at already.
+    ///
     /// # Errors
     /// When this process can do no more work: it should end, and be started again.
     pub async fn work(&self, queue: &dyn Queue) -> Result<(), Fatal> {
+        let mut handled: Option<Handled> = None;
+        loop {
+            let settled = async {
+                match handled {
+                    Some(handled) => self.settle(handled).await,
+                    None => Ok(()),
+                }
+            };
+            let ((), next) = tokio::try_join!(settled, self.next(queue))?;
+            if next.is_none() {
+                return Ok(());
+            }
+            handled = next;
+        }
+    }
+
+    /// The next delivery, and what came of it; None when the queue is closed.
+    async fn next(&self, queue: &dyn Queue) -> Result<Option<Handled>, Fatal> {
         loop {
             match queue.pull().await {
-                Ok(Some(delivery)) => self.handle(delivery).await?,
-                Ok(None) => return Ok(()),
+                Ok(Some(delivery)) => return Ok(Some(self.handle(delivery).await)),
+                Ok(None) => return Ok(None),
                 Err(error @ queue::Error::Died) => return Err(Fatal::Queue(error)),
                 Err(error) => {
                     warn!(error = &error as &dyn std::error::Error, "the queue gives no deliveries, asking again in a second");
@@ -122,7 +142,7 @@ impl Pipeline {
         }
     }
 
-    async fn handle(&self, delivery: Delivery) -> Result<(), Fatal> {
+    async fn handle(&self, delivery: Delivery) -> Handled {
         let began = Instant::now();
         let span = tracing::info_span!(
             "pipeline.event",
@@ -131,33 +151,27 @@ impl Pipeline {
             image.repository = tracing::field::Empty,
             image.tag = tracing::field::Empty,
             image.digest = tracing::field::Empty,
+            replay.of = delivery.message().replay_of,
         );
-        let settled = async {
-            let message = delivery.message();
-            let event = if message.content_type == event::CONTENT_TYPE {
-                PushEvent::from_cloud_event(&message.body).map_err(Error::from)
-            } else {
-                Err(Error::Quarantined)
-            };
-            let (event, report) = match event {
-                Ok(event) => {
-                    let span = tracing::Span::current();
-                    span.record("image.repository", tracing::field::display(&event.repository));
-                    span.record("image.digest", tracing::field::display(&event.digest));
-                    if let Some(tag) = &event.tag {
-                        span.record("image.tag", tracing::field::display(tag));
-                    }
-                    let report = self.carry_out(&event, Trigger::Automatic, &message.id).await;
-                    (Some(event), report)
+        let message = delivery.message();
+        let event = if message.content_type == event::CONTENT_TYPE {
+            PushEvent::from_cloud_event(&message.body).map_err(Error::from)
+        } else {
+            Err(Error::Quarantined)
+        };
+        let (event, report) = match event {
+            Ok(event) => {
+                span.record("image.repository", tracing::field::display(&event.repository));
+                span.record("image.digest", tracing::field::display(&event.digest));
+                if let Some(tag) = &event.tag {
+                    span.record("image.tag", tracing::field::display(tag));
                 }
-                Err(error) => (None, Report::failed(error)),
-            };
-            self.settle(delivery, event, report).await
-        }
-        .instrument(span)
-        .await;
-        self.metrics.event_handled(began.elapsed());
-        settled
+                let report = self.carry_out(&event, Trigger::Automatic, &message.id).instrument(span.clone()).await;
+                (Some(event), report)
+            }
+            Err(error) => (None, Report::failed(error)),
+        };
+        Handled { delivery, event, report, began, span }
     }
 
     /// Signs what an administrator names, whether the rules that want it are manual or automatic, and records it.
@@ -272,7 +286,14 @@ impl Pipeline {
     }
 
     /// Records what became of the event, then tells the queue.
-    async fn settle(&self, delivery: Delivery, event: Option<PushEvent>, report: Report) -> Result<(), Fatal> {
+    async fn settle(&self, handled: Handled) -> Result<(), Fatal> {
+        let Handled { delivery, event, report, began, span } = handled;
+        let settled = self.record(delivery, event, report).instrument(span).await;
+        self.metrics.event_handled(began.elapsed());
+        settled
+    }
+
+    async fn record(&self, delivery: Delivery, event: Option<PushEvent>, report: Report) -> Result<(), Fatal> {
         let detail = report.detail();
         let settlement = match report.verdict() {
             None => Settlement::Done,
@@ -354,7 +375,8 @@ impl Pipeline {
         let written = signatures.iter().filter(|signature| signature.state == SignatureState::Written).count();
         match outcome {
             Outcome::Signed => {
-                if let Some(event) = event {
+                // How long ago the past was says nothing of how fast we are.
+                if let Some(event) = event.filter(|_| delivery.message().replay_of.is_none()) {
                     let since = self.clock.now().duration_since(event.received_at);
                     self.metrics.pushed_to_signed(Duration::try_from(since).unwrap_or_default());
                 }
@@ -371,6 +393,16 @@ impl Pipeline {
             ),
         }
     }
+}
+
+/// A delivery that has been through all stages but the last.
+struct Handled {
+    delivery: Delivery,
+    /// None if it is no event.
+    event: Option<PushEvent>,
+    report: Report,
+    began: Instant,
+    span: tracing::Span,
 }
 
 enum Settlement {

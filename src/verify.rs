@@ -15,7 +15,7 @@ use crate::{
     kms::{Algorithm, KeySpec, PublicKey},
     oci::{Digest, Reference},
     signature::cosign::{Layer, Statement},
-    witness::{Standing, TrustedKeys},
+    witness::{Signed, Standing, TrustedKeys, Witness},
 };
 
 pub use image::{Examination, Examined, Judgement, examine};
@@ -36,7 +36,7 @@ pub struct Wanted {
     pub reference: Reference,
 }
 
-/// A signature that stands: by whom, over what. Only [`signature`] makes it.
+/// A signature that stands: by whom, over what. Only [`signature`] and [`fresh`] make it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Verified {
     witness: String,
@@ -160,6 +160,29 @@ pub fn signature(
     now: Timestamp,
 ) -> Result<Verified, Rejection> {
     let signer = signer(layer, trusts, now).ok_or(Rejection::UnknownKey)?;
+    judge(signer, layer, payload, wanted)
+}
+
+/// The same for a signature that `witness` has just made: it was verified then, and is not again.
+pub fn fresh(
+    layer: &Layer,
+    payload: &Bytes,
+    wanted: &Wanted,
+    witness: &Witness,
+    signed: &Signed,
+    now: Timestamp,
+) -> Result<Verified, Rejection> {
+    let key = witness.public_key();
+    let hash = layer.payload_sha256().ok_or(Rejection::UnknownKey)?;
+    let standing = witness.trusted_keys().standing(key, now).ok_or(Rejection::UnknownKey)?;
+    if !signed.is(cosign_algorithm(key.spec()), &hash, layer.signature()) {
+        return Err(Rejection::UnknownKey);
+    }
+    judge(Signer { witness: witness.name(), key, standing }, layer, Some(payload), wanted)
+}
+
+/// Whether what the signer said is what was asked for, and the signer may still say it.
+fn judge(signer: Signer<'_>, layer: &Layer, payload: Option<&Bytes>, wanted: &Wanted) -> Result<Verified, Rejection> {
     let payload = payload.filter(|payload| layer.payload().matches(payload)).ok_or(Rejection::NoPayload)?;
     let statement = Statement::read(payload).map_err(Rejection::Malformed)?;
     if statement.digest != wanted.digest {
@@ -299,6 +322,39 @@ mod tests {
         assert_eq!(name(&keys("rsa2048", past, None)).unwrap_err(), "expired");
         assert_eq!(name(&keys("rsa2048", None, past)).unwrap_err(), "revoked");
         assert!(name(&keys("rsa2048", None, future)).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_fresh_signature_stands_for_what_was_signed_and_for_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("key.pem");
+        crate::kms::generate(KeySpec::EcP256, &file).unwrap();
+        let settings = WitnessSettings {
+            name: "release".into(),
+            description: String::new(),
+            key: format!("file://{}", file.display()).parse().unwrap(),
+            verify: vec![],
+            rate: None,
+            pin: None,
+        };
+        let witness = Witness::open(&settings, crate::clock::Clock::system()).await.unwrap();
+        let image = vector("image", "manifest.json");
+        let subject = crate::subject::Subject::in_test(REFERENCE, &image);
+        let prepared = crate::signature::cosign::Prepared::new(&subject, &REFERENCE.parse().unwrap());
+        let payload = prepared.payload().clone();
+        let wanted = Wanted { digest: IMAGE.parse().unwrap(), reference: REFERENCE.parse().unwrap() };
+        let signed = witness.sign(Algorithm::EcdsaSha256, prepared.payload_sha256()).await.unwrap();
+        let other = witness.sign(Algorithm::EcdsaSha256, &[7; 32]).await.unwrap();
+        let layer = prepared.assemble(signed.raw());
+        let judge = |layer: &Layer, payload: &Bytes, wanted: &Wanted, signed: &Signed| {
+            fresh(layer, payload, wanted, &witness, signed, Timestamp::UNIX_EPOCH).map(|verified| verified.reference().to_owned())
+        };
+        assert_eq!(judge(&layer, &payload, &wanted, &signed), Ok(REFERENCE.to_owned()));
+        assert_eq!(judge(&layer, &payload, &wanted, &other), Err(Rejection::UnknownKey));
+        assert_eq!(judge(&prepared.assemble(other.raw()), &payload, &wanted, &signed), Err(Rejection::UnknownKey));
+        assert_eq!(judge(&layer, &Bytes::from_static(b"{}"), &wanted, &signed), Err(Rejection::NoPayload));
+        let elsewhere = Wanted { digest: Digest::of(b"elsewhere"), ..wanted.clone() };
+        assert!(matches!(judge(&layer, &payload, &elsewhere, &signed), Err(Rejection::OtherDigest(_))));
     }
 
     #[test]

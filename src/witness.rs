@@ -137,6 +137,27 @@ pub struct Witness {
     observer: Observer,
 }
 
+/// A signature that a witness's key made, verified against its public key. Only [`Witness::sign`] makes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signed {
+    raw: RawSignature,
+    algorithm: Algorithm,
+    digest: [u8; 32],
+}
+
+impl Signed {
+    #[must_use]
+    pub fn raw(&self) -> &RawSignature {
+        &self.raw
+    }
+
+    /// Whether these bytes are the signature, over this SHA-256 and by this algorithm.
+    #[must_use]
+    pub fn is(&self, algorithm: Algorithm, digest: &[u8; 32], raw: &[u8]) -> bool {
+        self.algorithm == algorithm && self.digest == *digest && self.raw.as_ref() == raw
+    }
+}
+
 /// Told of every signature that a key was asked for: how long the witness's pace kept it waiting before, how it ended (`ok`,
 /// or a word for the error), and how long the key took.
 #[derive(Clone)]
@@ -222,7 +243,7 @@ impl Witness {
     ///
     /// Waits its turn first if the witness has a rate, or if the KMS has throttled it lately. Dropping the future gives the
     /// turn up. An answer that cannot be right is asked for once more; all else goes to the caller at once, as its verdict says.
-    pub async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, kms::Error> {
+    pub async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<Signed, kms::Error> {
         let span = tracing::info_span!("kms.sign", witness = %self.name, %algorithm);
         async {
             self.check_fitness(algorithm)?;
@@ -261,7 +282,7 @@ impl Witness {
         }
     }
 
-    async fn sign_once(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, kms::Error> {
+    async fn sign_once(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<Signed, kms::Error> {
         let came = Instant::now();
         let turn = self.pace.turn().await;
         let asked = Instant::now();
@@ -281,13 +302,13 @@ impl Witness {
         signed
     }
 
-    fn checked(&self, algorithm: Algorithm, digest: &[u8; 32], signature: RawSignature) -> Result<RawSignature, kms::Error> {
-        self.public_key().verify(algorithm, digest, signature.as_ref()).map_err(|_| kms::Error::BadSignature {
+    fn checked(&self, algorithm: Algorithm, digest: &[u8; 32], raw: RawSignature) -> Result<Signed, kms::Error> {
+        self.public_key().verify(algorithm, digest, raw.as_ref()).map_err(|_| kms::Error::BadSignature {
             key: Arc::new(self.key_uri().clone()),
             algorithm,
             fingerprint: self.public_key().fingerprint().to_owned(),
         })?;
-        Ok(signature)
+        Ok(Signed { raw, algorithm, digest: *digest })
     }
 }
 

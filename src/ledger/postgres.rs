@@ -11,7 +11,7 @@ mod schema;
 mod tls;
 mod write;
 
-use std::{fmt, io, sync::Arc, thread, time::Duration};
+use std::{collections::HashMap, fmt, io, sync::Arc, thread, time::Duration};
 
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
@@ -19,7 +19,7 @@ use tokio_postgres::config::Host;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use self::{failure::Failure, link::Link};
-use super::{Backend, Error, EventRecord, SignatureRecord, StoryQuery, Sums, Work};
+use super::{Backend, Error, EventRecord, RuleOutcome, SignatureRecord, StoryQuery, Sums, Work};
 use crate::{
     clock::Clock,
     oci::{Digest, RegistryName, Repository},
@@ -144,6 +144,10 @@ impl Backend for Store {
 
     async fn story(&self, query: StoryQuery) -> Result<Vec<EventRecord>, Error> {
         self.ask(|reply| read::Question::Story(query, reply)).await
+    }
+
+    async fn rule_outcomes(&self, message_ids: Vec<String>) -> Result<HashMap<String, Vec<RuleOutcome>>, Error> {
+        self.ask(|reply| read::Question::Rules(message_ids, reply)).await
     }
 
     async fn signatures(

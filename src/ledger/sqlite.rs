@@ -7,6 +7,7 @@ mod rows;
 mod write;
 
 use std::{
+    collections::HashMap,
     fmt,
     fs::OpenOptions,
     io,
@@ -21,7 +22,7 @@ use async_trait::async_trait;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
 use tokio::sync::oneshot;
 
-use super::{Backend, Error, EventRecord, SignatureRecord, StoryQuery, Sums, Work};
+use super::{Backend, Error, EventRecord, RuleOutcome, SignatureRecord, StoryQuery, Sums, Work};
 use crate::{
     clock::Clock,
     oci::{Digest, RegistryName, Repository},
@@ -182,6 +183,10 @@ impl Backend for Store {
 
     async fn story(&self, query: StoryQuery) -> Result<Vec<EventRecord>, Error> {
         self.read(move |connection| read::story(connection, &query)).await
+    }
+
+    async fn rule_outcomes(&self, message_ids: Vec<String>) -> Result<HashMap<String, Vec<RuleOutcome>>, Error> {
+        self.read(move |connection| read::rule_outcomes(connection, message_ids)).await
     }
 
     async fn signatures(

@@ -25,7 +25,7 @@ use crate::{
     },
     registry::{self, Address, Registry},
     signature::cosign::{self, EMPTY_CONFIG, Layer, SignatureManifest, extend_config},
-    verify::{self, Trust, Verified},
+    verify::{self, Verified},
 };
 
 /// Writes that did not hold, before the event goes back to the queue.
@@ -121,13 +121,16 @@ impl Desk<'_> {
             return Ok(());
         }
 
-        self.ledger.intend(missing.iter().map(|(_, wanted)| self.intent(target, wanted)).collect()).await?;
-        let (signed, ()) = tokio::join!(join_all(missing.iter().map(|(_, wanted)| self.sign(target, wanted))), async {
+        let sign = async {
+            self.ledger.intend(missing.iter().map(|(_, wanted)| self.intent(target, wanted)).collect()).await?;
+            Ok::<_, Error>(join_all(missing.iter().map(|(_, wanted)| self.sign(target, wanted))).await)
+        };
+        let (signed, ()) = tokio::join!(sign, async {
             // Failing here is found out below, where the blobs are needed.
             drop(self.upload(target, &missing).await);
         });
         let mut ready = vec![];
-        for ((index, _), result) in missing.iter().zip(signed) {
+        for ((index, _), result) in missing.iter().zip(signed?) {
             match result {
                 Ok(verified) => ready.push((*index, verified)),
                 Err(error) => answers[*index] = Some(Written::Failed(error)),
@@ -249,11 +252,10 @@ impl Desk<'_> {
 
     async fn sign(&self, target: &Target, wanted: &Wanted) -> Result<Verified, Error> {
         let prepared = &wanted.prepared;
-        let raw = wanted.witness.sign(wanted.algorithm, prepared.payload_sha256()).await?;
+        let signed = wanted.witness.sign(wanted.algorithm, prepared.payload_sha256()).await?;
         let asked = verify::Wanted { digest: target.subject.digest().clone(), reference: prepared.reference().clone() };
-        let own = Trust { witness: wanted.witness.name(), keys: wanted.witness.trusted_keys() };
-        let layer = prepared.assemble(&raw);
-        verify::signature(&layer, Some(prepared.payload()), &asked, &[own], self.clock.now()).map_err(Error::Unverified)
+        let layer = prepared.assemble(signed.raw());
+        verify::fresh(&layer, prepared.payload(), &asked, &wanted.witness, &signed, self.clock.now()).map_err(Error::Unverified)
     }
 
     fn intent(&self, target: &Target, wanted: &Wanted) -> Intent {

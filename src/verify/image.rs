@@ -1,5 +1,8 @@
 //! All signatures of an image in its registry, each judged.
 
+use std::collections::HashMap;
+
+use bytes::Bytes;
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -82,11 +85,16 @@ pub async fn examine(
         }
     };
     let wanted = Wanted { digest, reference: reference.clone() };
+    let mut fetched: HashMap<&Digest, Option<Bytes>> = HashMap::new();
     for layer in manifest.layers() {
-        // The payload of a signature that nobody trusted made is not worth a request.
-        let payload = match super::signer(layer, trusts, now) {
-            Some(_) => registry.blob(repository, layer.payload(), MAX_PAYLOAD).await?,
-            None => None,
+        // The payload of a signature that nobody trusted made is not worth a request, and any other is worth one.
+        let payload = match fetched.get(layer.payload()) {
+            Some(payload) => payload.clone(),
+            None if super::signer(layer, trusts, now).is_none() => None,
+            None => {
+                let payload = registry.blob(repository, layer.payload(), MAX_PAYLOAD).await?;
+                fetched.entry(layer.payload()).or_insert(payload).clone()
+            }
         };
         let verdict = match signature(layer, payload.as_ref(), &wanted, trusts, now) {
             Ok(verified) => Judgement::Verified(verified),

@@ -84,7 +84,7 @@ async fn a_witness_signs_with_its_key_and_says_who_it_is() {
     assert_eq!((witness.name(), witness.description()), ("release", "Signs it all"));
     assert_eq!((witness.key_uri(), witness.public_key()), (&uri, &public_key));
     let signature = witness.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
-    assert_eq!(public_key.verify(Algorithm::EcdsaSha256, &DIGEST, signature.as_ref()), Ok(()));
+    assert_eq!(public_key.verify(Algorithm::EcdsaSha256, &DIGEST, signature.raw().as_ref()), Ok(()));
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! What is asked of the ledger.
 
-use std::str::FromStr;
+use std::{collections::HashMap, str::FromStr};
 
 use tokio::{
     sync::{mpsc, oneshot},
@@ -8,10 +8,10 @@ use tokio::{
 };
 use tokio_postgres::Row;
 
-use super::{Failure, Link, link::Session};
+use super::{Failure, Link, link::Session, write::text_column};
 use crate::{
     ledger::{
-        Asked, Error, EventFacts, EventRecord, MOST_SIGNATURES, SignatureRecord, StoryQuery, Sums,
+        Asked, Error, EventFacts, EventRecord, MOST_SIGNATURES, RuleOutcome, SignatureRecord, StoryQuery, Sums,
         columns::{
             digest_column, read_digest, read_outcome, read_reference, read_repository, read_rules, read_state, repository_word,
         },
@@ -27,10 +27,13 @@ type Manifest = (RegistryName, Repository, Digest);
 pub(super) enum Question {
     Sums(Reply<Sums>),
     Story(StoryQuery, Reply<Vec<EventRecord>>),
+    Rules(Vec<String>, Reply<HashMap<String, Vec<RuleOutcome>>>),
     Signatures(Manifest, Reply<Vec<SignatureRecord>>),
 }
 
 const SUMS: &str = "SELECT outcome, reason, sum(events)::bigint FROM countersign.tally GROUP BY outcome, reason";
+
+const RULES: &str = "SELECT message, rules FROM countersign.event WHERE message = ANY($1)";
 
 const SIGNATURES: &str = "
     SELECT message, rule, witness, format, reference, payload, key, algorithm, asked, asked_first_at, asked_last_at,
@@ -50,31 +53,34 @@ fn story_sql(condition: &str) -> String {
     )
 }
 
-pub(super) fn statements() -> [String; 5] {
+pub(super) fn statements() -> [String; 6] {
     let whole = story_sql("true");
     let by_tag = story_sql("tag = $3");
     let by_digest = story_sql("($3::text IS NULL OR tag = $3) AND digest = $4");
-    [SUMS.to_owned(), SIGNATURES.to_owned(), whole, by_tag, by_digest]
+    [SUMS.to_owned(), SIGNATURES.to_owned(), whole, by_tag, by_digest, RULES.to_owned()]
 }
 
 /// Until the last [`super::Store`] is dropped.
-pub(super) async fn run(mut link: Link<5>, mut questions: mpsc::UnboundedReceiver<Question>) {
+pub(super) async fn run(mut link: Link<6>, mut questions: mpsc::UnboundedReceiver<Question>) {
     while let Some(question) = questions.recv().await {
         // Whoever asked may have gone.
         match question {
             Question::Sums(reply) => drop(reply.send(answer(&mut link, sums).await)),
             Question::Story(query, reply) => {
-                drop(reply.send(answer(&mut link, async |session: &Session<5>| story(session, &query).await).await));
+                drop(reply.send(answer(&mut link, async |session: &Session<6>| story(session, &query).await).await));
+            }
+            Question::Rules(messages, reply) => {
+                drop(reply.send(answer(&mut link, async |session: &Session<6>| rules(session, &messages).await).await));
             }
             Question::Signatures(manifest, reply) => {
-                drop(reply.send(answer(&mut link, async |session: &Session<5>| signatures(session, &manifest).await).await));
+                drop(reply.send(answer(&mut link, async |session: &Session<6>| signatures(session, &manifest).await).await));
             }
         }
     }
 }
 
 /// Asks, and once more over a new connection if this one is gone.
-async fn answer<T>(link: &mut Link<5>, mut ask: impl AsyncFnMut(&Session<5>) -> Result<T, Failure>) -> Result<T, Error> {
+async fn answer<T>(link: &mut Link<6>, mut ask: impl AsyncFnMut(&Session<6>) -> Result<T, Failure>) -> Result<T, Error> {
     let mut again = true;
     loop {
         let patience = link.patience();
@@ -92,7 +98,7 @@ async fn answer<T>(link: &mut Link<5>, mut ask: impl AsyncFnMut(&Session<5>) -> 
     }
 }
 
-async fn sums(session: &Session<5>) -> Result<Sums, Failure> {
+async fn sums(session: &Session<6>) -> Result<Sums, Failure> {
     let mut sums = Sums::default();
     for row in session.client.query(&session.statements[0], &[]).await? {
         let (outcome, reason): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
@@ -104,11 +110,11 @@ async fn sums(session: &Session<5>) -> Result<Sums, Failure> {
     Ok(sums)
 }
 
-async fn story(session: &Session<5>, query: &StoryQuery) -> Result<Vec<EventRecord>, Failure> {
+async fn story(session: &Session<6>, query: &StoryQuery) -> Result<Vec<EventRecord>, Failure> {
     let repository = repository_word(&query.registry, &query.repository);
     let tag = query.tag.as_ref().map(Tag::as_str);
     let limit = i64::from(query.limit);
-    let [_, _, whole, by_tag, by_digest] = &session.statements;
+    let [_, _, whole, by_tag, by_digest, _] = &session.statements;
     let rows = match (&query.digest, tag) {
         (Some(digest), _) => session.client.query(by_digest, &[&repository, &limit, &tag, &digest_column(digest)]).await?,
         (None, Some(_)) => session.client.query(by_tag, &[&repository, &limit, &tag]).await?,
@@ -148,7 +154,18 @@ pub(super) fn outcome(row: &Row) -> Result<Outcome, Failure> {
     read_outcome(row.try_get("outcome")?, row.try_get("reason")?).ok_or(Failure::Damaged("outcome"))
 }
 
-async fn signatures(session: &Session<5>, (registry, repository, digest): &Manifest) -> Result<Vec<SignatureRecord>, Failure> {
+async fn rules(session: &Session<6>, messages: &[String]) -> Result<HashMap<String, Vec<RuleOutcome>>, Failure> {
+    // By the id as it was asked for, which is the column's but for characters that PostgreSQL does not hold.
+    let columns: HashMap<_, _> = messages.iter().map(|message| (text_column(message), message)).collect();
+    let rows = session.client.query(&session.statements[5], &[&columns.keys().collect::<Vec<_>>()]).await?;
+    let rules = |row: &Row| {
+        let message = columns.get(row.try_get::<_, &str>("message")?).ok_or(Failure::Damaged("message"))?;
+        Ok(((*message).clone(), read_rules(row.try_get("rules")?).ok_or(Failure::Damaged("rules"))?))
+    };
+    rows.iter().map(rules).collect()
+}
+
+async fn signatures(session: &Session<6>, (registry, repository, digest): &Manifest) -> Result<Vec<SignatureRecord>, Failure> {
     let limit = i64::from(MOST_SIGNATURES);
     let word = repository_word(registry, repository);
     let rows = session.client.query(&session.statements[1], &[&digest_column(digest), &word, &limit]).await?;

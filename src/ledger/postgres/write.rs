@@ -15,6 +15,7 @@ use tokio::{
 };
 
 use self::page::Page;
+pub(super) use self::page::text_column;
 use super::{Failure, Link, failure::Meaning, link::Session};
 use crate::{
     clock::Clock,

@@ -1,11 +1,13 @@
 //! What is asked of the ledger.
 
-use rusqlite::{Connection, Row, named_params};
+use std::collections::HashMap;
+
+use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
 use super::rows::{DigestColumn, TimeColumn, damaged, outcome, parsed};
 use crate::{
     ledger::{
-        Asked, EventFacts, EventRecord, MOST_SIGNATURES, SignatureRecord, StoryQuery, Sums,
+        Asked, EventFacts, EventRecord, MOST_SIGNATURES, RuleOutcome, SignatureRecord, StoryQuery, Sums,
         columns::{read_reference, read_repository, read_rules, read_state, repository_word},
     },
     oci::{Digest, RegistryName, Repository},
@@ -30,6 +32,24 @@ pub(super) fn story(connection: &Connection, query: &StoryQuery) -> rusqlite::Re
     let digest = query.digest.clone().map(DigestColumn);
     let parameters = named_params! { ":repository": repository, ":tag": tag, ":digest": digest, ":limit": query.limit };
     events.query_map(parameters, event)?.collect()
+}
+
+pub(super) fn rule_outcomes(
+    connection: &Connection,
+    message_ids: Vec<String>,
+) -> rusqlite::Result<HashMap<String, Vec<RuleOutcome>>> {
+    let mut rules = connection.prepare_cached("SELECT rules FROM event WHERE message = ?1")?;
+    let mut outcomes = HashMap::new();
+    for id in message_ids {
+        let recorded = rules.query_row([&id], |row| {
+            let rules: Option<String> = row.get("rules")?;
+            read_rules(rules.as_deref()).ok_or_else(|| damaged(row, "rules"))
+        });
+        if let Some(recorded) = recorded.optional()? {
+            outcomes.insert(id, recorded);
+        }
+    }
+    Ok(outcomes)
 }
 
 /// An index answers each of the questions. Which, is not left to the planner: it cannot know that a digest tells more

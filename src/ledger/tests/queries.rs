@@ -6,6 +6,7 @@ use super::*;
 
 on_each_backend!(
     a_story_is_told_by_tag_by_digest_by_both_and_of_the_whole_repository_newest_first,
+    what_rules_made_of_messages_is_told_of_those_that_are_on_record,
     long_digests_and_references_to_elsewhere_are_told_unchanged,
 );
 
@@ -45,6 +46,20 @@ async fn a_story_is_told_by_tag_by_digest_by_both_and_of_the_whole_repository_ne
     assert_eq!(told(None, None, 2).await, [4, 3]);
     assert_eq!(told(None, Some("a"), 1).await, [3]);
     assert_eq!(told(Some("v2"), None, 10).await, [] as [u32; 0]);
+}
+
+async fn what_rules_made_of_messages_is_told_of_those_that_are_on_record(place: &Place) {
+    let ledger = place.system();
+    let rules = vec![
+        RuleOutcome { rule: "one".into(), outcome: Outcome::Dead, detail: Some("denied".into()) },
+        RuleOutcome { rule: "two".into(), outcome: Outcome::Skipped(Skip::Disabled), detail: None },
+    ];
+    ledger.conclude(Conclusion { rules: rules.clone(), ..conclusion(1, Outcome::Dead) }).await.unwrap();
+    ledger.conclude(Conclusion { rules: vec![], ..conclusion(2, Outcome::Dead) }).await.unwrap();
+    let id = |n| conclusion(n, Outcome::Dead).event.message_id;
+    let told = ledger.rule_outcomes(vec![id(1), id(2), id(3)]).await.unwrap();
+    assert_eq!(told, [(id(1), rules), (id(2), vec![])].into());
+    assert!(ledger.rule_outcomes(vec![]).await.unwrap().is_empty());
 }
 
 async fn long_digests_and_references_to_elsewhere_are_told_unchanged(place: &Place) {

@@ -377,7 +377,7 @@ fn states<'a>(states: impl Iterator<Item = &'a SignatureState>) -> (Vec<&'static
 }
 
 /// PostgreSQL's texts hold every character but NUL, which is written as the sign for it.
-pub(super) fn text_column(text: &str) -> Cow<'_, str> {
+pub(in crate::ledger::postgres) fn text_column(text: &str) -> Cow<'_, str> {
     if text.contains('\0') { Cow::Owned(text.replace('\0', "\u{2400}")) } else { Cow::Borrowed(text) }
 }
 
