@@ -144,6 +144,24 @@ hadolint() {
     wrap hadolint '"$here/hadolint/bin/hadolint"'
 }
 
+containers() {
+    say containers "a place of its own for images"
+    debian_packages buildah debootstrap podman runc
+    mkdir -p "$tools/containers"
+    # Limits that any machine allows, and the runtime that Debian tests with.
+    cat > "$tools/containers/containers.conf" << END
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+[engine]
+runtime = "runc"
+END
+    local program
+    for program in buildah podman; do
+        wrap $program 'env CONTAINERS_CONF="$(realpath "$here")/containers/containers.conf"' $program \
+            '--root "$(realpath "$here")/containers/images" --runroot "$(realpath "$here")/containers/run" --storage-driver overlay'
+    done
+}
+
 cargo_deny() { build cargo-deny $CARGO_DENY; }
 
 cargo_fuzz() { build cargo-fuzz $CARGO_FUZZ; }
@@ -166,6 +184,7 @@ version_of() {
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography; print("ministack", version("ministack"))' ;;
+        containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
         cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
     esac 2> /dev/null | tail -n 1
 }
@@ -179,10 +198,10 @@ for tool in "${wanted[@]}"; do
     case $tool:$version in
         *:) ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | skopeo:* | hadolint:*) continue ;;
+        docker-registry:* | cosign?:* | skopeo:* | hadolint:* | containers:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | hadolint | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"
