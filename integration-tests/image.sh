@@ -41,7 +41,7 @@ base() {
     cp -a "$toolchain/bin" "$toolchain/lib" "$root/usr/local/"
     # Whom this machine trusts, so that cargo in there reaches what it reaches here.
     cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
-    tar -C "$root" -c . | .tools/bin/podman import --quiet - "$name" > /dev/null
+    tar -C "$root" -c . | .tools/bin/podman import --quiet --change ENV=CARGO_HOME=/usr/local/cargo - "$name" > /dev/null
 }
 
 run_tests() {
