@@ -90,12 +90,12 @@ fn whatever_is_mounted_is_there_and_belongs_to_who_reads_it() -> Result<()> {
         assert_eq!(compose["secrets"][name]["file"], format!("./secrets/{name}"));
         assert!(secrets.path(name).is_file(), "make-secrets.sh makes no {name}");
     }
-    let made: BTreeSet<String> = fs::read_dir(secrets.folder())?
+    let written: BTreeSet<String> = fs::read_dir(secrets.folder())?
         .map(|file| Ok(file?.file_name().to_string_lossy().into_owned()))
         .collect::<Result<_>>()?;
-    assert_eq!(made.iter().map(String::as_str).collect::<BTreeSet<_>>(), declared, "made, and declared");
+    assert_eq!(written.iter().map(String::as_str).collect::<BTreeSet<_>>(), declared, "made, and declared");
 
-    let (mut used, mut volumes) = (BTreeSet::new(), BTreeSet::new());
+    let (mut handed_out, mut volumes) = (BTreeSet::new(), BTreeSet::new());
     for (name, service) in services(&compose)? {
         let user = match service["user"].as_str() {
             Some(user) => user.split(':').next().unwrap_or(user).parse()?,
@@ -111,7 +111,7 @@ fn whatever_is_mounted_is_there_and_belongs_to_who_reads_it() -> Result<()> {
                 if for_all { mode == 0o444 } else { mode == 0o400 && owner == user },
                 "{name}: {secret} is {owner}'s, {mode:o}"
             );
-            used.insert(secret);
+            handed_out.insert(secret);
         }
         for config in service["configs"].as_array().into_iter().flatten() {
             let file = compose["configs"][config["source"].as_str().context("no source")?]["file"].as_str().context("no file")?;
@@ -123,7 +123,7 @@ fn whatever_is_mounted_is_there_and_belongs_to_who_reads_it() -> Result<()> {
             volumes.insert(volume.to_owned());
         }
     }
-    assert_eq!(used.iter().map(String::as_str).collect::<BTreeSet<_>>(), declared, "used, and declared");
+    assert_eq!(handed_out.iter().map(String::as_str).collect::<BTreeSet<_>>(), declared, "used, and declared");
     assert_eq!(volumes.len(), compose["volumes"].as_object().context("no volumes")?.len());
     Ok(())
 }

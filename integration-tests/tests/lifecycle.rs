@@ -256,7 +256,7 @@ async fn health_is_what_the_daemon_says_of_itself_whatever_became_of_its_file() 
     let unready = async || Ok((house.run(&["health", "--ready"]).await?.code == Some(1)).then_some(()));
     eventually("it is not ready without its registry", LIMIT, unready).await?;
     let said = house.run(&["health", "--ready", "--output", "json"]).await?.expect_code(1)?.json()?;
-    assert!(said["status"] == 503 && said["answer"]["checks"].to_string().contains(&house.registry.host()), "{said}");
+    assert!(said["status"] == 503 && said["body"]["checks"].to_string().contains(&house.registry.host()), "{said}");
     house.run(&["health"]).await?.expect_code(0)?;
 
     house.daemon.terminate(LIMIT).await?;

@@ -21,8 +21,8 @@ struct Answer {
     url: String,
     /// The HTTP status of the answer.
     status: u16,
-    /// The probe's own words; null if they are none of ours.
-    answer: Value,
+    /// Its body; null if that is none of ours.
+    body: Value,
 }
 
 /// `config` is the file that the daemon runs with; only its listener is read.
@@ -55,21 +55,16 @@ async fn ask(door: Door, probe: &str) -> anyhow::Result<Answer> {
         anyhow::ensure!(body.len() + chunk.len() <= LARGEST_ANSWER, "{url} answers without end; is it countersign?");
         body.extend_from_slice(&chunk);
     }
-    Ok(Answer {
-        ok: status.is_success(),
-        url,
-        status: status.as_u16(),
-        answer: serde_json::from_slice(&body).unwrap_or_default(),
-    })
+    Ok(Answer { ok: status.is_success(), url, status: status.as_u16(), body: serde_json::from_slice(&body).unwrap_or_default() })
 }
 
 fn render(answer: &Answer) -> String {
-    let said = ["status", "detail"].iter().find_map(|member| answer.answer.get(member)?.as_str());
+    let said = ["status", "detail"].iter().find_map(|member| answer.body.get(member)?.as_str());
     let mut text = match said {
         Some(said) => said.to_owned(),
         None => format!("{} answered {}", answer.url, answer.status),
     };
-    for check in answer.answer.get("checks").and_then(Value::as_array).into_iter().flatten() {
+    for check in answer.body.get("checks").and_then(Value::as_array).into_iter().flatten() {
         let text_of = |member| check.get(member).and_then(Value::as_str).unwrap_or_default();
         if check.get("ok") == Some(&Value::Bool(false)) {
             text.push_str(&format!("\n  {}: {}", text_of("name"), text_of("reason")));

@@ -5,7 +5,7 @@ use std::{
 
 use toml::de::{DeTable, DeValue};
 
-use super::{Problems, outside::Outside, problem::Severity, problem::Source, report::Report, server, syntax};
+use super::{Problems, Severity, outside::Outside, problem::Source, report::Report, server, syntax};
 
 /// Where a daemon that runs with a file answers its neighbours on this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,11 +35,11 @@ impl Door {
         let of_server = |key: &str| server.and_then(|server: &DeTable<'_>| server.get(key));
         let tls = of_server("tls").is_some();
         let Some(listen) = of_server("listen") else {
+            // It may stand in what could not be read.
             let problems = report.into_problems();
-            return match problems.iter().any(|problem| problem.severity == Severity::Error) {
-                true => Err(Problems::new(problems)),
-                false => Ok(Self { address: nearby(server::default_listen()), tls }),
-            };
+            let is_broken = problems.iter().any(|problem| problem.severity == Severity::Error);
+            let default = Self { address: nearby(server::default_listen()), tls };
+            return if is_broken { Err(Problems::new(problems)) } else { Ok(default) };
         };
         let address = match listen.get_ref() {
             DeValue::String(text) => server::address(text),
