@@ -15,22 +15,26 @@ if [ -e "$folder" ]; then
     exit 1
 fi
 umask 077
+rm -rf "$folder.new"
 mkdir -p "$folder.new"
 cd "$folder.new"
 
 random() { openssl rand -hex 32; }
+key() { openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out "$1"; }
 
 random > webhook_token
 random > postgres_password
 rabbitmq_password=$(random)
 # The key that signs. In earnest it stays in a KMS: see config/examples/aws-kms.toml.
-openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out release_key
+key release_key
 # The certificate that countersign shows to the registry, for the name that both replicas share.
-openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 -subj /CN=countersign \
-    -addext basicConstraints=critical,CA:FALSE -addext subjectAltName=DNS:countersign -keyout tls_key -out tls_certificate 2> /dev/null
+key tls_key
+openssl req -x509 -key tls_key -days 3650 -subj /CN=countersign -addext basicConstraints=critical,CA:FALSE \
+    -addext subjectAltName=DNS:countersign -out tls_certificate
 
+# Without TLS: whoever is between these containers is on this machine.
 printf 'amqp://countersign:%s@rabbitmq:5672/%%2f\n' "$rabbitmq_password" > amqp_url
-printf 'postgres://countersign:%s@postgres:5432/countersign\n' "$(cat postgres_password)" > ledger_url
+printf 'postgres://countersign:%s@postgres:5432/countersign?sslmode=disable\n' "$(cat postgres_password)" > ledger_url
 printf 'default_user = countersign\ndefault_pass = %s\n' "$rabbitmq_password" > rabbitmq_config
 sed "s/THE-TOKEN/$(cat webhook_token)/" "$here/registry.yml" > registry_config
 
