@@ -220,6 +220,7 @@ pub fn sources(config: &Config) -> Vec<intake::Source> {
         name: source.name.clone(),
         kind: match source.kind {
             config::SourceKind::Distribution => intake::Kind::Distribution,
+            config::SourceKind::CloudEvents => intake::Kind::CloudEvents,
         },
         registry: source.registry.clone(),
         auth: match &source.auth {
@@ -245,7 +246,8 @@ fn patience(config: &Config) -> Patience {
 
 fn open_queue(config: &Config, clock: &Clock) -> anyhow::Result<Embedded> {
     let clock = clock.clone();
-    Ok(Embedded::open(state_folder(config), Options::new(move || clock.now()))?)
+    let config::Queue { history, history_size: history_bytes, .. } = config.queue;
+    Ok(Embedded::open(state_folder(config), Options { history, history_bytes, ..Options::new(move || clock.now()) })?)
 }
 
 fn open_ledger(config: &Config, clock: &Clock) -> anyhow::Result<Ledger> {
@@ -271,7 +273,13 @@ pub async fn client(config: &Config, clock: &Clock, signing: bool) -> anyhow::Re
     } else {
         None
     };
-    Ok(Client::Here(admin::router(Admin { queue: Arc::new(queue), ledger, pipeline, clock: clock.clone() })))
+    Ok(Client::Here(admin::router(Admin {
+        queue: Arc::new(queue),
+        ledger,
+        pipeline,
+        rules: Arc::new(rules(config)?),
+        clock: clock.clone(),
+    })))
 }
 
 /// Signs a probe with a witness: 32 bytes that are no image's payload.

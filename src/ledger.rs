@@ -7,7 +7,13 @@
 
 mod sqlite;
 
-use std::{collections::BTreeMap, fmt, path::Path, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    path::Path,
+    path::PathBuf,
+    sync::Arc,
+};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -77,6 +83,11 @@ impl Ledger {
     /// The events of one repository that `query` names, the one heard of last first.
     pub async fn story(&self, query: StoryQuery) -> Result<Vec<EventRecord>, Error> {
         self.0.read(move |connection| sqlite::story(connection, &query)).await
+    }
+
+    /// What each rule made of these messages, as far as they are on record.
+    pub async fn rule_outcomes(&self, message_ids: Vec<String>) -> Result<HashMap<String, Vec<RuleOutcome>>, Error> {
+        self.0.read(move |connection| sqlite::rule_outcomes(connection, message_ids)).await
     }
 
     /// Every signature of this manifest that a key was asked for, or that was found to be there, newest first; the newest

@@ -24,7 +24,7 @@ use crate::clock::Clock;
 
 #[cfg(test)]
 pub(super) use read::{SIGNATURES, story_sql};
-pub(super) use read::{signatures, story, sums};
+pub(super) use read::{rule_outcomes, signatures, story, sums};
 pub(super) use write::Work;
 
 /// `CSLG`: in the file's header, so that no other program's file (nor the queue's) is taken for a ledger.

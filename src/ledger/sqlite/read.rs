@@ -1,13 +1,15 @@
 //! What is asked of the ledger.
 
-use rusqlite::{Connection, Row, named_params};
+use std::collections::HashMap;
+
+use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 
 use super::rows::{
     DigestColumn, TimeColumn, damaged, outcome, parsed, read_reference, read_repository, read_rules, read_skip, read_state,
     repository_word,
 };
 use crate::{
-    ledger::{Asked, EventFacts, EventRecord, SignatureRecord, StoryQuery, Sums},
+    ledger::{Asked, EventFacts, EventRecord, RuleOutcome, SignatureRecord, StoryQuery, Sums},
     oci::{Digest, RegistryName, Repository},
 };
 
@@ -42,6 +44,24 @@ pub(in crate::ledger) fn story(connection: &Connection, query: &StoryQuery) -> r
     let digest = query.digest.clone().map(DigestColumn);
     let parameters = named_params! { ":repository": repository, ":tag": tag, ":digest": digest, ":limit": query.limit };
     events.query_map(parameters, event)?.collect()
+}
+
+pub(in crate::ledger) fn rule_outcomes(
+    connection: &Connection,
+    message_ids: Vec<String>,
+) -> rusqlite::Result<HashMap<String, Vec<RuleOutcome>>> {
+    let mut rules = connection.prepare_cached("SELECT rules FROM event WHERE message = ?1")?;
+    let mut outcomes = HashMap::new();
+    for id in message_ids {
+        let recorded = rules.query_row([&id], |row| {
+            let rules: Option<String> = row.get("rules")?;
+            read_rules(rules.as_deref()).ok_or_else(|| damaged(row, "rules"))
+        });
+        if let Some(recorded) = recorded.optional()? {
+            outcomes.insert(id, recorded);
+        }
+    }
+    Ok(outcomes)
 }
 
 /// An index answers each of the questions. Which, is not left to the planner: it cannot know that a digest tells more

@@ -45,6 +45,22 @@ async fn a_story_is_told_by_tag_by_digest_by_both_and_of_the_whole_repository_ne
 }
 
 #[tokio::test]
+async fn what_rules_made_of_messages_is_told_of_those_that_are_on_record() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, ledger) = system(&folder);
+    let rules = vec![
+        RuleOutcome { rule: "one".into(), outcome: Outcome::Dead, detail: Some("denied".into()) },
+        RuleOutcome { rule: "two".into(), outcome: Outcome::Skipped(Skip::Disabled), detail: None },
+    ];
+    ledger.conclude(Conclusion { rules: rules.clone(), ..conclusion(1, Outcome::Dead) }).await.unwrap();
+    ledger.conclude(Conclusion { rules: vec![], ..conclusion(2, Outcome::Dead) }).await.unwrap();
+    let id = |n| conclusion(n, Outcome::Dead).event.message_id;
+    let told = ledger.rule_outcomes(vec![id(1), id(2), id(3)]).await.unwrap();
+    assert_eq!(told, [(id(1), rules), (id(2), vec![])].into());
+    assert!(ledger.rule_outcomes(vec![]).await.unwrap().is_empty());
+}
+
+#[tokio::test]
 async fn long_digests_and_references_to_elsewhere_are_told_unchanged() {
     let folder = tempfile::tempdir().unwrap();
     let (_, ledger) = system(&folder);
