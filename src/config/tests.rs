@@ -357,5 +357,5 @@ fn every_example_is_a_configuration_without_warnings() {
         assert!(!config.rules.is_empty());
         read += 1;
     }
-    assert_eq!(read, 3);
+    assert_eq!(read, 4);
 }
