@@ -9,6 +9,7 @@ mod ledger;
 mod log;
 mod names;
 mod outside;
+mod postgres;
 mod problem;
 mod queue;
 mod reader;

@@ -125,6 +125,27 @@ skopeo() {
     wrap skopeo "\"\$here/skopeo/$loader\" --library-path \"\$here/skopeo/$libraries\" \"\$here/skopeo/usr/bin/skopeo\""
 }
 
+postgresql() {
+    local bin=/usr/lib/postgresql/15/bin
+    rm -rf "$tools/postgresql"
+    if [ -x $bin/initdb ] && [ -x $bin/psql ]; then
+        mkdir "$tools/postgresql"
+        ln -s $bin "$tools/postgresql/bin"
+        return
+    fi
+    # Installed, it would make a database cluster and start it.
+    unpack bookworm postgresql postgresql-15 postgresql-client-15 libpq5 libllvm14 libicu72 libxml2 libxslt1.1 libldap-2.5-0 \
+        libsasl2-2 liblz4-1 libedit2 libbsd0 libmd0 libz3-4
+    local libraries program
+    libraries=$(cd "$tools/postgresql" && echo usr/lib/*-linux-gnu*)
+    mkdir "$tools/postgresql/bin"
+    for program in initdb postgres psql; do
+        printf '#!/bin/sh\nhere=$(dirname "$(readlink -f "$0")")/..\nexport LD_LIBRARY_PATH="$here/%s"\nexec "$here%s" "$@"\n' \
+            "$libraries" "$bin/$program" > "$tools/postgresql/bin/$program"
+        chmod +x "$tools/postgresql/bin/$program"
+    done
+}
+
 # --- What comes from Python's and Rust's registries ------------------------------------------------------------------
 
 ministack() {
@@ -183,6 +204,7 @@ version_of() {
         cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
+        postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography; print("ministack", version("ministack"))' ;;
         containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
         cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
@@ -190,7 +212,7 @@ version_of() {
 }
 
 wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack hadolint cargo-deny)
+[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack postgresql hadolint cargo-deny)
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
@@ -198,10 +220,10 @@ for tool in "${wanted[@]}"; do
     case $tool:$version in
         *:) ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | skopeo:* | hadolint:* | containers:*) continue ;;
+        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | hadolint:* | containers:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | postgresql | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"

@@ -33,7 +33,7 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let clock = Clock::system();
     let mut lifecycle = Lifecycle::install(config.server.grace)?;
     let queue: Arc<dyn Queue> = Arc::new(open_queue(&config, &clock)?);
-    let ledger = open_ledger(&config, &clock)?;
+    let ledger = open_ledger(&config, &clock).await?;
     let metrics = Metrics::new();
     let Some(opened) = lifecycle.unless_stopped(setup(&config, &clock, &metrics)).await else {
         info!("stopped before all keys were open");
