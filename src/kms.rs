@@ -2,9 +2,12 @@
 
 mod aws;
 mod create;
+mod environment;
 mod error;
+mod exchange;
 mod file;
 mod public_key;
+mod refresh;
 mod uri;
 
 use std::{fmt, str::FromStr, sync::Arc};
@@ -13,8 +16,8 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Clock;
-pub use aws::Environment;
 pub(crate) use create::{create_file, replace_file};
+pub use environment::Environment;
 pub use error::Error;
 pub use file::generate;
 pub(crate) use file::public_key_of_file;

@@ -2,8 +2,8 @@ use std::{net::IpAddr, sync::Arc};
 
 use reqwest::Url;
 
-use super::{Environment, credentials};
-use crate::kms::{Error, KeyUri};
+use super::credentials::setting_of_profile;
+use crate::kms::{Environment, Error, KeyUri};
 
 /// Where requests go, and for which region they are signed.
 #[derive(Debug, Clone)]
@@ -23,29 +23,79 @@ impl Place {
             .or_else(|| region.clone())
             .or_else(|| environment.get("AWS_REGION"))
             .or_else(|| environment.get("AWS_DEFAULT_REGION"))
-            .or_else(|| credentials::region_of_profile(environment))
+            .or_else(|| setting_of_profile(environment, "region"))
             .ok_or_else(|| misconfigured("no region is known: add ?region=REGION to it, or set AWS_REGION".to_owned()))?;
         if !is_region(&region) {
             return Err(misconfigured(format!("{region:?} is no region: add ?region=REGION to it, or correct AWS_REGION")));
         }
         let named =
             ["AWS_ENDPOINT_URL_KMS", "AWS_ENDPOINT_URL"].into_iter().find_map(|name| Some((name, environment.get(name)?)));
+        let fips = wants_fips(environment).map_err(misconfigured)?;
+        let is_public = endpoint.is_none() && named.is_none();
         let endpoint = match (endpoint, named) {
             (Some(endpoint), _) => endpoint_url(endpoint).map_err(|what| misconfigured(what.to_owned()))?,
             // The value is not repeated: it may hold a password.
             (None, Some((name, url))) => endpoint_url(&url).map_err(|what| misconfigured(format!("{name}: {what}")))?,
-            (None, None) => {
-                let domain = if region.starts_with("cn-") { "amazonaws.com.cn" } else { "amazonaws.com" };
-                let url = format!("https://kms.{region}.{domain}/");
-                url.parse().expect("a region holds nothing that a host name may not")
-            }
+            (None, None) => public("kms", &region, fips),
         };
+        if fips && !is_public {
+            return Err(misconfigured(NO_FIPS.to_owned()));
+        }
         Ok(Self { endpoint, region })
     }
 
     pub(super) fn is_this_machine(&self) -> bool {
         is_loopback(&self.endpoint)
     }
+}
+
+/// Where STS is, and for which region requests to it are signed: `AWS_REGION`, `AWS_DEFAULT_REGION`, the profile's, or else the
+/// key's. Always the region's own: the global one is in one place of the world only.
+pub(super) fn sts(environment: &Environment, region_of_key: &str) -> Result<(Url, String), String> {
+    let region = environment
+        .get("AWS_REGION")
+        .or_else(|| environment.get("AWS_DEFAULT_REGION"))
+        .or_else(|| setting_of_profile(environment, "region"))
+        .unwrap_or_else(|| region_of_key.to_owned());
+    if !is_region(&region) {
+        return Err("AWS_REGION is no region: correct it".to_owned());
+    }
+    let fips = wants_fips(environment)?;
+    let named = ["AWS_ENDPOINT_URL_STS", "AWS_ENDPOINT_URL"].into_iter().find_map(|name| Some((name, environment.get(name)?)));
+    let endpoint = match named {
+        Some(_) if fips => return Err(NO_FIPS.to_owned()),
+        Some((name, url)) => endpoint_url(&url).map_err(|what| format!("{name}: {what}"))?,
+        None => public("sts", &region, fips),
+    };
+    Ok((endpoint, region))
+}
+
+const NO_FIPS: &str =
+    "AWS_USE_FIPS_ENDPOINT is true and an endpoint is named, of which that cannot be told: remove one of the two";
+
+fn wants_fips(environment: &Environment) -> Result<bool, String> {
+    let name = "AWS_USE_FIPS_ENDPOINT";
+    let said = environment.get(name).or_else(|| setting_of_profile(environment, "use_fips_endpoint"));
+    match said.map(|value| value.to_ascii_lowercase()).as_deref() {
+        Some("true") => Ok(true),
+        Some("false") | None => Ok(false),
+        Some(_) => Err(format!("{name} (or use_fips_endpoint of the profile) is neither true nor false")),
+    }
+}
+
+/// A service's public endpoint (AWS General Reference, "Service endpoints").
+fn public(service: &str, region: &str, fips: bool) -> Url {
+    let domain = match region.split('-').next().unwrap_or_default() {
+        "cn" => "amazonaws.com.cn",
+        "eusc" => "amazonaws.eu",
+        _ if region.starts_with("us-iso-") => "c2s.ic.gov",
+        _ if region.starts_with("us-isob-") => "sc2s.sgov.gov",
+        _ => "amazonaws.com",
+    };
+    // Those for the government of the United States are FIPS endpoints under their usual name, except KMS's.
+    let fips = if fips && !(service == "sts" && region.starts_with("us-gov-")) { "-fips" } else { "" };
+    let url = format!("https://{service}{fips}.{region}.{domain}/");
+    url.parse().expect("a region holds nothing that a host name may not")
 }
 
 /// Reads an endpoint: a host with optional port, or a URL with nothing after the host. Plain http is for this machine only.

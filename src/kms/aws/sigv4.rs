@@ -5,45 +5,50 @@ use aws_sigv4::{
     http_request::{SignableBody, SignableRequest, SigningError, SigningSettings, sign},
     sign::v4::SigningParams,
 };
-use http::{
-    HeaderMap, HeaderName, HeaderValue,
-    header::{AUTHORIZATION, CONTENT_TYPE},
-};
+use http::{HeaderMap, HeaderName, HeaderValue, header::AUTHORIZATION};
 use jiff::Timestamp;
 use tracing::{Dispatch, dispatcher};
 
 pub(super) const CONTENT: &str = "application/x-amz-json-1.1";
 pub(super) const TARGET: &str = "x-amz-target";
 
-/// The headers of a request to KMS, signed by Signature Version 4 over the real payload.
+/// What a signature is good for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scope<'a> {
+    /// `kms` or `sts`.
+    pub(super) service: &'static str,
+    pub(super) region: &'a str,
+}
+
+/// The headers of a `POST`, signed by Signature Version 4 over the real payload: `plain` and those that sign them.
 ///
-/// `url` is the endpoint with path `/`; `target` is `TrentService.OPERATION`. Pure: the same input gives the same headers.
+/// `url` is the endpoint with path `/`. Pure: the same input gives the same headers.
 pub(super) fn signed_headers(
     credentials: &Credentials,
-    region: &str,
+    scope: Scope<'_>,
     time: Timestamp,
     url: &str,
-    target: &'static str,
+    plain: &[(&'static str, &'static str)],
     body: &[u8],
 ) -> Result<HeaderMap, SigningError> {
     let identity = credentials.clone().into();
     let parameters = SigningParams::builder()
         .identity(&identity)
-        .region(region)
-        .name("kms")
+        .region(scope.region)
+        .name(scope.service)
         .time(SystemTime::from(time))
         .settings(SigningSettings::default())
         .build()
         .expect("every parameter is set")
         .into();
-    let headers = [(CONTENT_TYPE.as_str(), CONTENT), (TARGET, target)];
-    let request = SignableRequest::new("POST", url, headers.into_iter(), SignableBody::Bytes(body))?;
+    let request = SignableRequest::new("POST", url, plain.iter().copied(), SignableBody::Bytes(body))?;
     // The signer's own trace events hold the session token in the clear.
     let signed = dispatcher::with_default(&Dispatch::none(), || sign(request, &parameters))?;
 
     let mut signed_headers = HeaderMap::with_capacity(8);
-    signed_headers.insert(CONTENT_TYPE, HeaderValue::from_static(CONTENT));
-    signed_headers.insert(TARGET, HeaderValue::from_static(target));
+    for (name, value) in plain {
+        signed_headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+    }
     for header in signed.into_parts().0.into_parts().0 {
         let mut value = HeaderValue::from_str(header.value()).expect("credentials are checked to be sendable when they are read");
         value.set_sensitive(header.sensitive() || header.name() == AUTHORIZATION);
@@ -54,6 +59,8 @@ pub(super) fn signed_headers(
 
 #[cfg(test)]
 mod tests {
+    use http::header::CONTENT_TYPE;
+
     use super::*;
 
     const BODY: &[u8] = br#"{"KeyId":"alias/witness","Message":"+H00AJqLJ4pkCe1V1ZGHyNktm3KE+hUCMxkXSvzg2wk=","MessageType":"DIGEST","SigningAlgorithm":"RSASSA_PSS_SHA_256"}"#;
@@ -62,8 +69,9 @@ mod tests {
         let credentials =
             Credentials::new("AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", token.map(str::to_owned), None, "test");
         let time = "2026-01-01T00:00:00Z".parse().unwrap();
-        signed_headers(&credentials, "us-east-1", time, "https://kms.us-east-1.amazonaws.com/", "TrentService.Sign", BODY)
-            .unwrap()
+        let scope = Scope { service: "kms", region: "us-east-1" };
+        let plain = [(CONTENT_TYPE.as_str(), CONTENT), (TARGET, "TrentService.Sign")];
+        signed_headers(&credentials, scope, time, "https://kms.us-east-1.amazonaws.com/", &plain, BODY).unwrap()
     }
 
     /// Computed with botocore.

@@ -54,7 +54,8 @@ impl Scene {
 
     async fn open(&self, key: &str) -> Result<AwsKey, Error> {
         let path = self.credentials_file();
-        let environment = Environment::of([("AWS_SHARED_CREDENTIALS_FILE", path.to_str().unwrap())]);
+        let variables = [("AWS_SHARED_CREDENTIALS_FILE", path.to_str().unwrap()), ("AWS_EC2_METADATA_DISABLED", "true")];
+        let environment = Environment::of(variables);
         AwsKey::open_patiently(&self.uri(key), self.clock.clone(), &environment, IMPATIENT).await
     }
 
@@ -375,6 +376,7 @@ async fn without_credentials_nothing_is_sent() {
     fs::remove_file(scene.credentials_file()).unwrap();
     let error = scene.open("alias/rsa").await.unwrap_err();
     assert!(matches!(error, Error::Credentials { .. }), "{error}");
+    assert!(error.to_string().contains("metadata is switched off"), "{error}");
     assert!(error.to_string().contains(scene.credentials_file().to_str().unwrap()), "{error}");
     assert!(scene.kms.requests().is_empty());
 }
