@@ -136,8 +136,8 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
 }
 
 fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
-    const LATER: [&str; 5] = ["alibabakms", "hashivault", "gcpkms", "azurekms", "pkcs11"];
-    const EXAMPLES: &str = "write file:///path/key.pem, or awskms:///alias/NAME?region=REGION";
+    const LATER: [&str; 4] = ["hashivault", "gcpkms", "azurekms", "pkcs11"];
+    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION or alibabakms://ENDPOINT//alias/NAME";
     let scheme = text.split(':').next().unwrap_or_default();
     if LATER.contains(&scheme) {
         return Err(Wrong::new(format!("keys in {scheme} are not in this version"), EXAMPLES));

@@ -1,5 +1,7 @@
 //! Credentials that last for a time, and are fetched anew before it is over.
 
+mod error;
+
 use std::{
     fmt,
     sync::{Mutex, PoisonError},
@@ -8,6 +10,7 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 
 use crate::clock::Clock;
+pub(super) use error::CredentialsError;
 
 /// Where credentials come from.
 pub(super) trait Source: Send + Sync {

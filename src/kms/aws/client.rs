@@ -16,14 +16,14 @@ use jiff::{SignedDuration, Timestamp, fmt::rfc2822};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
-    credentials::{CredentialsError, Provider},
+    credentials::Provider,
     fault::{Class, Fault},
     place::Place,
     sigv4::{self, Scope},
 };
 use crate::{
     clock::Clock,
-    kms::{Environment, Error, KeyUri},
+    kms::{Environment, Error, KeyUri, refresh::CredentialsError},
 };
 
 /// Speaks to one KMS endpoint: awsJson 1.1 over HTTP, requests signed by Signature Version 4.
@@ -113,10 +113,7 @@ impl Client {
     /// and after the time was set by the KMS's clock.
     pub(super) async fn call<A: DeserializeOwned>(&self, operation: Operation, request: &impl Serialize) -> Result<A, Failed> {
         let body = Bytes::from(serde_json::to_vec(request).expect("the requests are plain structs of texts"));
-        let no_credentials = |error: CredentialsError| {
-            let (key, what) = (self.uri(), error.to_string());
-            if error.is_passing() { Error::Transient { key, what } } else { Error::Credentials { key, what } }
-        };
+        let no_credentials = |error: CredentialsError| error.of_key(self.uri());
         let mut credentials = self.credentials.current().await.map_err(no_credentials)?;
         let (mut renewed, mut time_set) = (false, false);
         loop {

@@ -2,7 +2,6 @@
 //! <https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html>
 
 mod container;
-mod error;
 mod imds;
 mod profile;
 mod sts;
@@ -22,10 +21,9 @@ use crate::{
     clock::Clock,
     kms::{
         Environment, exchange,
-        refresh::{Expiring, Kept, Source},
+        refresh::{CredentialsError, Expiring, Kept, Source},
     },
 };
-pub(super) use error::CredentialsError;
 pub(super) use profile::setting_of_profile;
 use profile::{Base, Plan};
 use sts::{Identity, Sts};
@@ -149,11 +147,11 @@ impl Chain {
                 self.has_role.store(true, Ordering::Relaxed);
                 Ok(("instance metadata", credentials))
             }
-            Ok(None) => Err(profile::nothing_found(&self.environment, "instance metadata is switched off here".to_owned())),
+            Ok(None) => Err(profile::nothing_found(&self.environment, "instance metadata is switched off here")),
             Err(error @ (CredentialsError::Unanswered { .. } | CredentialsError::Refused { .. }))
                 if !self.has_role.load(Ordering::Relaxed) =>
             {
-                Err(profile::nothing_found(&self.environment, error.to_string()))
+                Err(profile::nothing_found(&self.environment, &error.to_string()))
             }
             Err(error) => Err(error),
         }
@@ -238,7 +236,7 @@ fn is_sendable(text: &str) -> bool {
 
 /// The text of a file with a token, read each time: tokens are exchanged in place.
 fn token_of(file: &Path) -> Result<secrecy::SecretString, CredentialsError> {
-    let text = profile::text_of(file)?;
+    let text = exchange::text_of(file)?;
     let token = text.as_deref().map(|text| text.trim()).unwrap_or_default();
     if !is_sendable(token) {
         return Err(CredentialsError::NoToken { file: file.to_owned() });
@@ -275,3 +273,5 @@ impl Document {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(super) use tests::fake;

@@ -126,7 +126,7 @@ pub(crate) fn endpoint_url(text: &str) -> Result<Url, &'static str> {
     Ok(url)
 }
 
-fn is_loopback(url: &Url) -> bool {
+pub(crate) fn is_loopback(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default();
     let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
     host == "localhost" || address.is_ok_and(|address| address.is_loopback())
@@ -223,5 +223,40 @@ mod tests {
             let error = place("awskms:///alias/a", [("AWS_REGION", "eu-west-1"), ("AWS_ENDPOINT_URL", url)]).unwrap_err();
             assert!(error.contains(part) && !error.contains("hunter2"), "{url}: {error}");
         }
+    }
+
+    #[test]
+    fn partitions_and_fips_have_hosts_of_their_own() {
+        for (region, fips, kms, sts_host) in [
+            ("eu-west-1", "false", "kms.eu-west-1.amazonaws.com", "sts.eu-west-1.amazonaws.com"),
+            ("us-east-1", "true", "kms-fips.us-east-1.amazonaws.com", "sts-fips.us-east-1.amazonaws.com"),
+            ("us-gov-west-1", "TRUE", "kms-fips.us-gov-west-1.amazonaws.com", "sts.us-gov-west-1.amazonaws.com"),
+            ("cn-north-1", "", "kms.cn-north-1.amazonaws.com.cn", "sts.cn-north-1.amazonaws.com.cn"),
+            ("eusc-de-east-1", "", "kms.eusc-de-east-1.amazonaws.eu", "sts.eusc-de-east-1.amazonaws.eu"),
+            ("us-iso-east-1", "", "kms.us-iso-east-1.c2s.ic.gov", "sts.us-iso-east-1.c2s.ic.gov"),
+        ] {
+            let variables = [("AWS_REGION", region), ("AWS_USE_FIPS_ENDPOINT", fips)];
+            assert_eq!(place("awskms:///alias/a", variables).unwrap().0, format!("https://{kms}/"));
+            let (endpoint, signed_for) = sts(&Environment::of(variables), "us-east-2").unwrap();
+            assert_eq!((endpoint.to_string(), signed_for.as_str()), (format!("https://{sts_host}/"), region));
+        }
+        let both = [("AWS_REGION", "us-east-1"), ("AWS_USE_FIPS_ENDPOINT", "true"), ("AWS_ENDPOINT_URL", "https://a.example")];
+        assert!(place("awskms:///alias/a", both).unwrap_err().contains("remove one of the two"));
+        assert!(sts(&Environment::of(both), "us-east-1").unwrap_err().contains("remove one of the two"));
+        let named = [("AWS_REGION", "us-east-1"), ("AWS_USE_FIPS_ENDPOINT", "true")];
+        assert!(place("awskms://kms.internal/alias/a", named).unwrap_err().contains("remove one of the two"));
+        let unclear = [("AWS_REGION", "us-east-1"), ("AWS_USE_FIPS_ENDPOINT", "yes")];
+        assert!(place("awskms:///alias/a", unclear).unwrap_err().contains("neither true nor false"));
+    }
+
+    #[test]
+    fn sts_is_asked_in_the_region_that_is_set_or_else_in_the_keys() {
+        let (endpoint, region) = sts(&Environment::of([("AWS_DEFAULT_REGION", "eu-south-1")]), "us-east-2").unwrap();
+        assert_eq!((endpoint.as_str(), region.as_str()), ("https://sts.eu-south-1.amazonaws.com/", "eu-south-1"));
+        assert_eq!(sts(&Environment::of([]), "us-east-2").unwrap().1, "us-east-2");
+        let named = [("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:4566"), ("AWS_ENDPOINT_URL", "https://all.example")];
+        assert_eq!(sts(&Environment::of(named), "us-east-2").unwrap().0.as_str(), "http://127.0.0.1:4566/");
+        let clear = [("AWS_ENDPOINT_URL_STS", "http://sts.example")];
+        assert!(sts(&Environment::of(clear), "us-east-2").unwrap_err().contains("AWS_ENDPOINT_URL_STS: plain http"));
     }
 }

@@ -103,4 +103,73 @@ mod tests {
         let shown = format!("{headers:?}");
         assert!(!shown.contains("SESSIONTOKEN") && !shown.contains("8874b8f3"), "{shown}");
     }
+
+    const BOTOCORE: &str = r#"
+import datetime, json, sys
+from botocore import auth, awsrequest, credentials
+for line in sys.stdin:
+    case = json.loads(line)
+    auth.get_current_datetime = lambda: datetime.datetime.strptime(case["time"], "%Y%m%dT%H%M%SZ")
+    request = awsrequest.AWSRequest("POST", case["url"], data=case["body"].encode(), headers=case["headers"])
+    who = credentials.Credentials(case["id"], case["secret"], case["token"])
+    auth.SigV4Auth(who, case["service"], case["region"]).add_auth(request)
+    print(json.dumps({name.lower(): value for name, value in request.headers.items()}))
+"#;
+
+    #[test]
+    fn every_request_is_signed_as_botocore_signs_it() {
+        let (kms, form) = (CONTENT, "application/x-www-form-urlencoded; charset=utf-8");
+        let long = "x".repeat(2000);
+        let mut cases = Vec::new();
+        for (service, host, content, target) in [
+            ("kms", "kms.eu-west-1.amazonaws.com", kms, Some("TrentService.Sign")),
+            ("kms", "127.0.0.1:4566", kms, Some("TrentService.DescribeKey")),
+            ("sts", "sts.eu-west-1.amazonaws.com", form, None),
+        ] {
+            for (secret, token) in [("wJalr/X+utn=", None), ("a", Some("IQoJb3JpZ2luX2VjE+/=")), ("s3cret", Some(long.as_str()))]
+            {
+                for body in ["", "{}", "Action=AssumeRole&RoleArn=arn%3Aaws", "{\"KeyId\":\"alias/\u{e9}\"}"] {
+                    let mut plain = vec![("content-type", content)];
+                    plain.extend(target.map(|target| (TARGET, target)));
+                    cases.push((service, format!("http://{host}/"), plain, secret, token, body));
+                }
+            }
+        }
+        let input: String = cases
+            .iter()
+            .map(|(service, url, plain, secret, token, body)| {
+                let headers: std::collections::BTreeMap<_, _> = plain.iter().copied().collect();
+                let case = serde_json::json!({
+                    "service": service, "region": "eu-west-1", "time": "20260309T235959Z", "url": url, "headers": headers,
+                    "id": "AKIDEXAMPLE", "secret": secret, "token": token, "body": body,
+                });
+                format!("{case}\n")
+            })
+            .collect();
+        let mut python = std::process::Command::new(integration_tests::process::tool("ministack/bin/python").unwrap())
+            .args(["-c", BOTOCORE])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // All of it fits into a pipe's buffer of answers only if it is read meanwhile: so the input is written beside.
+        let mut stdin = python.stdin.take().unwrap();
+        let writer = std::thread::spawn(move || std::io::Write::write_all(&mut stdin, input.as_bytes()).unwrap());
+        let output = python.wait_with_output().unwrap();
+        writer.join().unwrap();
+        assert!(output.status.success());
+        let theirs = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(theirs.lines().count(), cases.len());
+        for (theirs, (service, url, plain, secret, token, body)) in theirs.lines().zip(cases) {
+            let theirs: std::collections::BTreeMap<String, String> = serde_json::from_str(theirs).unwrap();
+            let who = Credentials::new("AKIDEXAMPLE", secret, token.map(str::to_owned), None, "test");
+            let scope = Scope { service, region: "eu-west-1" };
+            let time = "2026-03-09T23:59:59Z".parse().unwrap();
+            let ours = signed_headers(&who, scope, time, &url, &plain, body.as_bytes()).unwrap();
+            for name in ["authorization", "x-amz-date", "content-type"] {
+                assert_eq!(ours[name].to_str().unwrap(), theirs[name], "{name} of {service} {url} {body}");
+            }
+            assert_eq!(ours.get("x-amz-security-token").map(|value| value.to_str().unwrap()), token);
+        }
+    }
 }

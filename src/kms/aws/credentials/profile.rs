@@ -1,13 +1,10 @@
-use std::{
-    fs::File,
-    io::{self, Read},
-    path::{Path, PathBuf},
-};
-
-use secrecy::zeroize::Zeroizing;
+use std::path::PathBuf;
 
 use super::{Credentials, CredentialsError, checked, sts::Identity, sts::Role};
-use crate::kms::Environment;
+use crate::kms::{
+    Environment,
+    exchange::{Text, text_of},
+};
 
 /// How a profile gets its credentials: from `base`, and then by taking each role in turn.
 pub(super) struct Plan {
@@ -114,19 +111,13 @@ pub(in crate::kms::aws) fn setting_of_profile(environment: &Environment, name: &
 }
 
 /// At the end of the chain.
-pub(super) fn nothing_found(environment: &Environment, instance: String) -> CredentialsError {
+pub(super) fn nothing_found(environment: &Environment, instance: &str) -> CredentialsError {
     let SharedFiles { profile, credentials, .. } = SharedFiles::of(environment);
-    CredentialsError::None { profile, file: credentials, instance }
-}
-
-/// The text of a file; `None` if it is not there.
-pub(super) fn text_of(path: &Path) -> Result<Option<Text>, CredentialsError> {
-    let mut text = Text::default();
-    match File::open(path).and_then(|file| file.take(LARGEST_FILE).read_to_string(&mut text)) {
-        Ok(_) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(CredentialsError::Unreadable { file: path.to_owned(), why: error.to_string() }),
-    }
+    CredentialsError::None(format!(
+        "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile {profile} an aws_access_key_id \
+         and aws_secret_access_key or a role_arn in {}, or give the pod, the task or the instance a role (this one has none: {instance})",
+        credentials.display()
+    ))
 }
 
 /// The keys of a profile without a role.
@@ -163,10 +154,6 @@ struct SharedFiles {
     credentials: PathBuf,
     config: PathBuf,
 }
-
-type Text = Zeroizing<String>;
-
-const LARGEST_FILE: u64 = 1024 * 1024;
 
 impl SharedFiles {
     fn of(environment: &Environment) -> Self {

@@ -41,8 +41,8 @@ impl Machine {
             vec![("HOME", self.folder.path().to_str().unwrap()), ("AWS_ENDPOINT_URL_STS", &sts), ("AWS_REGION", REGION)];
         all.extend(variables);
         let hosts = Hosts { container: self.url(""), instance: self.url("") };
-        let http = exchange::client(Duration::from_secs(1), Duration::from_millis(500)).no_proxy().build().unwrap();
-        Provider::at(hosts, Environment::of(all), self.clock.clone(), "us-east-2", http).unwrap()
+        let http = exchange::client(Duration::from_secs(2), Duration::from_secs(5)).no_proxy().build().unwrap();
+        Provider::at(hosts, Environment::of_all(all), self.clock.clone(), "us-east-2", http).unwrap()
     }
 
     /// The access key, or what is wrong.
@@ -377,6 +377,33 @@ async fn metadata_out_of_reach_is_an_error_of_setup_at_first_and_passing_later()
     let error = provider.current().await.unwrap_err();
     assert!(error.is_passing(), "{error}");
     provider.current().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn endpoints_that_hang_are_waited_for_some_seconds_and_no_longer() {
+    let (clock, _) = Clock::manual("2026-11-22T05:00:00Z".parse().unwrap());
+    // Connected to by the kernel, and never answered.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", silent.local_addr().unwrap());
+    let token = tempfile::NamedTempFile::new().unwrap();
+    fs::write(token.path(), "token").unwrap();
+    for variables in [
+        vec![("AWS_CONTAINER_CREDENTIALS_FULL_URI", url.as_str())],
+        vec![("AWS_EC2_METADATA_SERVICE_ENDPOINT", &url)],
+        vec![
+            ("AWS_WEB_IDENTITY_TOKEN_FILE", token.path().to_str().unwrap()),
+            ("AWS_ROLE_ARN", "arn:aws:iam::111122223333:role/pod"),
+            ("AWS_ENDPOINT_URL_STS", &url),
+        ],
+    ] {
+        let start = tokio::time::Instant::now();
+        let http = exchange::client(Duration::from_secs(2), Duration::from_secs(5)).no_proxy().build().unwrap();
+        let environment = Environment::of_all(variables);
+        let provider = Provider::new(environment, clock.clone(), REGION, http).unwrap();
+        let error = provider.current().await.unwrap_err();
+        assert!(error.to_string().contains("no answer from"), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+    }
 }
 
 #[tokio::test]

@@ -45,6 +45,8 @@ pub(super) struct Given {
     /// Whether the instance has a role.
     pub(super) has_role: bool,
     serial: u32,
+    /// Whom credentials are given of, instead of somebody new each time.
+    issue_as: Option<(String, String)>,
     keys: HashMap<String, (String, Option<String>)>,
 }
 
@@ -62,6 +64,7 @@ impl Cloud {
             forms: Vec::new(),
             has_role: true,
             serial: 0,
+            issue_as: None,
             keys: HashMap::from([(BASE[0].to_owned(), (BASE[1].to_owned(), None))]),
         }));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -78,6 +81,11 @@ impl Cloud {
 
     pub(in crate::kms::aws) fn then(&self, answers: impl IntoIterator<Item = (u16, &'static str)>) {
         self.given().script.extend(answers);
+    }
+
+    /// Every credential is one of this access key from now on; only the token is new.
+    pub(in crate::kms::aws) fn issue_as(&self, id: &str, secret: &str) {
+        self.given().issue_as = Some((id.to_owned(), secret.to_owned()));
     }
 
     /// What was asked for since this was asked last.
@@ -107,7 +115,8 @@ impl Given {
     fn issue(&mut self) -> (String, String, String, Timestamp) {
         self.serial += 1;
         let n = self.serial;
-        let (id, secret, token) = (format!("ASIA{n}"), format!("issued/secret-{n}"), format!("issued-token-{n}=="));
+        let own = || (format!("ASIA{n}"), format!("issued/secret-{n}"));
+        let ((id, secret), token) = (self.issue_as.clone().unwrap_or_else(own), format!("issued-token-{n}=="));
         self.keys.insert(id.clone(), (secret.clone(), Some(token.clone())));
         (id, secret, token, self.now() + self.lifetime)
     }

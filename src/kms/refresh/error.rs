@@ -1,19 +1,18 @@
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use http::StatusCode;
 
-use crate::kms::exchange::{NoAnswer, one_line};
+use crate::kms::{
+    Error, KeyUri,
+    exchange::{NoAnswer, one_line},
+};
 
 /// Why there are no credentials. Says where they were looked for, never what was found.
 #[derive(Debug, Clone, thiserror::Error)]
-pub(in crate::kms::aws) enum CredentialsError {
-    #[error(
-        "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile {profile} an \
-         aws_access_key_id and aws_secret_access_key or a role_arn in {}, or give the pod, the task or the instance a role \
-         (this one has none: {instance})",
-        file.display()
-    )]
-    None { profile: String, file: PathBuf, instance: String },
+pub(in crate::kms) enum CredentialsError {
+    /// Nothing is set up; says what could be.
+    #[error("{0}")]
+    None(String),
     #[error("{one} is set without {other}")]
     Half { one: &'static str, other: &'static str },
     /// A setting that contradicts another or leads nowhere.
@@ -21,7 +20,7 @@ pub(in crate::kms::aws) enum CredentialsError {
     Wrong(String),
     #[error("{setting} of profile {profile} is not supported: {instead}")]
     Unsupported { setting: &'static str, profile: String, instead: &'static str },
-    #[error("the AWS credentials from {from} hold characters that cannot be sent, or nothing: {what}")]
+    #[error("the credentials from {from} hold characters that cannot be sent, or nothing: {what}")]
     Unsendable { from: String, what: &'static str },
     #[error("{} cannot be read: {why}", file.display())]
     Unreadable { file: PathBuf, why: String },
@@ -40,10 +39,10 @@ pub(in crate::kms::aws) enum CredentialsError {
 
 impl CredentialsError {
     /// Whether the same may go well a little later.
-    pub(in crate::kms::aws) fn is_passing(&self) -> bool {
+    pub(in crate::kms) fn is_passing(&self) -> bool {
         match self {
             Self::Unanswered { .. } | Self::Passing { .. } | Self::BadAnswer { .. } => true,
-            Self::None { .. }
+            Self::None(_)
             | Self::Half { .. }
             | Self::Wrong(_)
             | Self::Unsupported { .. }
@@ -54,7 +53,13 @@ impl CredentialsError {
         }
     }
 
-    pub(super) fn unanswered(from: &str, error: NoAnswer) -> Self {
+    /// What it means for whoever wanted to use the key.
+    pub(in crate::kms) fn of_key(&self, key: Arc<KeyUri>) -> Error {
+        let what = self.to_string();
+        if self.is_passing() { Error::Transient { key, what } } else { Error::Credentials { key, what } }
+    }
+
+    pub(in crate::kms) fn unanswered(from: &str, error: NoAnswer) -> Self {
         match error {
             NoAnswer::Transport(why) => Self::Unanswered { from: from.to_owned(), why },
             long @ NoAnswer::TooLong { .. } => Self::BadAnswer { from: from.to_owned(), what: long.to_string() },
@@ -62,7 +67,7 @@ impl CredentialsError {
     }
 
     /// An answer that is no success, sorted by its status.
-    pub(super) fn of_status(from: &str, status: StatusCode, said: &str) -> Self {
+    pub(in crate::kms) fn of_status(from: &str, status: StatusCode, said: &str) -> Self {
         let said = one_line(said, 300);
         let what = format!("HTTP {}{}{said}", status.as_u16(), if said.is_empty() { "" } else { ": " });
         let from = from.to_owned();
