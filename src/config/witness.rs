@@ -67,7 +67,8 @@ pub(crate) static TABLE: Table = Table {
             "key",
             Kind::Text(&KEY_URI),
             "\"awskms:///alias/image-signing?region=eu-west-1\"",
-            "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, or file:///path/key.pem for a key on this machine.",
+            "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, alibabakms://ENDPOINT/[INSTANCE]/KEY for Alibaba Cloud KMS, or \
+             file:///path/key.pem for a key on this machine.",
         ),
         Key::optional(
             "public_key",
@@ -90,7 +91,7 @@ pub(crate) static TABLE: Table = Table {
     ],
 };
 
-static KEY_URI: Grammar = Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms)://") };
+static KEY_URI: Grammar = Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms|alibabakms)://") };
 
 static VERIFY: Table = Table {
     title: "`verify`",
