@@ -136,8 +136,7 @@ fn profile(folder: &Path, role: &str, who: &Credentials, seconds: u32) -> (Strin
     let role = format!(
         "[profile signer]\nregion = {REGION}\nrole_arn = {role}\nsource_profile = base\nexternal_id = images\nduration_seconds = {seconds}\n"
     );
-    let keys =
-        format!("[base]\naws_access_key_id = {}\naws_secret_access_key = {}\n", who.access_key_id, who.secret_access_key);
+    let keys = format!("[base]\naws_access_key_id = {}\naws_secret_access_key = {}\n", who.access_key_id, who.secret_access_key);
     fs::write(&config, role).unwrap();
     fs::write(&credentials, keys).unwrap();
     (config.to_str().unwrap().to_owned(), credentials.to_str().unwrap().to_owned())

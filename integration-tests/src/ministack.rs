@@ -73,7 +73,8 @@ impl Ministack {
         self.iam(&create).await?;
         let policy = json!({"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": actions, "Resource": "*"}]});
         let policy = policy.to_string();
-        let attach = [("Action", "PutRolePolicy"), ("RoleName", name), ("PolicyName", "all"), ("PolicyDocument", policy.as_str())];
+        let attach =
+            [("Action", "PutRolePolicy"), ("RoleName", name), ("PolicyName", "all"), ("PolicyDocument", policy.as_str())];
         self.iam(&attach).await?;
         Ok(format!("arn:aws:iam::000000000000:role/{name}"))
     }

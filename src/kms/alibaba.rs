@@ -22,7 +22,8 @@ pub(super) struct AlibabaKey {
     client: Client,
     /// The reference as configured: an alias stays one, so that it is seen if it is moved.
     key: String,
-    id: String,
+    /// Unless the KMS only repeats the alias.
+    id: Option<String>,
     version: String,
     resolved: String,
     public_key: PublicKey,
@@ -31,7 +32,7 @@ pub(super) struct AlibabaKey {
 }
 
 const UNDER_WAY: usize = 16;
-/// Of each, ListKeyVersions gives 100.
+/// Of 100 versions each.
 const MOST_PAGES: u32 = 50;
 
 impl AlibabaKey {
@@ -71,14 +72,17 @@ impl AlibabaKey {
         if answer.key_version_id != version {
             return Err(client.bad(format!("it is asked for version {version} and gives {}", answer.key_version_id)));
         }
+        // That it repeats what it was asked for is not documented, and not excluded.
+        let is_echo = answer.key_id == *key;
         match &metadata {
-            Some(metadata) if metadata.key_id != answer.key_id => {
+            Some(metadata) if metadata.key_id != answer.key_id && !is_echo => {
                 let what = format!("it was {} and a moment later {}", metadata.key_id, answer.key_id);
                 return Err(Error::Transient { key: client.uri(), what });
             }
-            Some(_) => {}
-            None if names(key, &answer.key_id) => {}
-            None => return Err(client.bad(format!("it is asked about {key} and speaks of {}", answer.key_id))),
+            None if !names(key, &answer.key_id) && !is_echo => {
+                return Err(client.bad(format!("it is asked about {key} and speaks of {}", answer.key_id)));
+            }
+            Some(_) | None => {}
         }
         let public_key =
             PublicKey::from_pem(&answer.public_key).map_err(|source| Error::PublicKey { key: client.uri(), source })?;
@@ -88,8 +92,11 @@ impl AlibabaKey {
             let what = format!("a {} public key for a key that it calls {}", public_key.spec(), metadata.key_spec);
             return Err(client.bad(what));
         }
-        let whole = metadata.map_or_else(|| answer.key_id.clone(), |metadata| metadata.arn);
-        let (id, key, resolved) = (answer.key_id, key.clone(), format!("{whole}/versions/{version}"));
+        let (whole, id) = match metadata {
+            Some(metadata) => (metadata.arn, Some(metadata.key_id)),
+            None => (answer.key_id.clone(), Some(answer.key_id).filter(|_| !is_echo || !key.contains("alias/"))),
+        };
+        let (key, resolved) = (key.clone(), format!("{whole}/versions/{version}"));
         tracing::info!(key = %client.uri(), resolved, spec = %public_key.spec(), "key opened");
         Ok(Self { client, key, id, version, resolved, public_key, under_way: Semaphore::new(UNDER_WAY) })
     }
@@ -120,7 +127,8 @@ impl SigningKey for AlibabaKey {
         let asked =
             [("KeyId", self.key.as_str()), ("KeyVersionId", &self.version), ("Algorithm", algorithm.name()), ("Digest", &digest)];
         let answer: SignAnswer = self.client.call("AsymmetricSign", &asked).await?;
-        if (&answer.key_id, &answer.key_version_id) != (&self.id, &self.version) {
+        let is_key = answer.key_id == self.key || self.id.as_ref().is_none_or(|id| *id == answer.key_id);
+        if !is_key || answer.key_version_id != self.version {
             let now = format!("{}/versions/{}", answer.key_id, answer.key_version_id);
             return Err(Error::KeyChanged { key: self.client.uri(), was: self.resolved.clone(), now });
         }

@@ -25,7 +25,7 @@ use crate::{
     },
 };
 
-/// An AccessKey pair, and the token that goes with it if it lasts for a time only.
+/// The id and secret of an access key, and the token that goes with it if it lasts for a time only.
 #[derive(Clone)]
 pub(super) struct Credentials {
     pub(super) id: String,

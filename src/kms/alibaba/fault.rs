@@ -71,25 +71,33 @@ fn classify(status: StatusCode, code: &str) -> Class {
     let (family, rest) = code.split_once('.').unwrap_or((code, ""));
     match (family, rest) {
         ("Throttling", _) | ("Rejected", "Throttling") => Class::Throttled,
-        // The service itself spells one of them so.
-        ("InternalFailure" | "InternalError" | "ServiceUnavailable" | "ServiceUnavailableTemporary", _)
-        | ("SerivceUnavailableTemporary" | "Timeout", _) => Class::Transient,
-        ("SignatureNonceUsed", _) => Class::Nonce,
-        ("InvalidSecurityToken", _) | ("InvalidAccessKeyId", "NotFound") => Class::CredentialsExpired,
-        ("InvalidTimeStamp" | "IllegalTimestamp", _) => Class::Clock,
-        (
-            "SignatureDoesNotMatch"
-            | "InvalidSignature"
-            | "IncompleteSignature"
-            | "InvalidAccessKeyId"
-            | "InvalidAccessKeySecret",
-            _,
-        )
-        | ("MissingSecurityToken" | "MissingAccessKeyId", _) => Class::BadCredentials,
+        ("InvalidAccessKeyId", "NotFound") | ("InvalidSecurityToken", _) => Class::CredentialsExpired,
         ("Forbidden", "KeyNotFound" | "KeyVersionNotFound" | "AliasNotFound" | "ResourceNotFound") => Class::NotFound,
-        ("Forbidden" | "NoPermission" | "Unauthorized", _) => Class::Denied,
-        ("Rejected" | "Unsupported" | "UnsupportedOperation", _) => Class::KeyUnusable,
-        ("InvalidParameter" | "MissingParameter" | "ParseRequestParameterException" | "InvalidAction" | "InvalidVersion", _) => {
+        _ => classify_family(status, family),
+    }
+}
+
+fn classify_family(status: StatusCode, family: &str) -> Class {
+    match family {
+        "InternalFailure"
+        | "InternalError"
+        | "ServiceUnavailable"
+        | "ServiceUnavailableTemporary"
+        // The service itself spells it so, too.
+        | "SerivceUnavailableTemporary"
+        | "Timeout" => Class::Transient,
+        "SignatureNonceUsed" => Class::Nonce,
+        "InvalidTimeStamp" | "IllegalTimestamp" => Class::Clock,
+        "SignatureDoesNotMatch"
+        | "InvalidSignature"
+        | "IncompleteSignature"
+        | "InvalidAccessKeyId"
+        | "InvalidAccessKeySecret"
+        | "MissingSecurityToken"
+        | "MissingAccessKeyId" => Class::BadCredentials,
+        "Forbidden" | "NoPermission" | "Unauthorized" => Class::Denied,
+        "Rejected" | "Unsupported" | "UnsupportedOperation" => Class::KeyUnusable,
+        "InvalidParameter" | "MissingParameter" | "ParseRequestParameterException" | "InvalidAction" | "InvalidVersion" => {
             Class::Misconfigured
         }
         _ => match status.as_u16() {

@@ -1,5 +1,3 @@
-pub(super) mod fake;
-
 use std::{
     fs,
     io::Write,
@@ -8,6 +6,7 @@ use std::{
 };
 
 use futures::future::join_all;
+use integration_tests::alibaba::{BASE, Fake, Fault, NEW, OLD, PROVIDER, ROLE};
 use jiff::SignedDuration;
 use tempfile::TempDir;
 use tracing::instrument::WithSubscriber;
@@ -18,9 +17,14 @@ use crate::{
     outcome::{Classify, Verdict},
     witness::{Witness, WitnessSettings},
 };
-use fake::{BASE, Fake, Fault, NEW, OLD, PROVIDER, ROLE};
 
 const DIGEST: [u8; 32] = [7; 32];
+
+/// The service, at our time.
+pub(super) async fn fake(clock: &Clock) -> Fake {
+    let clock = clock.clone();
+    Fake::start(Arc::new(move || clock.now())).await
+}
 
 /// The KMS, and a machine with credentials for it.
 struct Scene {
@@ -33,7 +37,7 @@ struct Scene {
 impl Scene {
     async fn set() -> Self {
         let (clock, hand) = Clock::manual("2026-11-22T05:00:00Z".parse().unwrap());
-        Self { kms: Fake::start(clock.clone()).await, clock, hand, folder: tempfile::tempdir().unwrap() }
+        Self { kms: fake(&clock).await, clock, hand, folder: tempfile::tempdir().unwrap() }
     }
 
     fn uri(&self, key: &str) -> KeyUri {

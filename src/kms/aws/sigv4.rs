@@ -135,7 +135,7 @@ for line in sys.stdin:
                 }
             }
         }
-        let input: String = cases
+        let input: Vec<_> = cases
             .iter()
             .map(|(service, url, plain, secret, token, body)| {
                 let headers: std::collections::BTreeMap<_, _> = plain.iter().copied().collect();
@@ -154,7 +154,7 @@ for line in sys.stdin:
             .unwrap();
         // All of it fits into a pipe's buffer of answers only if it is read meanwhile: so the input is written beside.
         let mut stdin = python.stdin.take().unwrap();
-        let writer = std::thread::spawn(move || std::io::Write::write_all(&mut stdin, input.as_bytes()).unwrap());
+        let writer = std::thread::spawn(move || std::io::Write::write_all(&mut stdin, input.concat().as_bytes()).unwrap());
         let output = python.wait_with_output().unwrap();
         writer.join().unwrap();
         assert!(output.status.success());

@@ -32,17 +32,16 @@ impl Chain {
             exchange(request, LARGEST).await.map_err(|error| CredentialsError::unanswered(&from, error))
         };
 
-        let role = match role {
-            Some(role) => role.to_owned(),
-            None => {
-                let roles = get(ROLES).await?;
-                match roles.status {
-                    StatusCode::OK => roles.text().lines().next().unwrap_or_default().trim().to_owned(),
-                    StatusCode::NOT_FOUND => {
-                        return Err(CredentialsError::of_status(&from, roles.status, "the instance has no RAM role"));
-                    }
-                    status => return Err(CredentialsError::of_status(&from, status, "it did not name the instance's RAM role")),
+        let role = if let Some(role) = role {
+            role.to_owned()
+        } else {
+            let roles = get(ROLES).await?;
+            match roles.status {
+                StatusCode::OK => roles.text().lines().next().unwrap_or_default().trim().to_owned(),
+                StatusCode::NOT_FOUND => {
+                    return Err(CredentialsError::of_status(&from, roles.status, "the instance has no RAM role"));
                 }
+                status => return Err(CredentialsError::of_status(&from, status, "it did not name the instance's RAM role")),
             }
         };
         // What RAM allows in a role's name: it becomes part of a path.

@@ -1,13 +1,11 @@
 use std::fs;
 
+use integration_tests::alibaba::{BASE, Fake, Fault, PROVIDER, ROLE};
 use jiff::SignedDuration;
 use tempfile::TempDir;
 
 use super::*;
-use crate::{
-    clock::ManualClock,
-    kms::alibaba::tests::fake::{BASE, Fake, Fault, PROVIDER, ROLE},
-};
+use crate::{clock::ManualClock, kms::alibaba::tests::fake};
 
 struct Machine {
     cloud: Fake,
@@ -19,7 +17,7 @@ struct Machine {
 impl Machine {
     async fn set() -> Self {
         let (clock, hand) = Clock::manual("2026-11-22T05:00:00Z".parse().unwrap());
-        Self { cloud: Fake::start(clock.clone()).await, clock, hand, folder: tempfile::tempdir().unwrap() }
+        Self { cloud: fake(&clock).await, clock, hand, folder: tempfile::tempdir().unwrap() }
     }
 
     fn write(&self, name: &str, text: &str) -> String {

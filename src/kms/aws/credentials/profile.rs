@@ -32,7 +32,7 @@ pub(super) fn plan(environment: &Environment) -> Result<Option<Plan>, Credential
     let files = SharedFiles::of(environment);
     let texts = files.read()?;
     let first = files.profile.as_str();
-    if !files.has(&texts, first) {
+    if !SharedFiles::has(&texts, first) {
         // Somebody wants that one: another one's credentials are not what is meant.
         return match environment.get("AWS_PROFILE") {
             Some(_) => {
@@ -44,13 +44,13 @@ pub(super) fn plan(environment: &Environment) -> Result<Option<Plan>, Credential
     let (mut roles, mut seen) = (Vec::new(), Vec::new());
     let mut profile = first.to_owned();
     let base = loop {
-        let at = |name| files.value(&texts, &profile, name);
+        let at = |name| SharedFiles::value(&texts, &profile, name);
         let wrong = |what: String| CredentialsError::Wrong(format!("profile {profile}: {what}"));
         let is_source = !seen.is_empty();
         // A profile that is a source, its own included, gives its keys if it has any.
         let role = at("role_arn").filter(|_| !(is_source && at(ID).is_some()));
         let Some(arn) = role else {
-            break match keys(&files, &texts, &profile)? {
+            break match keys(&texts, &profile)? {
                 Some(credentials) => Base::Keys(credentials),
                 None if is_source => return Err(wrong("it is a source_profile and has no credentials".to_owned())),
                 None => return Ok(None),
@@ -91,7 +91,7 @@ pub(super) fn plan(environment: &Environment) -> Result<Option<Plan>, Credential
         match base {
             Ok(base) => break base,
             Err(source) => {
-                if !files.has(&texts, &source) {
+                if !SharedFiles::has(&texts, &source) {
                     return Err(wrong(format!("its source_profile {source} is not in {files}")));
                 }
                 seen.push(std::mem::replace(&mut profile, source));
@@ -107,7 +107,7 @@ pub(super) fn plan(environment: &Environment) -> Result<Option<Plan>, Credential
 pub(in crate::kms::aws) fn setting_of_profile(environment: &Environment, name: &str) -> Option<String> {
     let files = SharedFiles::of(environment);
     let texts = files.read().ok()?;
-    files.value(&texts, &files.profile, name).map(str::to_owned)
+    SharedFiles::value(&texts, &files.profile, name).map(str::to_owned)
 }
 
 /// At the end of the chain.
@@ -121,8 +121,8 @@ pub(super) fn nothing_found(environment: &Environment, instance: &str) -> Creden
 }
 
 /// The keys of a profile without a role.
-fn keys(files: &SharedFiles, texts: &[Text; 2], profile: &str) -> Result<Option<Credentials>, CredentialsError> {
-    let at = |name| files.value(texts, profile, name);
+fn keys(texts: &[Text; 2], profile: &str) -> Result<Option<Credentials>, CredentialsError> {
+    let at = |name| SharedFiles::value(texts, profile, name);
     match (at(ID), at(SECRET)) {
         (Some(id), Some(secret)) => {
             return checked(&format!("profile {profile}"), id, secret, at("aws_session_token"), None).map(Some);
@@ -172,12 +172,12 @@ impl SharedFiles {
         Ok([read(&self.credentials)?, read(&self.config)?])
     }
 
-    fn has(&self, [credentials, config]: &[Text; 2], profile: &str) -> bool {
+    fn has([credentials, config]: &[Text; 2], profile: &str) -> bool {
         sections(credentials).any(|section| section == profile) || sections(config).any(|section| is_config_of(section, profile))
     }
 
     /// A setting of a profile: as the credentials file has it, or else the config file.
-    fn value<'a>(&self, [credentials, config]: &'a [Text; 2], profile: &str, name: &str) -> Option<&'a str> {
+    fn value<'a>([credentials, config]: &'a [Text; 2], profile: &str, name: &str) -> Option<&'a str> {
         setting(credentials, name, |section| section == profile)
             .or_else(|| setting(config, name, |section| is_config_of(section, profile)))
     }

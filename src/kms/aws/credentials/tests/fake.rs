@@ -201,8 +201,8 @@ impl Given {
         let needed = ["content-type", "host", "x-amz-date"].into_iter().chain(token.as_ref().map(|_| "x-amz-security-token"));
         assert_eq!(names, needed.collect::<Vec<_>>());
         let hex_digest = |bytes: &[u8]| hex::encode(digest(&SHA256, bytes));
-        let lines: String = names.iter().map(|name| format!("{name}:{}\n", header(name))).collect();
-        let canonical = format!("POST\n/\n\n{lines}\n{}\n{}", names.join(";"), hex_digest(body));
+        let lines: Vec<_> = names.iter().map(|name| format!("{name}:{}\n", header(name))).collect();
+        let canonical = format!("POST\n/\n\n{}\n{}\n{}", lines.concat(), names.join(";"), hex_digest(body));
         let to_sign = format!("AWS4-HMAC-SHA256\n{date_time}\n{scope}\n{}", hex_digest(canonical.as_bytes()));
         let mac = |key: &[u8], text: &str| hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), text.as_bytes()).as_ref().to_vec();
         let key = scope.split('/').fold(format!("AWS4{secret}").into_bytes(), |key, part| mac(&key, part));

@@ -7,38 +7,46 @@ use std::{
     sync::{Arc, LazyLock, Mutex, MutexGuard},
 };
 
-use aws_lc_rs::signature::{
-    ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, RSA_PKCS1_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair,
+use aws_lc_rs::{
+    digest::{Digest as Hashed, SHA256},
+    encoding::{AsDer, PublicKeyX509Der},
+    rsa::KeySize,
+    signature::{
+        ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair, RSA_PKCS1_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair,
+    },
 };
 use axum::{
     Router,
     body::{Body, Bytes},
     extract::State,
+    http::{HeaderMap, HeaderName, Method, Uri},
     response::Response,
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use futures::{StreamExt, stream};
-use http::{HeaderMap, Method, Uri};
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
-use rsa::pkcs8::SecretDocument;
+use reqwest::Url;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 
-use crate::{
-    clock::Clock,
-    kms::{KeySpec, PublicKey},
-};
-
-pub(in crate::kms::alibaba) const BASE: [&str; 2] = ["LTAIbase", "baseSecretOfTheTest"];
-pub(in crate::kms::alibaba) const ROLE: &str = "acs:ram::1111222233334444:role/aliyuncontainerregistrykmsrole";
-pub(in crate::kms::alibaba) const PROVIDER: &str = "acs:ram::1111222233334444:oidc-provider/ack-rrsa-c1";
-pub(super) const OLD: &str = "00000000-7072-4bbc-a582-584b5bd80001";
-pub(super) const NEW: &str = "2ab1a983-7072-4bbc-a582-584b5bd80001";
+/// The id and secret of the access key that it knows.
+pub const BASE: [&str; 2] = ["LTAIbase", "baseSecretOfTheTest"];
+/// The RAM role that may be taken.
+pub const ROLE: &str = "acs:ram::1111222233334444:role/aliyuncontainerregistrykmsrole";
+/// Whose OIDC tokens are taken.
+pub const PROVIDER: &str = "acs:ram::1111222233334444:oidc-provider/ack-rrsa-c1";
+/// The two versions of `key-rsa` (`alias/rsa`); `key-ec` (`alias/ec`) has the newer one.
+pub const OLD: &str = "00000000-7072-4bbc-a582-584b5bd80001";
+pub const NEW: &str = "2ab1a983-7072-4bbc-a582-584b5bd80001";
 const METADATA_TOKEN: &str = "metadata-token==";
 
+/// Where the time comes from.
+pub type Now = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
+/// What the service does with a request instead of answering it.
 #[derive(Debug, Clone)]
-pub(in crate::kms::alibaba) enum Fault {
+pub enum Fault {
     /// Status and code.
     Error(u16, &'static str),
     Throttled {
@@ -57,72 +65,72 @@ pub(in crate::kms::alibaba) enum Fault {
 }
 
 #[derive(Clone)]
-pub(in crate::kms::alibaba) struct Fake {
-    pub(in crate::kms::alibaba) address: String,
+pub struct Fake {
+    pub address: String,
     state: Arc<Mutex<Given>>,
 }
 
-pub(in crate::kms::alibaba) struct Given {
-    clock: Clock,
-    pub(in crate::kms::alibaba) ahead: SignedDuration,
-    pub(in crate::kms::alibaba) lifetime: SignedDuration,
-    pub(in crate::kms::alibaba) script: VecDeque<Fault>,
-    pub(in crate::kms::alibaba) requests: Vec<String>,
-    pub(in crate::kms::alibaba) parameters: Vec<BTreeMap<String, String>>,
-    pub(in crate::kms::alibaba) signers: Vec<String>,
-    pub(in crate::kms::alibaba) oidc_token: String,
+/// What a test may look at and change.
+pub struct Given {
+    clock: Now,
+    pub ahead: SignedDuration,
+    pub lifetime: SignedDuration,
+    pub script: VecDeque<Fault>,
+    pub requests: Vec<String>,
+    pub parameters: Vec<BTreeMap<String, String>>,
+    pub signers: Vec<String>,
+    pub oidc_token: String,
     /// Whom the KMS takes; everybody that it knows, if empty.
-    pub(in crate::kms::alibaba) only: Option<String>,
-    /// How many versions ListKeyVersions pads its list with.
-    pub(super) padding: usize,
-    pub(super) key_state: &'static str,
-    pub(super) usage: &'static str,
-    pub(super) spec: Option<&'static str>,
+    pub only: Option<String>,
+    /// How many versions `ListKeyVersions` pads its list with.
+    pub padding: usize,
+    pub key_state: &'static str,
+    pub usage: &'static str,
+    pub spec: Option<&'static str>,
     /// Management operations are not here.
-    pub(super) dedicated: bool,
+    pub dedicated: bool,
     serial: u32,
     keys: HashMap<String, (String, Option<String>)>,
     nonces: HashSet<String>,
 }
 
-struct Pair {
-    public: PublicKey,
-    private: Private,
-}
-
-enum Private {
+enum Pair {
     Rsa(RsaKeyPair),
     Ec(EcdsaKeyPair),
 }
 
-static RSA: LazyLock<Pair> = LazyLock::new(|| Pair::of(include_str!("../../../../tests/data/vectors/keys/rsa2048.key.pem")));
-static EC: LazyLock<Pair> = LazyLock::new(|| Pair::of(include_str!("../../../../tests/data/vectors/keys/p256.key.pem")));
-/// The material of the old version.
-static FORMER: LazyLock<Pair> = LazyLock::new(|| {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("key.pem");
-    crate::kms::generate(KeySpec::Rsa2048, &path).unwrap();
-    Pair::of(&std::fs::read_to_string(path).unwrap())
+static RSA: LazyLock<Pair> = LazyLock::new(|| {
+    let der = der(include_str!("../../tests/data/vectors/keys/rsa2048.key.pem"));
+    Pair::Rsa(RsaKeyPair::from_pkcs8(&der).expect("the file holds an RSA key"))
 });
+static EC: LazyLock<Pair> = LazyLock::new(|| {
+    let der = der(include_str!("../../tests/data/vectors/keys/p256.key.pem"));
+    Pair::Ec(EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der).expect("the file holds a P-256 key"))
+});
+/// The material of the old version.
+static FORMER: LazyLock<Pair> = LazyLock::new(|| Pair::Rsa(RsaKeyPair::generate(KeySize::Rsa2048).expect("a key can be made")));
+
+fn der(pem: &str) -> Vec<u8> {
+    let base64: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
+    BASE64_STANDARD.decode(base64).expect("PEM holds base64")
+}
 
 impl Pair {
-    fn of(pem: &str) -> Self {
-        let (_, document) = SecretDocument::from_pem(pem.trim()).unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("key.pem");
-        crate::kms::create_file(&path, pem.as_bytes(), 0o600).unwrap();
-        let public = crate::kms::public_key_of_file(&path).unwrap();
-        let private = if public.spec() == KeySpec::EcP256 {
-            Private::Ec(EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, document.as_bytes()).unwrap())
-        } else {
-            Private::Rsa(RsaKeyPair::from_pkcs8(document.as_bytes()).unwrap())
-        };
-        Self { public, private }
+    fn public_pem(&self) -> String {
+        let der: PublicKeyX509Der<'_> = match self {
+            Self::Rsa(pair) => pair.public_key().as_der(),
+            Self::Ec(pair) => pair.public_key().as_der(),
+        }
+        .expect("a public key can be encoded");
+        let base64 = BASE64_STANDARD.encode(der.as_ref());
+        let lines: Vec<_> = base64.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+        format!("-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n", lines.join("\n"))
     }
 }
 
 impl Fake {
-    pub(in crate::kms::alibaba) async fn start(clock: Clock) -> Self {
+    /// With the clock that it goes by.
+    pub async fn start(clock: Now) -> Self {
         let state = Arc::new(Mutex::new(Given {
             clock,
             ahead: SignedDuration::ZERO,
@@ -150,16 +158,16 @@ impl Fake {
         Self { address, state }
     }
 
-    pub(in crate::kms::alibaba) fn given(&self) -> MutexGuard<'_, Given> {
+    pub fn given(&self) -> MutexGuard<'_, Given> {
         self.state.lock().unwrap()
     }
 
-    pub(in crate::kms::alibaba) fn then(&self, faults: impl IntoIterator<Item = Fault>) {
+    pub fn then(&self, faults: impl IntoIterator<Item = Fault>) {
         self.given().script.extend(faults);
     }
 
     /// What was asked for since this was asked last.
-    pub(in crate::kms::alibaba) fn requests(&self) -> Vec<String> {
+    pub fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.given().requests)
     }
 }
@@ -242,12 +250,14 @@ async fn serve(State(state): State<Arc<Mutex<Given>>>, method: Method, uri: Uri,
 }
 
 fn decoded(query: &str) -> BTreeMap<String, String> {
-    serde_urlencoded::from_str(query).unwrap()
+    let mut url = Url::parse("http://query/").expect("it is a constant");
+    url.set_query(Some(query));
+    url.query_pairs().into_owned().collect()
 }
 
 impl Given {
     fn now(&self) -> Timestamp {
-        self.clock.now() + self.ahead
+        (self.clock)() + self.ahead
     }
 
     fn issue(&mut self) -> Value {
@@ -368,7 +378,7 @@ impl Given {
                 let (id, version) = if let Some(Fault::As(id, version)) = fault { (*id, *version) } else { (id, version) };
                 if action == "GetPublicKey" {
                     return Ok(
-                        json!({ "KeyId": id, "KeyVersionId": version, "PublicKey": pair.public.to_pem(), "RequestId": "0A1B" }),
+                        json!({ "KeyId": id, "KeyVersionId": version, "PublicKey": pair.public_pem(), "RequestId": "0A1B" }),
                     );
                 }
                 let Ok(digest) = <[u8; 32]>::try_from(BASE64_STANDARD.decode(&parameters["Digest"]).unwrap()) else {
@@ -406,7 +416,7 @@ impl Given {
             );
         }
         // Every x-acs- header and the host have to be signed.
-        let mut needed: Vec<_> = headers.keys().map(http::HeaderName::as_str).filter(|name| name.starts_with("x-acs-")).collect();
+        let mut needed: Vec<_> = headers.keys().map(HeaderName::as_str).filter(|name| name.starts_with("x-acs-")).collect();
         needed.extend(["host"].iter().chain(headers.contains_key("content-type").then_some(&"content-type")));
         needed.sort_unstable();
         assert_eq!(field("SignedHeaders"), needed.join(";"));
@@ -421,13 +431,13 @@ impl Given {
             text.chars()
                 .map(|c| match c {
                     c if kept(c) => c.to_string(),
-                    c => c.encode_utf8(&mut buffer).bytes().map(|byte| format!("%{byte:02X}")).collect(),
+                    c => c.encode_utf8(&mut buffer).bytes().map(|byte| format!("%{byte:02X}")).collect::<Vec<_>>().concat(),
                 })
                 .collect()
         };
         let query: Vec<_> = parameters.iter().map(|(name, value)| format!("{}={}", escape(name), escape(value))).collect();
-        let lines: String = needed.iter().map(|name| format!("{name}:{}\n", header(name).trim())).collect();
-        let canonical = format!("POST\n/\n{}\n{lines}\n{}\n{}", query.join("&"), needed.join(";"), hash(b""));
+        let lines: Vec<_> = needed.iter().map(|name| format!("{name}:{}\n", header(name).trim())).collect();
+        let canonical = format!("POST\n/\n{}\n{}\n{}\n{}", query.join("&"), lines.concat(), needed.join(";"), hash(b""));
         let to_sign = format!("ACS3-HMAC-SHA256\n{}", hash(canonical.as_bytes()));
         let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).unwrap();
         mac.update(to_sign.as_bytes());
@@ -449,16 +459,17 @@ impl Given {
 }
 
 fn sign(pair: &Pair, algorithm: &str, digest: &[u8; 32]) -> Result<Vec<u8>, Refusal> {
-    let padding: &'static dyn RsaEncoding = match (algorithm, &pair.private) {
-        ("RSA_PSS_SHA_256", Private::Rsa(_)) => &RSA_PSS_SHA256,
-        ("RSA_PKCS1_SHA_256", Private::Rsa(_)) => &RSA_PKCS1_SHA256,
-        ("ECDSA_SHA_256", Private::Ec(pair)) => {
-            return Ok(pair.sign_digest(&crate::kms::public_key::import(digest)).unwrap().as_ref().to_vec());
+    let hashed = Hashed::import_less_safe(digest, &SHA256).expect("it is 32 bytes");
+    let padding: &'static dyn RsaEncoding = match (algorithm, pair) {
+        ("RSA_PSS_SHA_256", Pair::Rsa(_)) => &RSA_PSS_SHA256,
+        ("RSA_PKCS1_SHA_256", Pair::Rsa(_)) => &RSA_PKCS1_SHA256,
+        ("ECDSA_SHA_256", Pair::Ec(pair)) => {
+            return Ok(pair.sign_digest(&hashed).unwrap().as_ref().to_vec());
         }
         _ => return refuse(400, "InvalidParameter", "The specified parameter Algorithm is not valid."),
     };
-    let Private::Rsa(pair) = &pair.private else { unreachable!("the algorithms of EC keys are above") };
+    let Pair::Rsa(pair) = pair else { unreachable!("the algorithms of EC keys are above") };
     let mut signature = vec![0; pair.public_modulus_len()];
-    pair.sign_digest(padding, &crate::kms::public_key::import(digest), &mut signature).unwrap();
+    pair.sign_digest(padding, &hashed, &mut signature).unwrap();
     Ok(signature)
 }
