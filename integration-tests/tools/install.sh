@@ -6,6 +6,8 @@ set -euo pipefail
 
 # Which version of each; cosign 3 is whatever Debian unstable has.
 MINISTACK=1.5.33
+# AWS's own signer, which ours is held against; it lives beside ministack.
+BOTOCORE=1.43.106
 CARGO_DENY=0.20.2
 CARGO_FUZZ=0.13.2
 
@@ -130,8 +132,9 @@ ministack() {
     say ministack "installing ministack $MINISTACK into its own Python environment"
     rm -rf "$tools/ministack"
     /usr/bin/python3 -m venv "$tools/ministack" || fail "python3 -m venv failed"
-    "$tools/ministack/bin/pip" install --quiet --disable-pip-version-check "ministack==$MINISTACK" cryptography ||
-        fail "pip cannot install ministack $MINISTACK"
+    "$tools/ministack/bin/pip" install --quiet --disable-pip-version-check "ministack==$MINISTACK" cryptography \
+        "botocore==$BOTOCORE" ||
+        fail "pip cannot install ministack $MINISTACK and botocore $BOTOCORE"
 }
 
 cargo_deny() { build cargo-deny $CARGO_DENY; }
@@ -155,7 +158,7 @@ version_of() {
         cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
-        ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography; print("ministack", version("ministack"))' ;;
+        ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
         cargo-deny | cargo-fuzz) "$tools/bin/$1" --version ;;
     esac 2> /dev/null | tail -n 1
 }

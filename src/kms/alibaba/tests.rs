@@ -9,6 +9,18 @@ use futures::future::join_all;
 use integration_tests::alibaba::{BASE, Fake, Fault, NEW, OLD, PROVIDER, ROLE};
 use jiff::SignedDuration;
 use tempfile::TempDir;
+use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{
+        ServerConfig,
+        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    },
+};
 use tracing::instrument::WithSubscriber;
 
 use super::*;
@@ -121,6 +133,12 @@ async fn an_instances_own_gateway_needs_the_version_and_is_not_asked_to_describe
     assert_eq!(key.resolved(), format!("key-rsa/versions/{NEW}"));
     let signature = key.sign(Algorithm::RsaPkcs1Sha256, &DIGEST).await.unwrap();
     assert_eq!(key.public_key().verify(Algorithm::RsaPkcs1Sha256, &DIGEST, signature.as_ref()), Ok(()));
+    // Whether an answer repeats the alias or names the key's id is not documented for every operation.
+    scene.kms.then([Fault::As("alias/rsa", NEW)]);
+    let key = scene.open(&format!("/alias/rsa/versions/{NEW}")).await.unwrap();
+    key.sign(Algorithm::RsaPkcs1Sha256, &DIGEST).await.unwrap();
+    scene.kms.then([Fault::As("alias/rsa", NEW)]);
+    key.sign(Algorithm::RsaPkcs1Sha256, &DIGEST).await.unwrap();
     scene.kms.then([Fault::As("key-other", NEW)]);
     let error = scene.open(&format!("/key-rsa/versions/{NEW}")).await.unwrap_err();
     assert!(matches!(error, Error::BadResponse { .. }), "{error}");
@@ -272,6 +290,61 @@ async fn the_gateways_own_authority_is_the_only_one_that_counts() {
     fs::write(&file, "not a certificate").unwrap();
     let error = scene.open(&with_ca).await.unwrap_err();
     assert!(error.to_string().contains("no certificate in PEM"), "{error}");
+}
+
+/// A door to somewhere by TLS, with this certificate.
+async fn tls_door(to: String, certificate: &[u8], key: &[u8]) -> u16 {
+    let config = ServerConfig::builder_with_provider(Arc::new(tokio_rustls::rustls::crypto::aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![CertificateDer::from_pem_slice(certificate).unwrap()], PrivateKeyDer::from_pem_slice(key).unwrap())
+        .unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let doors = async move {
+        let mut doors = JoinSet::new();
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (acceptor, to) = (acceptor.clone(), to.clone());
+            doors.spawn(async move {
+                // A client that does not trust us hangs up here.
+                let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                let mut behind = TcpStream::connect(to).await.unwrap();
+                let _ = copy_bidirectional(&mut stream, &mut behind).await;
+            });
+        }
+    };
+    #[expect(clippy::disallowed_methods, reason = "it ends with the test's own runtime")]
+    tokio::spawn(doors);
+    port
+}
+
+#[tokio::test]
+async fn an_instances_own_gateway_is_trusted_by_its_own_authority() {
+    let scene = Scene::set().await;
+    scene.kms.given().dedicated = true;
+    let (own, other) = (
+        include_bytes!("../../http/server/testdata/first.cert.pem").as_slice(),
+        include_bytes!("../../http/server/testdata/renewed.cert.pem"),
+    );
+    let port = tls_door(scene.kms.address.clone(), own, include_bytes!("../../http/server/testdata/first.key.pem")).await;
+    let keys = Environment::of([("ALIBABA_CLOUD_ACCESS_KEY_ID", BASE[0]), ("ALIBABA_CLOUD_ACCESS_KEY_SECRET", BASE[1])]);
+    for (certificate, trusted) in [(own, true), (other, false)] {
+        let file = scene.folder.path().join("ca.pem");
+        fs::write(&file, certificate).unwrap();
+        let uri = format!("alibabakms://https://localhost:{port}//key-ec/versions/{NEW}?ca={}", file.display());
+        let uri: KeyUri = uri.parse().unwrap();
+        let place = Place { gateway: Gateway::Dedicated, ..Place::of(&uri, &keys).unwrap() };
+        match AlibabaKey::open_at(&uri, place, scene.clock.clone(), &keys, Patience::USUAL).await {
+            Ok(key) if trusted => {
+                key.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
+            }
+            Err(Error::Unreachable { source, .. }) if !trusted => assert!(source.to_string().contains("certificate"), "{source}"),
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 /// Everything that is logged.
