@@ -1,18 +1,10 @@
-//! What providers of credentials share: one request and its answer, files, and text for people, all within bounds.
+//! What providers of credentials share: one request and its answer, and text for people, within bounds.
 
-use std::{
-    error::Error as _,
-    fs::File,
-    io::{self, Read},
-    path::Path,
-    time::Duration,
-};
+use std::{error::Error as _, time::Duration};
 
 use http::{HeaderMap, StatusCode, header::DATE};
 use jiff::{Timestamp, fmt::rfc2822};
 use secrecy::zeroize::Zeroizing;
-
-use super::refresh::CredentialsError;
 
 /// An answer that came whole.
 pub(super) struct Answer {
@@ -62,21 +54,6 @@ impl Answer {
 
     pub(super) fn text(&self) -> &str {
         std::str::from_utf8(&self.body).unwrap_or_default()
-    }
-}
-
-/// The text of a file that may hold secrets.
-pub(super) type Text = Zeroizing<String>;
-
-const LARGEST_FILE: u64 = 1024 * 1024;
-
-/// Reads a file of settings or credentials; `None` if it is not there.
-pub(super) fn text_of(path: &Path) -> Result<Option<Text>, CredentialsError> {
-    let mut text = Text::default();
-    match File::open(path).and_then(|file| file.take(LARGEST_FILE).read_to_string(&mut text)) {
-        Ok(_) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(CredentialsError::Unreadable { file: path.to_owned(), why: error.to_string() }),
     }
 }
 

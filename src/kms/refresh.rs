@@ -1,6 +1,7 @@
 //! Credentials that last for a time, and are fetched anew before it is over.
 
 mod error;
+mod file;
 
 use std::{
     fmt,
@@ -11,6 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::clock::Clock;
 pub(super) use error::CredentialsError;
+pub(super) use file::{Text, is_sendable, text_of, token_of};
 
 /// Where credentials come from.
 pub(super) trait Source: Send + Sync {

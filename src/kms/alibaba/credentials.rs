@@ -7,7 +7,7 @@ mod sts;
 
 use std::{
     fmt,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
@@ -21,7 +21,7 @@ use crate::{
     clock::Clock,
     kms::{
         Environment, exchange,
-        refresh::{CredentialsError, Expiring, Kept, Source},
+        refresh::{CredentialsError, Expiring, Kept, Source, is_sendable},
     },
 };
 
@@ -237,20 +237,6 @@ fn identity(environment: &Environment) -> Result<Option<Identity>, CredentialsEr
     let beside = |other| environment.get(other).ok_or(CredentialsError::Half { one: FILE, other });
     let (role, provider) = (beside("ALIBABA_CLOUD_ROLE_ARN")?, beside("ALIBABA_CLOUD_OIDC_PROVIDER_ARN")?);
     Ok(Some(Identity { role, provider, token_file: token_file.into(), session: environment.get(SESSION) }))
-}
-
-fn is_sendable(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic())
-}
-
-/// The text of a file with a token, read each time: tokens are exchanged in place.
-fn token_of(file: &Path) -> Result<SecretString, CredentialsError> {
-    let text = exchange::text_of(file)?;
-    let token = text.as_deref().map(|text| text.trim()).unwrap_or_default();
-    if !is_sendable(token) {
-        return Err(CredentialsError::NoToken { file: file.to_owned() });
-    }
-    Ok(token.into())
 }
 
 /// As STS and the instance's metadata write credentials.

@@ -2,7 +2,7 @@ use std::{path::Path, sync::Arc};
 
 use reqwest::{Certificate, Url};
 
-use crate::kms::{Environment, Error, KeyUri, aws, exchange};
+use crate::kms::{Environment, Error, KeyUri, aws, refresh::text_of};
 
 /// Where requests go.
 #[derive(Debug, Clone)]
@@ -69,7 +69,7 @@ fn sts(kms: &str, environment: &Environment) -> Result<Url, String> {
 
 /// The certificates that the endpoint's is held against, if not the machine's own.
 pub(super) fn authorities(file: &Path) -> Result<Vec<Certificate>, String> {
-    let text = exchange::text_of(file).map_err(|error| error.to_string())?;
+    let text = text_of(file).map_err(|error| error.to_string())?;
     let text = text.ok_or_else(|| format!("{} is not there", file.display()))?;
     match Certificate::from_pem_bundle(text.as_bytes()) {
         Ok(certificates) if !certificates.is_empty() => Ok(certificates),

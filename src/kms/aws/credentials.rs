@@ -8,7 +8,6 @@ mod sts;
 
 use std::{
     fmt,
-    path::Path,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
@@ -21,7 +20,7 @@ use crate::{
     clock::Clock,
     kms::{
         Environment, exchange,
-        refresh::{CredentialsError, Expiring, Kept, Source},
+        refresh::{CredentialsError, Expiring, Kept, Source, is_sendable},
     },
 };
 pub(super) use profile::setting_of_profile;
@@ -228,20 +227,6 @@ fn checked(
         return unsendable("the session token");
     }
     Ok(Credentials::new(id, secret, token.map(str::to_owned), expires.map(Into::into), "countersign"))
-}
-
-fn is_sendable(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic())
-}
-
-/// The text of a file with a token, read each time: tokens are exchanged in place.
-fn token_of(file: &Path) -> Result<secrecy::SecretString, CredentialsError> {
-    let text = exchange::text_of(file)?;
-    let token = text.as_deref().map(|text| text.trim()).unwrap_or_default();
-    if !is_sendable(token) {
-        return Err(CredentialsError::NoToken { file: file.to_owned() });
-    }
-    Ok(token.into())
 }
 
 /// What container and instance endpoints answer.

@@ -1,7 +1,10 @@
 use http::{HeaderValue, StatusCode};
 
-use super::{Chain, Credentials, CredentialsError, Document, is_sendable};
-use crate::kms::exchange::{Answer, exchange};
+use super::{Chain, Credentials, CredentialsError, Document};
+use crate::kms::{
+    exchange::{Answer, exchange},
+    refresh::is_sendable,
+};
 
 const ROLES: &str = "/latest/meta-data/ram/security-credentials/";
 const LARGEST: usize = 64 * 1024;

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::{Credentials, CredentialsError, Identity, Role};
-use crate::kms::{Environment, exchange::text_of};
+use crate::kms::{Environment, refresh::text_of};
 
 /// What a profile of the command line tool says about credentials.
 pub(super) enum Plan {

@@ -3,10 +3,11 @@ use jiff::SignedDuration;
 use secrecy::ExposeSecret;
 use serde::Deserialize;
 
-use super::{Chain, Credentials, CredentialsError, Document, Identity, Role, token_of};
+use super::{Chain, Credentials, CredentialsError, Document, Identity, Role};
 use crate::kms::{
     alibaba::acs3::Call,
     exchange::{Answer, exchange, one_line, without},
+    refresh::token_of,
 };
 
 const VERSION: &str = "2015-04-01";

@@ -6,8 +6,11 @@ use reqwest::Url;
 use secrecy::ExposeSecret;
 use serde::Deserialize;
 
-use super::{Chain, CredentialsError, Document, is_sendable, token_of};
-use crate::kms::exchange::{exchange, one_line, without};
+use super::{Chain, CredentialsError, Document};
+use crate::kms::{
+    exchange::{exchange, one_line, without},
+    refresh::{is_sendable, token_of},
+};
 
 const RELATIVE: &str = "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI";
 const FULL: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";

@@ -2,8 +2,11 @@ use aws_credential_types::Credentials;
 use http::{HeaderValue, StatusCode};
 use reqwest::Url;
 
-use super::{Chain, CredentialsError, Document, is_sendable};
-use crate::kms::exchange::{Answer, exchange};
+use super::{Chain, CredentialsError, Document};
+use crate::kms::{
+    exchange::{Answer, exchange},
+    refresh::is_sendable,
+};
 
 const DISABLED: &str = "AWS_EC2_METADATA_DISABLED";
 const ENDPOINT: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT";

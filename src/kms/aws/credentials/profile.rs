@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use super::{Credentials, CredentialsError, checked, sts::Identity, sts::Role};
 use crate::kms::{
     Environment,
-    exchange::{Text, text_of},
+    refresh::{Text, text_of},
 };
 
 /// How a profile gets its credentials: from `base`, and then by taking each role in turn.

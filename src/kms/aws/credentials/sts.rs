@@ -9,7 +9,7 @@ use jiff::{SignedDuration, Timestamp};
 use reqwest::Url;
 use secrecy::{ExposeSecret, zeroize::Zeroizing};
 
-use super::{CredentialsError, checked, token_of};
+use super::{CredentialsError, checked};
 use crate::{
     clock::Clock,
     kms::{
@@ -19,6 +19,7 @@ use crate::{
             sigv4::{Scope, signed_headers},
         },
         exchange::{Answer, exchange, without},
+        refresh::token_of,
     },
 };
 
