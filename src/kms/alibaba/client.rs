@@ -21,7 +21,7 @@ use crate::{
     clock::Clock,
     kms::{
         Environment, Error, KeyUri,
-        exchange::{self, Answer, NoAnswer, exchange, without},
+        exchange::{self, Answer, NoAnswer, exchange},
     },
 };
 
@@ -110,7 +110,7 @@ impl Client {
                     self.bad(format!("what came for {action} is not the JSON of one (line {line}, column {column})"))
                 });
             }
-            let fault = Fault::of(&answer);
+            let fault = Fault::of(&answer, credentials.secrets());
             match fault.class {
                 Class::CredentialsExpired if !renewed => {
                     renewed = true;
@@ -120,7 +120,7 @@ impl Client {
                 }
                 Class::Clock if !time_set && self.set_time(&answer) => time_set = true,
                 Class::Nonce if !nonce_changed => nonce_changed = true,
-                _ => return Err(self.failed(action, fault, &credentials)),
+                _ => return Err(self.failed(action, fault)),
             }
         }
     }
@@ -155,10 +155,9 @@ impl Client {
         true
     }
 
-    fn failed(&self, action: &str, fault: Fault, credentials: &Credentials) -> Error {
+    fn failed(&self, action: &str, fault: Fault) -> Error {
         let key = self.uri();
         let Fault { class, what, retry_after } = fault;
-        let what = without(what, credentials.secrets());
         match class {
             Class::Throttled => Error::Throttled { key, what: format!("{action}: {what}"), retry_after },
             Class::Transient | Class::Nonce => {

@@ -3,7 +3,7 @@ use std::time::Duration;
 use http::{StatusCode, header::RETRY_AFTER};
 use serde::Deserialize;
 
-use crate::kms::exchange::{Answer, one_line};
+use crate::kms::exchange::{Answer, one_line, without};
 
 /// What an error answer of Alibaba Cloud says.
 #[derive(Debug)]
@@ -44,13 +44,15 @@ struct ErrorBody {
 }
 
 impl Fault {
-    pub(super) fn of(answer: &Answer) -> Self {
+    /// `secrets` are those of the request.
+    pub(super) fn of<'a>(answer: &Answer, secrets: impl IntoIterator<Item = &'a str>) -> Self {
         let ErrorBody { code, message, request_id } = serde_json::from_slice(&answer.body).unwrap_or_default();
         let class = classify(answer.status, &code);
         // Where a signature is wrong, what they signed is repeated, security token included.
         let message = if code.contains("Signature") { message.split(". ").next().unwrap_or_default() } else { &message };
-        let message = message.trim().lines().next().unwrap_or_default();
-        let (code, message) = (one_line(&code, 64), one_line(message, 300));
+        // Before it is cut, which would leave the beginning of one.
+        let message = without(message.trim().lines().next().unwrap_or_default().to_owned(), secrets);
+        let (code, message) = (one_line(&code, 64), one_line(&message, 300));
         let mut what = format!("HTTP {}", answer.status.as_u16());
         for part in [&code, &message] {
             if !part.is_empty() {
@@ -118,7 +120,7 @@ mod tests {
 
     fn fault(status: u16, body: &str) -> Fault {
         let body = Zeroizing::new(body.as_bytes().to_vec());
-        Fault::of(&Answer { status: StatusCode::from_u16(status).unwrap(), headers: HeaderMap::new(), body })
+        Fault::of(&Answer { status: StatusCode::from_u16(status).unwrap(), headers: HeaderMap::new(), body }, ["a-secret-token"])
     }
 
     #[test]
@@ -187,6 +189,9 @@ mod tests {
         let what = "HTTP 400: SignatureDoesNotMatch: Specified signature does not match our calculation (request 0A1B)";
         assert_eq!(fault(400, &body).what, what);
         let body = format!(r#"{{"Code":"{}","Message":"\u001b[31m{}"}}"#, "A".repeat(500), "é".repeat(5_000));
+        let echo = format!(r#"{{"Code":"Strange","Message":"{}a-secret-token"}}"#, "x".repeat(293));
+        let what_of_echo = fault(400, &echo).what;
+        assert!(what_of_echo.contains("x<redac") && !what_of_echo.contains("a-sec"), "{what_of_echo}");
         let what = fault(400, &body).what;
         assert!(what.chars().count() < 450 && !what.contains('\u{1b}'), "{what}");
     }

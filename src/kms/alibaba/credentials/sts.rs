@@ -103,7 +103,7 @@ impl Chain {
         let Complaint { code, message } = serde_json::from_slice(&answer.body).unwrap_or_default();
         // Where a signature is wrong, what they signed is repeated, security token included.
         let message = if code.contains("Signature") { message.split(". ").next().unwrap_or_default() } else { &message };
-        let said = without(one_line(&format!("{code}: {message} (for {role})"), 300), secrets);
+        let said = one_line(&without(format!("{code}: {message} (for {role})"), secrets), 300);
         if code.starts_with("Throttling") || code.starts_with("ServiceUnavailable") || code == "SignatureNonceUsed" {
             return Err(CredentialsError::Passing { from, what: said });
         }

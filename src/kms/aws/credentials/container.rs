@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{Chain, CredentialsError, Document};
 use crate::kms::{
-    exchange::{exchange, one_line, without},
+    exchange::{exchange, without},
     refresh::{is_sendable, token_of},
 };
 
@@ -50,8 +50,7 @@ impl Chain {
             return Document::read(&from, &answer).map(Some);
         }
         let Complaint { code, message } = serde_json::from_slice(&answer.body).unwrap_or_default();
-        let said = one_line(&format!("{code} {message}"), 300);
-        let said = without(said, token.iter().map(ExposeSecret::expose_secret));
+        let said = without(format!("{code} {message}"), token.iter().map(ExposeSecret::expose_secret));
         Err(CredentialsError::of_status(&from, answer.status, said.trim()))
     }
 

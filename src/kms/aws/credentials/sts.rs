@@ -18,7 +18,7 @@ use crate::{
             place,
             sigv4::{Scope, signed_headers},
         },
-        exchange::{Answer, exchange, without},
+        exchange::{Answer, exchange, one_line, without},
         refresh::token_of,
     },
 };
@@ -130,6 +130,7 @@ impl<'a> Sts<'a> {
             // What follows the first line repeats the request.
             let message = element(xml, "Message").unwrap_or_default().trim().lines().next().unwrap_or_default();
             let said = without(format!("{code}: {message} (for {role})"), secrets.iter().copied());
+            let said = one_line(&said, 300);
             return Err(match code {
                 "Throttling"
                 | "ThrottlingException"
