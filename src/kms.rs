@@ -1,10 +1,14 @@
 //! Keys that sign without leaving their KMS.
 
+mod alibaba;
 mod aws;
 mod create;
+mod environment;
 mod error;
+mod exchange;
 mod file;
 mod public_key;
+mod refresh;
 mod uri;
 
 use std::{fmt, str::FromStr, sync::Arc};
@@ -13,8 +17,8 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Clock;
-pub use aws::Environment;
 pub(crate) use create::{create_file, replace_file};
+pub use environment::Environment;
 pub use error::Error;
 pub use file::generate;
 pub(crate) use file::public_key_of_file;
@@ -27,7 +31,8 @@ pub trait SigningKey: fmt::Debug + Send + Sync {
     /// The reference as configured, for logs and metrics: `awskms:///alias/release`. Never a secret.
     fn uri(&self) -> &KeyUri;
 
-    /// What the KMS itself called the key when it was opened, for the ledger: on AWS its ARN. An alias says nothing about old
+    /// What the KMS itself called the key when it was opened, for the ledger: on AWS its ARN, on Alibaba
+    /// Cloud its ARN and version. An alias says nothing about old
     /// signatures once it has been moved; this does.
     fn resolved(&self) -> &str;
 
@@ -50,6 +55,7 @@ pub async fn open_in(uri: &KeyUri, clock: Clock, environment: &Environment) -> R
     match uri {
         KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path)?)),
         KeyUri::AwsKms { .. } => Ok(Arc::new(aws::AwsKey::open(uri, clock, environment).await?)),
+        KeyUri::AlibabaKms { .. } => Ok(Arc::new(alibaba::AlibabaKey::open(uri, clock, environment).await?)),
     }
 }
 

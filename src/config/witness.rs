@@ -67,7 +67,8 @@ pub(crate) static TABLE: Table = Table {
             "key",
             Kind::Text(&KEY_URI),
             "\"awskms:///alias/image-signing?region=eu-west-1\"",
-            "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, or file:///path/key.pem for a key on this machine.",
+            "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, alibabakms://ENDPOINT/[INSTANCE]/KEY for Alibaba Cloud KMS, or \
+             file:///path/key.pem for a key on this machine.",
         ),
         Key::optional(
             "public_key",
@@ -90,7 +91,7 @@ pub(crate) static TABLE: Table = Table {
     ],
 };
 
-static KEY_URI: Grammar = Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms)://") };
+static KEY_URI: Grammar = Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms|alibabakms)://") };
 
 static VERIFY: Table = Table {
     title: "`verify`",
@@ -136,8 +137,8 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
 }
 
 fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
-    const LATER: [&str; 5] = ["alibabakms", "hashivault", "gcpkms", "azurekms", "pkcs11"];
-    const EXAMPLES: &str = "write file:///path/key.pem, or awskms:///alias/NAME?region=REGION";
+    const LATER: [&str; 4] = ["hashivault", "gcpkms", "azurekms", "pkcs11"];
+    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION or alibabakms://ENDPOINT//alias/NAME";
     let scheme = text.split(':').next().unwrap_or_default();
     if LATER.contains(&scheme) {
         return Err(Wrong::new(format!("keys in {scheme} are not in this version"), EXAMPLES));

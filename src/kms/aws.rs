@@ -1,6 +1,5 @@
 mod client;
 mod credentials;
-mod environment;
 mod fault;
 mod place;
 mod sigv4;
@@ -11,11 +10,10 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
-use super::{Algorithm, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
+use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
 use crate::clock::Clock;
 use client::{Client, Operation, Patience};
-pub use environment::Environment;
-pub(super) use place::{endpoint_url, is_region, region_of_arn};
+pub(super) use place::{endpoint_url, is_loopback, is_region, region_of_arn};
 
 /// An asymmetric signing key in AWS KMS (service model `TrentService`, version 2014-11-01).
 #[derive(Debug)]
