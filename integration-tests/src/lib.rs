@@ -4,6 +4,7 @@
 //! - [`registry`] starts Debian's docker-registry and talks to it; [`image`] builds what is pushed there.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`verifier`] asks the judges, stock cosign and stock skopeo; [`signature`] reads what is stored, and counts.
+//! - [`rabbitmq`] starts Debian's RabbitMQ.
 //! - [`ministack`] is a KMS that checks its callers; [`proxy`] makes a network that is slow or broken; [`recorder`] keeps what
 //!   was said.
 //!
@@ -16,6 +17,7 @@ pub mod image;
 pub mod ministack;
 pub mod process;
 pub mod proxy;
+pub mod rabbitmq;
 pub mod recorder;
 pub mod registry;
 pub mod signature;

@@ -338,6 +338,7 @@ impl Worker {
             in_flight,
             dead: books.dead.unsigned_abs(),
             oldest: self.store.oldest()?,
+            partitions: vec![],
         })
     }
 
