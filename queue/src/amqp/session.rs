@@ -191,26 +191,30 @@ impl Session {
     }
 
     fn poll_arrived(&self, context: &mut Context<'_>, take: &mut impl FnMut(usize, lapin::message::Delivery)) -> Poll<()> {
+        let (mut arrived, mut end) = (Vec::new(), Poll::Pending);
         let mut sources = self.sources();
-        loop {
-            match sources.consumers.poll_next_unpin(context) {
-                Poll::Ready(Some((number, Some(Ok(delivery))))) => take(number, delivery),
-                Poll::Ready(Some((_, Some(Err(error))))) => {
+        // Without consumers there is nothing to wait for.
+        while let Poll::Ready(Some((number, delivery))) = sources.consumers.poll_next_unpin(context) {
+            match delivery {
+                Some(Ok(delivery)) => arrived.push((number, delivery)),
+                Some(Err(error)) => {
                     self.fail(&unavailable("a consumer ended", error));
-                    return Poll::Ready(());
+                    end = Poll::Ready(());
                 }
-                Poll::Ready(Some((_, None))) if self.closing.load(Ordering::Relaxed) => {}
-                Poll::Ready(Some((number, None))) => {
-                    self.fail(&Error::Unavailable {
-                        what: format!("the broker ended the consumer of {:?}", sources.all.get(number)),
-                        source: None,
-                    });
-                    return Poll::Ready(());
+                None if self.is_closing() => {}
+                None => {
+                    let what = format!("the broker ended the consumer of {:?}", sources.all.get(number));
+                    self.fail(&Error::Unavailable { what, source: None });
+                    end = Poll::Ready(());
                 }
-                // Nobody is consumed from.
-                Poll::Ready(None) | Poll::Pending => return Poll::Pending,
             }
         }
+        // Whoever takes them looks at the sources.
+        drop(sources);
+        for (number, delivery) in arrived {
+            take(number, delivery);
+        }
+        end
     }
 
     /// Has a message kept: returns once the broker has confirmed it.
