@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::process::{Process, free_ports, http_client, scratch};
+use crate::process::{Process, free_ports, scratch};
 
 /// Where Debian's package has it.
 const SERVER: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
@@ -46,7 +46,10 @@ impl RabbitMq {
         ensure!(Path::new(SERVER).exists(), "{SERVER} is missing: run `make tools`");
         let port = free_ports(5)?;
         let extra = extra.replace("{tls}", &(port + 3).to_string());
-        let mut broker = Self { port, folder: scratch()?, server: None, http: http_client()?, extra };
+        let limit = Duration::from_secs(20);
+        // A connection that is kept belongs to the runtime of the test that made it.
+        let http = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).connect_timeout(limit).timeout(limit).build()?;
+        let mut broker = Self { port, folder: scratch()?, server: None, http, extra };
         broker.start_again().await?;
         Ok(broker)
     }
