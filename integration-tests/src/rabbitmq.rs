@@ -3,7 +3,7 @@
 //! The packaged wrapper listens on all addresses and shares a daemon (epmd) with every other Erlang program; so the inner
 //! script is run, with both moved to 127.0.0.1 and ports of this broker's.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command, time::Duration};
+use std::{fs, net::TcpStream, os::unix::fs::PermissionsExt as _, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
@@ -41,7 +41,7 @@ impl RabbitMq {
         Self::start_with("").await
     }
 
-    /// The same, with further lines in its configuration; `{port+4}` is a free port.
+    /// The same, with further lines in its configuration; `{tls}` in them is a free port.
     pub async fn start_with(extra: &str) -> Result<Self> {
         ensure!(Path::new(SERVER).exists(), "{SERVER} is missing: run `make tools`");
         let port = free_ports(5)?;
@@ -79,7 +79,11 @@ impl RabbitMq {
             self.spawn()?;
         }
         let mut server = self.server.take().context("just started")?;
-        let ready = server.broker.wait_ready(READY, async || self.manage("GET", "/api/health/checks/alarms", None).await.is_ok()).await;
+        // It listens for clients last.
+        let is_ready = async || {
+            self.manage("GET", "/api/health/checks/alarms", None).await.is_ok() && TcpStream::connect(self.host()).is_ok()
+        };
+        let ready = server.broker.wait_ready(READY, is_ready).await;
         self.server = Some(server);
         ready
     }

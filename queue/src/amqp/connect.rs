@@ -1,11 +1,15 @@
 //! From a URL to an open connection.
 
-use std::{fmt, io, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use async_rs::Runtime;
 use lapin::{
     AsyncTcpStream, Connection, ConnectionProperties,
-    uri::{AMQPScheme, AMQPUri, SASLMechanism},
+    uri::{AMQPAuthority, AMQPScheme, AMQPUri, SASLMechanism},
 };
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::timeout;
@@ -136,11 +140,15 @@ pub(super) async fn open(
 ) -> Result<Connection, Error> {
     let what = || format!("{} cannot be reached, or does not let us in", address.shown());
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let (tls, wire) = (address.tls.clone(), cut.clone());
-    let connect = async move |uri: AMQPUri, _: Runtime<Kit>| {
-        let connected = timeout(LIMIT, Wire::open(&uri.authority.host, uri.authority.port, tls.clone(), wire.clone())).await;
-        let stream = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
-        Ok(AsyncTcpStream::Plain(stream))
+    let AMQPAuthority { host, port, .. } = &address.uri.authority;
+    let connected = timeout(LIMIT, Wire::open(host, *port, address.tls.clone(), cut.clone())).await;
+    let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+    let wire = connected.map_err(|error| Error::Unavailable { what: what(), source: Some(error.into()) })?;
+    // lapin would connect itself, but leaves a task behind for each time that it could not.
+    let wire = Mutex::new(Some(wire));
+    let connect = async move |_: AMQPUri, _: Runtime<Kit>| {
+        let wire = wire.lock().expect("nothing panics while it holds the lock").take();
+        wire.map(AsyncTcpStream::Plain).ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionAborted).into())
     };
     let connecting = Connection::connector(address.uri.clone(), Runtime::new(Kit::new(tracker.clone())), connect, properties);
     match timeout(2 * LIMIT, connecting).await {

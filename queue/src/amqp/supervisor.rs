@@ -252,8 +252,11 @@ pub(super) fn arrive(core: &Core, session: &Session, source: usize, delivery: De
 }
 
 /// With its causes, for whoever asks why.
-fn explain(error: &dyn StdError) -> String {
-    let mut text = error.to_string();
+fn explain(error: &Error) -> String {
+    let mut text = match error {
+        Error::Unavailable { what, .. } => what.clone(),
+        error => error.to_string(),
+    };
     let mut cause = error.source();
     while let Some(error) = cause {
         text.push_str(&format!(": {error}"));
