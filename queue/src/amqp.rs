@@ -27,7 +27,6 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{Arc, Mutex, MutexGuard},
-    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -60,12 +59,10 @@ pub struct Options {
     pub access: Arc<dyn Fn() -> Result<Access, String> + Send + Sync>,
     /// What all names on the broker begin with.
     pub prefix: String,
-    /// Partitions: at most so many replicas work at once. Another number drains the former partitions first.
+    /// Partitions: at most so many replicas work at once. The same in all replicas.
     pub partitions: u16,
     /// Messages of one partition that may be unsettled here.
     pub window: u16,
-    /// How long copies of what was pushed are kept.
-    pub history: Duration,
     /// The name of this process, for the others: unique among them.
     pub replica: String,
     /// What time it is: stamps pushes and burials.
@@ -85,7 +82,6 @@ impl Options {
             prefix: "countersign".to_owned(),
             partitions: 8,
             window: 128,
-            history: Duration::from_secs(7 * 24 * 3600),
             replica: replica.into(),
             now: Arc::new(now),
         }
@@ -98,7 +94,6 @@ impl fmt::Debug for Options {
             .field("prefix", &self.prefix)
             .field("partitions", &self.partitions)
             .field("window", &self.window)
-            .field("history", &self.history)
             .field("replica", &self.replica)
             .finish_non_exhaustive()
     }
@@ -141,7 +136,7 @@ impl Amqp {
     pub async fn open(options: Options, tracker: &TaskTracker) -> Result<Self, Error> {
         let stop = CancellationToken::new();
         let (chores, inbox) = mpsc::unbounded_channel();
-        let topology = Topology::new(&options.prefix, options.partitions, options.history);
+        let topology = Topology::new(&options.prefix, options.partitions);
         let core = Arc::new(Core {
             inbox: Inbox::new(options.window.into()),
             options,

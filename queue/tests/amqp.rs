@@ -149,16 +149,15 @@ async fn silent_broker_is_given_up_and_found_again() {
 async fn queue_with_other_arguments_is_named_with_the_argument_and_the_cure() {
     let vhost = Broker::shared().await.vhost().await;
     let tracker = TaskTracker::new();
-    let first = Amqp::open(vhost.options("first"), &tracker).await.unwrap();
-    first.probe().await.unwrap();
-    let other = countersign_queue::amqp::Options { history: Duration::from_secs(60), ..vhost.options("second") };
-    let error = Amqp::open(other, &tracker).await.unwrap_err().to_string();
+    let arguments = serde_json::json!({ "durable": true, "arguments": { "x-queue-type": "quorum", "x-delivery-limit": 3 } });
+    let path = format!("/api/queues/{}/countersign.v1.dead", vhost.name);
+    vhost.broker.rabbitmq.manage("PUT", &path, Some(&arguments)).await.unwrap();
+    let error = Amqp::open(vhost.options("replica"), &tracker).await.unwrap_err().to_string();
     assert_eq!(
         error,
-        "the queue countersign.v1.history is on the broker already with another `x-max-age`: move its messages away and delete \
-         it, or give this queue another prefix"
+        "the queue countersign.v1.dead is on the broker already with another `x-delivery-limit`: move its messages away and \
+         delete it, or give this queue another prefix"
     );
-    first.probe().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -176,6 +175,7 @@ async fn deleted_queue_is_declared_again() {
         Ok(timeout(Duration::from_millis(200), queue.pull()).await.ok())
     })
     .await
+    .unwrap()
     .unwrap();
 }
 

@@ -47,7 +47,6 @@ pub struct Amqp {
     pub url: Secret,
     pub prefix: String,
     pub partitions: u16,
-    pub history: Duration,
     pub tls: Tls,
 }
 
@@ -102,16 +101,9 @@ pub(crate) static TABLE: Table = Table {
             "partitions",
             Kind::Count { least: 1, most: 64 },
             "8",
-            "Partitions on the broker: at most so many replicas work at once. The same in all replicas. To change it, stop all \
-             replicas; the first to start drains the former partitions.",
+            "Partitions on the broker: at most so many replicas work at once. The same in all replicas.",
         ),
         Key::defaulted("prefix", Kind::Text(&PREFIX), "\"countersign\"", "What all names on the broker begin with."),
-        Key::defaulted(
-            "history",
-            Kind::Duration { least: 60_000, most: 366 * DAY },
-            "\"7d\"",
-            "How long the broker keeps a copy of each event that came in.",
-        ),
         Key::optional("tls", Kind::Table(&TLS), "{ ca = \"tls/broker-ca.pem\" }", "How a broker's certificate is checked."),
     ],
 };
@@ -197,14 +189,12 @@ fn amqp(section: &Section<'_>) -> Option<(Option<Secret>, Amqp)> {
     let url = optional(section.value("url").map(|value| value.secret()));
     let prefix = section.value("prefix").and_then(|value| value.parse(prefix));
     let partitions = section.value("partitions").and_then(|value| value.count());
-    let history = section.value("history").and_then(|value| value.duration());
     let tls = optional(section.value("tls").map(|value| value.table().as_ref().and_then(tls)));
     let rest = Amqp {
         path: PathBuf::new(),
         url: Secret::new(String::new()),
         prefix: prefix?,
         partitions: partitions?,
-        history: history?,
         tls: tls?.unwrap_or_default(),
     };
     Some((url?, rest))

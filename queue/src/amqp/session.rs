@@ -7,7 +7,7 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, Waker},
     time::Duration,
@@ -49,9 +49,6 @@ pub(super) struct Session {
     sources: Mutex<Sources>,
     /// The receiver has to look at the sources again.
     changed: Notify,
-    /// Highest end ever read of the streams.
-    pub pushed: AtomicU64,
-    pub discarded: AtomicU64,
     reported: AtomicBool,
     /// Consumers end because we want it.
     closing: AtomicBool,
@@ -111,8 +108,6 @@ impl Session {
             blocked: watch::Sender::new(None),
             sources: Mutex::default(),
             changed: Notify::new(),
-            pushed: AtomicU64::new(0),
-            discarded: AtomicU64::new(0),
             reported: AtomicBool::new(false),
             closing: AtomicBool::new(false),
         });

@@ -5,24 +5,21 @@
 //! what others hold is as old as their last report.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
 use futures::{StreamExt as _, future::join_all};
 use jiff::Timestamp;
 use lapin::{
-    options::{BasicConsumeOptions, BasicQosOptions, QueueBindOptions, QueueDeclareOptions},
+    options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 use super::{
     Core,
-    envelope::{Envelope, Read},
+    envelope::Envelope,
     lock,
     session::{Session, Source},
     supervisor,
@@ -33,10 +30,6 @@ use crate::{Error, Partition, Stats};
 pub(super) const BEAT: Duration = Duration::from_secs(2);
 /// A replica that was silent for so long is gone.
 const SILENCE: Duration = Duration::from_secs(7);
-/// How long a stream that may be empty is waited for.
-const EMPTY: Duration = Duration::from_millis(250);
-/// Messages of one chunk of a stream are fewer.
-const CHUNK: u16 = 20_000;
 /// Retries whose time of push is remembered, at most.
 const WAITING: usize = 50_000;
 /// The longest report that is read, in bytes.
@@ -53,15 +46,12 @@ pub(super) struct Report {
 
 pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     let session = core.session()?;
-    let (history, discarded) = (core.topology.history(), core.topology.discarded());
-    let totals = async {
-        tokio::try_join!(end(&session, &history, &session.pushed), end(&session, &discarded, &session.discarded))
-    };
     let delays = async {
         let delays: Vec<_> = core.topology.delays().collect();
         join_all(delays.iter().map(|queue| session.depth(queue))).await.into_iter().collect::<Result<Vec<_>, _>>()
     };
-    let ((pushed_total, discarded_total), delays) = tokio::try_join!(totals, delays)?;
+    let (history, discarded) = (core.topology.history(), core.topology.discarded());
+    let (delays, pushed, discarded) = tokio::try_join!(delays, session.depth(&history), session.depth(&discarded))?;
 
     let partitions: Vec<(String, String)> = session.all_sources().into_iter().filter_map(partition).collect();
     let depths = join_all(partitions.iter().map(|(_, queue)| session.depth(queue))).await;
@@ -73,8 +63,8 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
 
     let own = own_partitions(core, &session);
     let mut stats = Stats {
-        pushed_total,
-        discarded_total,
+        pushed_total: pushed.0,
+        discarded_total: discarded.0,
         ready: stray,
         waiting: delays.iter().map(|(depth, _)| depth).sum(),
         in_flight: 0,
@@ -130,34 +120,6 @@ fn own_partitions(core: &Core, session: &Session) -> Vec<Partition> {
 
 fn older(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestamp> {
     [one, other].into_iter().flatten().min()
-}
-
-/// How many messages were ever published into a stream: the offset of the last, plus one.
-///
-/// Reading from "last" gives the last chunk whole. Its messages are sent together, so after the first has come and another
-/// question was answered, all have. The count that a declaration of the queue answers is seconds old.
-async fn end(session: &Session, stream: &str, known: &AtomicU64) -> Result<u64, Error> {
-    let channel = session.channel().await?;
-    session.asked(channel.basic_qos(CHUNK, BasicQosOptions { global: false })).await?;
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-stream-offset".into(), AMQPValue::LongString("last".into()));
-    let consuming = channel.basic_consume(stream.into(), "end".into(), BasicConsumeOptions::default(), arguments);
-    let mut consumer = session.asked(consuming).await?;
-    let before = known.load(Ordering::Relaxed);
-    let patience = if before > 0 { Duration::from_secs(5) } else { EMPTY };
-    let mut next = timeout(patience, consumer.next()).await.unwrap_or_default();
-    let mut last = before;
-    if next.is_some() {
-        session.asked(channel.basic_qos(CHUNK, BasicQosOptions { global: false })).await?;
-    }
-    while let Some(Ok(delivery)) = next {
-        let offset = Read::new(&delivery.properties).number("x-stream-offset");
-        last = last.max(offset + 1);
-        next = futures::FutureExt::now_or_never(consumer.next()).flatten();
-    }
-    known.fetch_max(last, Ordering::Relaxed);
-    session.asked(channel.close(200, "OK".into())).await?;
-    Ok(last)
 }
 
 /// Tells the other replicas what this one holds.
