@@ -60,7 +60,14 @@ pub struct Plan {
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { keys: Keys::P256, key_uri: None, rules: None, queue: String::new(), registry: Options::default(), environment: Vec::new() }
+        Self {
+            keys: Keys::P256,
+            key_uri: None,
+            rules: None,
+            queue: String::new(),
+            registry: Options::default(),
+            environment: Vec::new(),
+        }
     }
 }
 

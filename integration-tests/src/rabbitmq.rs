@@ -48,7 +48,8 @@ impl RabbitMq {
         let extra = extra.replace("{tls}", &(port + 3).to_string());
         let limit = Duration::from_secs(20);
         // A connection that is kept belongs to the runtime of the test that made it.
-        let http = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).connect_timeout(limit).timeout(limit).build()?;
+        let http =
+            reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).connect_timeout(limit).timeout(limit).build()?;
         let mut broker = Self { port, folder: scratch()?, server: None, http, extra };
         broker.start_again().await?;
         Ok(broker)
@@ -128,7 +129,10 @@ impl RabbitMq {
             .env("RABBITMQ_ALLOW_INPUT", "true")
             .env("RABBITMQ_SERVER_START_ARGS", "-noshell -noinput")
             // Two cores are shared with the test: schedulers that spin take them.
-            .env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none +sbwtdcpu none +sbwtdio none");
+            .env(
+                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
+                "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none +sbwtdcpu none +sbwtdio none",
+            );
         let log = folder.join("broker.log");
         self.server = Some(Server {
             names: Process::start("epmd", &mut names, &folder.join("epmd.log"))?,

@@ -24,6 +24,10 @@ async fn is_ready(house: &House) -> Result<bool> {
 async fn pushed_image_is_signed_through_rabbitmq_though_the_broker_is_killed() -> Result<()> {
     let mut broker = RabbitMq::start().await?;
     let house = House::start(plan(&broker)).await?;
+    // Killed soon after its queues were declared, RabbitMQ would forget them.
+    broker.stop().await?;
+    broker.start_again().await?;
+    eventually("it is ready again", LIMIT, async || Ok(is_ready(&house).await?.then_some(()))).await?;
     let (first, second) = (Image::single("before")?, Image::single("after")?);
     house.push(&first, "team/app", &["v1"]).await?;
     house.wait_signed("team/app", first.digest(), &["v1"]).await?;
@@ -31,10 +35,8 @@ async fn pushed_image_is_signed_through_rabbitmq_though_the_broker_is_killed() -
 
     broker.kill()?;
     let event = House::event(&house.registry.host(), "team/app", Some("v1"), first.digest());
-    eventually("a push is refused", LIMIT, async || {
-        Ok((house.notify(Some(TOKEN), &event).await?.as_u16() == 503).then_some(()))
-    })
-    .await?;
+    eventually("a push is refused", LIMIT, async || Ok((house.notify(Some(TOKEN), &event).await?.as_u16() == 503).then_some(())))
+        .await?;
     ensure!(!is_ready(&house).await?, "it is ready without its broker");
 
     broker.start_again().await?;

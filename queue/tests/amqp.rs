@@ -57,6 +57,11 @@ async fn what_was_confirmed_survives_kill_9_of_the_broker_and_comes_again() {
     let mut broker = RabbitMq::start().await.unwrap();
     let (url, tracker) = (broker.url(), TaskTracker::new());
     let queue = Amqp::open(options("replica", move || vec![url.clone()]), &tracker).await.unwrap();
+    // RabbitMQ writes down which queues it has some time after it has declared them, and when it stops in order: killed before
+    // that, it would forget that these are its own.
+    broker.stop().await.unwrap();
+    broker.start_again().await.unwrap();
+    eventually("it is connected again", LIMIT, async || Ok(queue.probe().await.ok())).await.unwrap();
     queue.push((0..20).map(|n| message(&n.to_string(), n)).collect()).await.unwrap();
     let (acked, lost) = (next(&queue).await, next(&queue).await);
     let (acked_id, lost_id) = (acked.message().id.clone(), lost.message().id.clone());
@@ -118,7 +123,9 @@ async fn full_disk_refuses_pushes_at_once_and_lets_acks_through() {
     unavailable(second.bury(burial).await);
     broker.disk_alarm(false).await.unwrap();
     push_until_taken(&queue, message("4", 4)).await;
-    eventually("it is buried", LIMIT, async || Ok((queue.stats().await.is_ok_and(|stats| stats.dead == 1)).then_some(()))).await.unwrap();
+    eventually("it is buried", LIMIT, async || Ok((queue.stats().await.is_ok_and(|stats| stats.dead == 1)).then_some(())))
+        .await
+        .unwrap();
     assert_eq!(queue.stats().await.unwrap().in_flight, 0);
 }
 

@@ -128,7 +128,12 @@ static TLS: Table = Table {
             "\"tls/broker-ca.pem\"",
             "A PEM file: the certificates that the broker's may lead to. The system's, if absent.",
         ),
-        Key::optional("certificate", Kind::Path, "\"tls/client.pem\"", "A PEM file: the client certificate, if the broker wants one."),
+        Key::optional(
+            "certificate",
+            Kind::Path,
+            "\"tls/client.pem\"",
+            "A PEM file: the client certificate, if the broker wants one.",
+        ),
         Key::optional("key", Kind::Secret, "{ file = \"tls/client.key\" }", "The client certificate's private key, as PEM."),
     ],
 };

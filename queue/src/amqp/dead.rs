@@ -139,13 +139,7 @@ impl Graveyard {
         self.take_away(core, &mut place, id, done).await
     }
 
-    async fn take_away(
-        &self,
-        core: &Core,
-        place: &mut Option<Cursor>,
-        id: &str,
-        done: Result<(), Error>,
-    ) -> Result<bool, Error> {
+    async fn take_away(&self, core: &Core, place: &mut Option<Cursor>, id: &str, done: Result<(), Error>) -> Result<bool, Error> {
         let cursor = place.as_mut().expect("it was found by it");
         let done = match done {
             Ok(()) => cursor.ack(id).await,
@@ -228,15 +222,7 @@ impl Cursor {
         let session = core.session()?;
         take_lock(core, &session).await?;
         let channel = session.channel().await?;
-        Ok(Self {
-            session,
-            channel,
-            tags: HashMap::new(),
-            shown: HashMap::new(),
-            last: None,
-            chunks: 0,
-            used: Instant::now(),
-        })
+        Ok(Self { session, channel, tags: HashMap::new(), shown: HashMap::new(), last: None, chunks: 0, used: Instant::now() })
     }
 
     fn works(&self) -> bool {

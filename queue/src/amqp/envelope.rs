@@ -112,10 +112,7 @@ impl Envelope {
         let envelope = Self::read(properties, body, now);
         DeadLetter {
             message: envelope.message,
-            burial: Burial {
-                kind: headers.text("kind").unwrap_or_default(),
-                reason: headers.text("reason").unwrap_or_default(),
-            },
+            burial: Burial { kind: headers.text("kind").unwrap_or_default(), reason: headers.text("reason").unwrap_or_default() },
             pushed_at: envelope.pushed_at,
             buried_at: headers.time("buried-at").unwrap_or(now),
             attempts: envelope.attempts,

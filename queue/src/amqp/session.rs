@@ -16,9 +16,7 @@ use std::{
 use futures::{StreamExt as _, stream::SelectAll};
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, Consumer, Event,
-    options::{
-        BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
-    },
+    options::{BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions},
     types::FieldTable,
 };
 use tokio::{

@@ -4,10 +4,7 @@
 //! replica tells the others every two seconds what it holds. What one process does is counted exactly as soon as it is done;
 //! what others hold is as old as their last report.
 
-use std::{
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, future::join_all};
 use jiff::Timestamp;
@@ -154,8 +151,7 @@ pub(super) async fn listen(core: &Arc<Core>, session: &Arc<Session>) {
         );
         session.asked(bound).await?;
         let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-        let consumer =
-            session.asked(channel.basic_consume(queue, "reports".into(), options, FieldTable::default())).await?;
+        let consumer = session.asked(channel.basic_consume(queue, "reports".into(), options, FieldTable::default())).await?;
         Ok::<_, Error>((channel, consumer))
     };
     if let Ok((_channel, mut reports)) = listening.await {
@@ -177,7 +173,9 @@ pub(super) async fn listen(core: &Arc<Core>, session: &Arc<Session>) {
 /// Tolerant: another version may say more.
 fn parse(replica: &str, text: &str) -> Report {
     let mut report = Report { at: Instant::now(), partitions: vec![], dead: 0, oldest: None };
-    let time = |word: &str| word.parse().ok().filter(|time| *time > 0).and_then(|time: i64| Timestamp::from_nanosecond(time.into()).ok());
+    let time = |word: &str| {
+        word.parse().ok().filter(|time| *time > 0).and_then(|time: i64| Timestamp::from_nanosecond(time.into()).ok())
+    };
     for line in text.lines() {
         match line.split(' ').collect::<Vec<_>>()[..] {
             ["dead", number] => report.dead = number.parse().unwrap_or_default(),

@@ -2,11 +2,7 @@
 
 use std::{error::Error as StdError, sync::Arc, time::Duration};
 
-use futures::{
-    StreamExt as _,
-    future::BoxFuture,
-    stream::FuturesUnordered,
-};
+use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use lapin::message::Delivery;
 use tokio::{
     sync::{mpsc, oneshot},

@@ -141,8 +141,8 @@ impl Topology {
                 self.probe(),
                 [kept_for_good(), vec![("x-max-length", number(1)), ("x-overflow", text("drop-head"))]].concat(),
             ),
-            // Counted, and kept for replays of the past. Not streams: those of RabbitMQ 3.10 stay down when the broker was
-            // killed, confirm before they sync, and have no exact count that a client can ask for.
+            // Counted, and kept for replays of the past. Not streams: those confirm before they sync, and a client that asks
+            // how many messages one has is told a number that is seconds old. Nothing trims them yet.
             Queue::new(self.history(), kept_for_good()),
             Queue::new(self.discarded(), kept_for_good()),
         ];
@@ -338,7 +338,10 @@ mod tests {
     #[test]
     fn partition_of_a_key_is_the_same_for_ever() {
         let route = |key: &str| topology().layout().route(&PartitionKey(key.to_owned()));
-        assert_eq!([fnv1a(b""), fnv1a(b"a"), fnv1a(b"foobar")], [0xcbf2_9ce4_8422_2325, 0xaf63_dc4c_8601_ec8c, 0x8594_4171_f739_67e8]);
+        assert_eq!(
+            [fnv1a(b""), fnv1a(b"a"), fnv1a(b"foobar")],
+            [0xcbf2_9ce4_8422_2325, 0xaf63_dc4c_8601_ec8c, 0x8594_4171_f739_67e8]
+        );
         assert_eq!([route(""), route("a"), route("foobar")], ["8.5", "8.4", "8.0"]);
     }
 

@@ -132,12 +132,7 @@ pub(super) struct Wire {
 
 impl Wire {
     /// Connects; with TLS if that is given.
-    pub async fn open(
-        host: &str,
-        port: u16,
-        tls: Option<Arc<ClientConfig>>,
-        cut: CancellationToken,
-    ) -> io::Result<Compat<Self>> {
+    pub async fn open(host: &str, port: u16, tls: Option<Arc<ClientConfig>>, cut: CancellationToken) -> io::Result<Compat<Self>> {
         let tcp = TcpStream::connect((host.trim_matches(['[', ']']), port)).await?;
         tcp.set_nodelay(true)?;
         let stream: Box<dyn Duplex> = match tls {
