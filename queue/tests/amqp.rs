@@ -267,3 +267,37 @@ async fn replicas_share_the_work_and_never_have_one_key_at_once() {
     }
     workers.join_all().await;
 }
+
+/// What an administrator imports where the daemon may not declare anything.
+const DEFINITIONS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/rabbitmq/definitions.json");
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn definitions_for_administrators_are_what_the_daemon_declares() {
+    let broker = Broker::shared().await;
+    let (declared, imported) = (broker.vhost().await, broker.vhost().await);
+    let with = |vhost: &broker::Vhost| countersign_queue::amqp::Options { partitions: 8, ..vhost.options("replica") };
+    let queue = Amqp::open(with(&declared), &TaskTracker::new()).await.unwrap();
+    queue.probe().await.unwrap();
+    let path = |name: &str| format!("/api/definitions/{name}");
+    let export = broker.rabbitmq.manage("GET", &path(&declared.name), None).await.unwrap();
+    let mut definitions = serde_json::Map::new();
+    for kind in ["queues", "exchanges", "bindings"] {
+        let mut listed = export[kind].as_array().unwrap().clone();
+        // Queues of a connection's own are nobody else's.
+        listed.retain(|entry| !entry.to_string().contains("amq.gen"));
+        listed.sort_by_key(ToString::to_string);
+        definitions.insert(kind.to_owned(), listed.into());
+    }
+    let shown = serde_json::to_string_pretty(&definitions).unwrap() + "\n";
+    if std::env::var_os("BLESS").is_some() {
+        std::fs::write(DEFINITIONS, &shown).unwrap();
+    }
+    let kept = std::fs::read_to_string(DEFINITIONS).unwrap();
+    assert!(kept == shown, "{DEFINITIONS} is out of date: run this test with BLESS=1");
+
+    let kept = serde_json::from_str(&kept).unwrap();
+    broker.rabbitmq.manage("POST", &path(&imported.name), Some(&kept)).await.unwrap();
+    let queue = Amqp::open(with(&imported), &TaskTracker::new()).await.unwrap();
+    queue.push(vec![message("1", 1)]).await.unwrap();
+    next(&queue).await.ack().await.unwrap();
+}
