@@ -2,7 +2,7 @@
 
 mod daemon;
 
-use std::{collections::HashMap, fs, path::Path, sync::Arc};
+use std::{collections::HashMap, fs, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc};
 
 use anyhow::{Context as _, anyhow};
 use futures::future::join_all;
@@ -251,6 +251,9 @@ async fn open_queue(config: &Config, clock: &Clock, tracker: &TaskTracker) -> an
     match &config.queue.backend {
         Backend::Embedded { path } => Ok(Arc::new(Embedded::open(path, Options::new(now))?)),
         Backend::Amqp(amqp) => {
+            // The socket and the ledger are in it; the embedded queue makes its own.
+            let folder = fs::DirBuilder::new().recursive(true).mode(0o700).create(&amqp.path);
+            folder.with_context(|| format!("{}: cannot be created", amqp.path.display()))?;
             let brokers = amqp.clone();
             let options = amqp::Options {
                 prefix: amqp.prefix.clone(),
