@@ -122,7 +122,8 @@ impl Envelope {
 
 /// A reason is for people: its beginning says what happened.
 fn cut(text: &str) -> &str {
-    &text[..text.floor_char_boundary(REASON)]
+    let end = (0..=REASON.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    &text[..end.unwrap_or_default()]
 }
 
 struct Headers(FieldTable);

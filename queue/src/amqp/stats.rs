@@ -167,7 +167,7 @@ pub(super) async fn listen(core: &Arc<Core>, session: &Arc<Session>) {
         }
     }
     // Whatever ended it ends the session as well.
-    futures::future::pending().await
+    futures::future::pending::<()>().await;
 }
 
 /// Tolerant: another version may say more.

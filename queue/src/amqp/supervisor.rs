@@ -149,9 +149,9 @@ async fn live(
         tokio::select! {
             () = session.failed() => return false,
             () = &mut receive, if receiving => receiving = false,
-            chore = chores.recv() => {
-                if let Some(chore) = chore {
-                    start(core, Some(session), chore, running);
+            task = chores.recv() => {
+                if let Some(task) = task {
+                    start(core, Some(session), task, running);
                 }
             }
             Some(()) = running.next(), if !running.is_empty() => {}
@@ -162,8 +162,8 @@ async fn live(
                     close(core, session).await;
                 }
                 chores.close();
-                while let Some(chore) = chores.recv().await {
-                    start(core, Some(session), chore, running);
+                while let Some(task) = chores.recv().await {
+                    start(core, Some(session), task, running);
                 }
                 while running.next().await.is_some() {}
                 return true;
@@ -185,9 +185,9 @@ async fn idle(
         tokio::select! {
             () = &mut pause => return true,
             () = stop.cancelled() => return false,
-            chore = chores.recv() => {
-                if let Some(chore) = chore {
-                    start(core, None, chore, running);
+            task = chores.recv() => {
+                if let Some(task) = task {
+                    start(core, None, task, running);
                 }
             }
             Some(()) = running.next(), if !running.is_empty() => {}
@@ -195,9 +195,9 @@ async fn idle(
     }
 }
 
-fn start(core: &Arc<Core>, session: Option<&Arc<Session>>, chore: Chore, running: &mut Running) {
+fn start(core: &Arc<Core>, session: Option<&Arc<Session>>, task: Chore, running: &mut Running) {
     let core = Arc::clone(core);
-    match chore {
+    match task {
         Chore::Settle(held, settlement, reply) => {
             running.push(Box::pin(async move { core.settle(held, settlement, reply).await }));
         }
@@ -211,7 +211,7 @@ fn start(core: &Arc<Core>, session: Option<&Arc<Session>>, chore: Chore, running
                 let _ = done.send(());
             }));
         }
-        chore => running.push(Box::pin(async move { core.chore(chore).await })),
+        task => running.push(Box::pin(async move { core.chore(task).await })),
     }
 }
 
@@ -231,7 +231,7 @@ pub(super) fn arrive(core: &Core, session: &Session, source: usize, delivery: De
     let envelope = Envelope::read(&delivery.properties, delivery.data, core.now());
     let held = Held { envelope, source, redelivered: delivery.redelivered, acker: delivery.acker, session: session.number };
     core.no_longer_waiting(&held.envelope);
-    let chore = if session.source(source) == Some(Source::Stray) {
+    let task = if session.source(source) == Some(Source::Stray) {
         Chore::Reroute(held)
     } else if let Some(settlement) = core.remembered(&held) {
         Chore::Carry(held, settlement)
@@ -244,7 +244,7 @@ pub(super) fn arrive(core: &Core, session: &Session, source: usize, delivery: De
         }
         return;
     };
-    let _ = core.chores.send(chore);
+    let _ = core.chores.send(task);
 }
 
 /// With its causes, for whoever asks why.
