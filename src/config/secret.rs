@@ -1,4 +1,9 @@
-use std::fmt;
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Read as _},
+    path::PathBuf,
+};
 
 use secrecy::{ExposeSecret as _, SecretString};
 use toml::de::DeValue;
@@ -11,21 +16,67 @@ use super::{
 };
 
 /// A password, token or private key from the configuration. It is wiped when dropped, and `Debug` prints `<redacted>`.
+///
+/// Two are equal if they stand in the same place, whatever is there now; or, if they are written out, if they are the same.
 #[derive(Clone)]
-pub struct Secret(SecretString);
+pub struct Secret {
+    text: SecretString,
+    place: Place,
+}
+
+/// Where a secret is.
+#[derive(Clone, PartialEq, Eq)]
+enum Place {
+    Configuration,
+    File(PathBuf),
+    Variable(String),
+}
+
+/// Far above any password, token or private key.
+const LARGEST: u64 = 64 << 10;
 
 impl Secret {
     #[must_use]
     pub fn new(text: String) -> Self {
-        Self(text.into())
+        Self { text: text.into(), place: Place::Configuration }
     }
 
     /// The secret itself, for the one place that sends or compares it.
     #[must_use]
     pub fn expose(&self) -> &str {
-        self.0.expose_secret()
+        self.text.expose_secret()
+    }
+
+    /// As it is by now: a secret in a file may have been rotated.
+    ///
+    /// # Errors
+    /// What is wrong, without anything of the secret.
+    pub fn again(&self) -> Result<SecretString, String> {
+        let Place::File(path) = &self.place else { return Ok(self.text.clone()) };
+        let read = || {
+            let mut text = String::new();
+            File::open(path)?.take(LARGEST).read_to_string(&mut text)?;
+            Ok(text)
+        };
+        let text = read().map_err(|error: io::Error| format!("{}: {error}", path.display()))?;
+        match text.trim_end_matches(['\r', '\n']) {
+            "" => Err(format!("{} is empty", path.display())),
+            secret => Ok(secret.to_owned().into()),
+        }
+    }
+
+    fn in_place(self, place: Place) -> Self {
+        Self { place, ..self }
     }
 }
+
+impl PartialEq for Secret {
+    fn eq(&self, other: &Self) -> bool {
+        self.place == other.place && (self.place != Place::Configuration || self.expose() == other.expose())
+    }
+}
+
+impl Eq for Secret {}
 
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -81,8 +132,6 @@ pub(crate) fn read(value: &Value<'_>) -> Option<Secret> {
 }
 
 fn from_file(value: &Value<'_>) -> Option<Secret> {
-    // Far above any password, token or private key.
-    const LARGEST: u64 = 64 << 10;
     let path = value.path()?;
     let shown = cut(&path.display().to_string());
     let contents = match value.report.outside.read(&path, LARGEST) {
@@ -108,7 +157,7 @@ fn from_file(value: &Value<'_>) -> Option<Secret> {
     let Ok(text) = String::from_utf8(contents.bytes) else {
         return value.wrong(Wrong::new(format!("{shown} is no text"), "the file holds the secret as UTF-8 text"));
     };
-    whole(value, text.trim_end_matches(['\r', '\n']).to_owned(), &shown)
+    whole(value, text.trim_end_matches(['\r', '\n']).to_owned(), &shown).map(|secret| secret.in_place(Place::File(path)))
 }
 
 fn from_env(value: &Value<'_>) -> Option<Secret> {
@@ -118,7 +167,8 @@ fn from_env(value: &Value<'_>) -> Option<Secret> {
         return value.wrong(Wrong::new("`env` names no environment variable", "write its name: { env = \"PASSWORD\" }"));
     }
     match value.report.outside.env(&variable) {
-        Some(text) => whole(value, text, &format!("the environment variable {shown}")),
+        Some(text) => whole(value, text, &format!("the environment variable {shown}"))
+            .map(|secret| secret.in_place(Place::Variable(variable))),
         None => value.wrong(Wrong::new(
             format!("the environment variable {shown} is not set, or is no text"),
             "set it where countersign is started, or keep the secret in a file: { file = \"…\" }",
