@@ -2,8 +2,10 @@
 
 mod aws;
 mod create;
+mod environment;
 mod error;
 mod file;
+mod http;
 mod public_key;
 mod uri;
 
@@ -13,8 +15,8 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Clock;
-pub use aws::Environment;
 pub(crate) use create::{create_file, replace_file};
+pub use environment::Environment;
 pub use error::Error;
 pub use file::generate;
 pub(crate) use file::public_key_of_file;

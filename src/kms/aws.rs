@@ -1,6 +1,5 @@
 mod client;
 mod credentials;
-mod environment;
 mod fault;
 mod place;
 mod sigv4;
@@ -11,10 +10,9 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
-use super::{Algorithm, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
+use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey, http::Patience};
 use crate::clock::Clock;
-use client::{Client, Operation, Patience};
-pub use environment::Environment;
+use client::{Client, Operation};
 pub(super) use place::{endpoint_url, is_region, region_of_arn};
 
 /// An asymmetric signing key in AWS KMS (service model `TrentService`, version 2014-11-01).

@@ -20,8 +20,8 @@ impl Environment {
         Self(Arc::new(move |asked| variables.iter().find(|(name, _)| name == asked).map(|(_, value)| value.clone())))
     }
 
-    /// An empty variable counts as none, as in AWS's own tools.
-    pub(super) fn get(&self, name: &str) -> Option<String> {
+    /// An empty variable counts as none, as in the providers' own tools.
+    pub(in crate::kms) fn get(&self, name: &str) -> Option<String> {
         (self.0)(name).filter(|value| !value.is_empty())
     }
 }
