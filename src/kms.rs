@@ -8,6 +8,7 @@ mod file;
 mod http;
 mod public_key;
 mod uri;
+mod vault;
 
 use std::{fmt, str::FromStr, sync::Arc};
 
@@ -22,6 +23,8 @@ pub use file::generate;
 pub(crate) use file::public_key_of_file;
 pub use public_key::{KeySpec, PublicKey, PublicKeyError, VerifyError};
 pub use uri::{KeyUri, UriError};
+pub(crate) use vault::path as vault_path;
+pub use vault::{Login, SecretSource, VaultReference};
 
 /// One asymmetric key that signs without leaving its KMS.
 #[async_trait]
@@ -29,7 +32,7 @@ pub trait SigningKey: fmt::Debug + Send + Sync {
     /// The reference as configured, for logs and metrics: `awskms:///alias/release`. Never a secret.
     fn uri(&self) -> &KeyUri;
 
-    /// What the KMS itself called the key when it was opened, for the ledger: on AWS its ARN. An alias says nothing about old
+    /// What the KMS itself called the key when it was opened, for the ledger: on AWS its ARN, in Vault its path and version. An alias says nothing about old
     /// signatures once it has been moved; this does.
     fn resolved(&self) -> &str;
 
@@ -42,16 +45,22 @@ pub trait SigningKey: fmt::Debug + Send + Sync {
     async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, Error>;
 }
 
-/// Opens a key: finds it, and reads its public half once.
-pub async fn open(uri: &KeyUri, clock: Clock) -> Result<Arc<dyn SigningKey>, Error> {
-    open_in(uri, clock, &Environment::system()).await
+/// Opens a key: finds it, and reads its public half once. `login` says who asks, where that does not come from the environment.
+pub async fn open(uri: &KeyUri, login: Option<&Login>, clock: Clock) -> Result<Arc<dyn SigningKey>, Error> {
+    open_in(uri, login, clock, &Environment::system()).await
 }
 
 /// The same, with the environment variables that its provider looks at said by the caller.
-pub async fn open_in(uri: &KeyUri, clock: Clock, environment: &Environment) -> Result<Arc<dyn SigningKey>, Error> {
+pub async fn open_in(
+    uri: &KeyUri,
+    login: Option<&Login>,
+    clock: Clock,
+    environment: &Environment,
+) -> Result<Arc<dyn SigningKey>, Error> {
     match uri {
         KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path)?)),
         KeyUri::AwsKms { .. } => Ok(Arc::new(aws::AwsKey::open(uri, clock, environment).await?)),
+        KeyUri::Vault(_) => Ok(Arc::new(vault::VaultKey::open(uri, login, environment).await?)),
     }
 }
 

@@ -28,7 +28,7 @@ fn environment(who: &Credentials) -> Environment {
 }
 
 async fn open(kms: &Ministack, key: &str, who: &Credentials) -> Result<Arc<dyn SigningKey>, Error> {
-    kms::open_in(&uri(kms, key), Clock::system(), &environment(who)).await
+    kms::open_in(&uri(kms, key), None, Clock::system(), &environment(who)).await
 }
 
 fn witness(kms: &Ministack, key: Arc<dyn SigningKey>, pin: PathBuf) -> Result<Witness, witness::Error> {
@@ -36,6 +36,7 @@ fn witness(kms: &Ministack, key: Arc<dyn SigningKey>, pin: PathBuf) -> Result<Wi
         name: "release".into(),
         description: String::new(),
         key: uri(kms, "alias/release"),
+        login: None,
         verify: vec![],
         rate: None,
         pin: Some(Pin::Kept(pin)),
@@ -79,7 +80,7 @@ async fn what_a_key_is_not_fit_for_is_refused_with_its_reason() {
     for (key, part) in opened.iter().zip(["disabled", "going to be deleted on"]) {
         for error in [
             key.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap_err(),
-            kms::open_in(key.uri(), Clock::system(), &environment(&who)).await.unwrap_err(),
+            kms::open_in(key.uri(), None, Clock::system(), &environment(&who)).await.unwrap_err(),
         ] {
             assert!(matches!(error, Error::KeyUnusable { .. }) && error.to_string().contains(part), "{error}");
         }
@@ -133,7 +134,7 @@ async fn a_clock_that_is_ten_minutes_off_is_put_right() {
     let now = Timestamp::now();
     for wrong in [now - Duration::from_secs(600), now + Duration::from_secs(600)] {
         let (clock, _) = Clock::manual(wrong);
-        let key = kms::open_in(&uri(&kms, "alias/release"), clock, &environment(&who)).await.unwrap();
+        let key = kms::open_in(&uri(&kms, "alias/release"), None, clock, &environment(&who)).await.unwrap();
         key.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
     }
 }
