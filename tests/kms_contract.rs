@@ -188,8 +188,7 @@ impl Aws {
 impl Provider for Aws {
     async fn open(&self, spec: KeySpec) -> Result<Arc<dyn SigningKey>, Error> {
         let uri = format!("awskms://{}/alias/{}?region={REGION}", self.server.host(), Self::name(spec)).parse().unwrap();
-        let environment =
-            Environment::of([("AWS_ACCESS_KEY_ID", &self.access_key_id), ("AWS_SECRET_ACCESS_KEY", &self.secret)]);
+        let environment = Environment::of([("AWS_ACCESS_KEY_ID", &self.access_key_id), ("AWS_SECRET_ACCESS_KEY", &self.secret)]);
         kms::open_in(&uri, None, Clock::system(), &environment).await
     }
 

@@ -113,10 +113,9 @@ async fn a_rotated_key_goes_on_signing_and_is_not_followed_silently() {
 
     // The old version is taken out of use.
     post(&bao, "transit/keys/release/config", json!({"min_decryption_version": 2})).await;
-    for error in [
-        first.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap_err(),
-        open(&bao, "&version=1", &token).await.unwrap_err(),
-    ] {
+    for error in
+        [first.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap_err(), open(&bao, "&version=1", &token).await.unwrap_err()]
+    {
         assert!(matches!(error, Error::KeyUnusable { .. }) && refused(&error), "{error}");
         for part in ["version 1 of transit/keys/release", "min_decryption_version"] {
             assert!(error.to_string().contains(part), "{error}");
@@ -131,9 +130,13 @@ async fn policies_are_asked_for_by_path_and_capability() {
     let bao = openbao().await;
     let token = bao.token("signer", json!({})).await.unwrap();
     let key = open(&bao, "", &token).await.unwrap();
-    bao.root(Method::PUT, "sys/policies/acl/signer", json!({"policy": "path \"transit/keys/release\" { capabilities = [\"read\"] }"}))
-        .await
-        .unwrap();
+    bao.root(
+        Method::PUT,
+        "sys/policies/acl/signer",
+        json!({"policy": "path \"transit/keys/release\" { capabilities = [\"read\"] }"}),
+    )
+    .await
+    .unwrap();
     let error = signs(&*key).await.unwrap_err();
     assert!(matches!(error, Error::Denied { .. }) && refused(&error), "{error}");
     assert!(error.to_string().contains("`update` on transit/sign/release/sha2-256"), "{error}");
@@ -304,7 +307,9 @@ async fn a_service_account_logs_in_when_its_cluster_vouches_for_it() {
     let token = Issuer::new().token(&claims);
     let host = cluster(token.clone()).await;
     post(&bao, "sys/auth/kubernetes", json!({"type": "kubernetes"})).await;
-    let config = json!({"kubernetes_host": host, "disable_local_ca_jwt": true});
+    // It wants an authority, and does not need one for plain http.
+    let ca = include_str!("data/vectors/keys/p256.notation.crt.pem");
+    let config = json!({"kubernetes_host": host, "disable_local_ca_jwt": true, "kubernetes_ca_cert": ca});
     post(&bao, "auth/kubernetes/config", config).await;
     let role = json!({"bound_service_account_names": ["countersign"], "bound_service_account_namespaces": ["signing"],
                       "token_policies": ["signer"]});

@@ -129,9 +129,7 @@ fn from_env(value: &Value<'_>) -> Option<(Secret, String)> {
         return value.wrong(Wrong::new("`env` names no environment variable", "write its name: { env = \"PASSWORD\" }"));
     }
     match value.report.outside.env(&variable) {
-        Some(text) => {
-            whole(value, text, &format!("the environment variable {shown}")).map(|secret| (secret, variable.clone()))
-        }
+        Some(text) => whole(value, text, &format!("the environment variable {shown}")).map(|secret| (secret, variable.clone())),
         None => value.wrong(Wrong::new(
             format!("the environment variable {shown} is not set, or is no text"),
             "set it where countersign is started, or keep the secret in a file: { file = \"…\" }",

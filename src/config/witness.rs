@@ -168,9 +168,10 @@ fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
         }
         UriError::NoScheme(_) => Wrong::new(format!("\"{shown}\" is no key's URI: it has no scheme"), EXAMPLES),
         UriError::UnknownScheme(_) => Wrong::new(format!("\"{shown}\" names no key provider"), EXAMPLES),
-        UriError::Secret => {
-            Wrong::new("`key` holds a user or password", "remove it: credentials come from the environment, an AWS profile or `login`")
-        }
+        UriError::Secret => Wrong::new(
+            "`key` holds a user or password",
+            "remove it: credentials come from the environment, an AWS profile or `login`",
+        ),
         UriError::Malformed { what, .. } => Wrong::new(format!("\"{shown}\" is no key's URI"), what),
     })
 }

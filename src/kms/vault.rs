@@ -20,8 +20,8 @@ use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignat
 use client::{Client, Request};
 use fault::{Class, Fault};
 pub use login::{Login, SecretSource};
-pub(crate) use reference::path;
 pub use reference::VaultReference;
+pub(crate) use reference::path;
 use session::Session;
 
 /// One version of an asymmetric key in a Transit engine.
@@ -118,10 +118,11 @@ async fn call<A: DeserializeOwned>(
 ) -> Result<A, Fault> {
     let method = if body.is_some() { Method::POST } else { Method::GET };
     let request = Request { method, path, body: body.cloned(), secret: None };
+    let before = session.logins();
     let token = session.token().await?;
     match client.send(&request, Some(&token)).await {
         Err(fault) if fault.is_forbidden() => {
-            let token = session.renewed(&token).await?;
+            let token = session.renewed(&token, before).await?;
             let again = client.send(&request, Some(&token)).await;
             again.map_err(|fault| if fault.is_forbidden() { session.explain(&token, path, capability, fault) } else { fault })
         }
@@ -150,10 +151,10 @@ impl SigningKey for VaultKey {
         }
         let _under_way = self.under_way.acquire().await.expect("the semaphore is never closed");
         let body = sign_request(algorithm, digest, self.version);
-        let answer =
-            self.ask(&body).await.map_err(|fault| self.explained(fault).into_error(key(), &self.client.address()))?;
+        let answer = self.ask(&body).await.map_err(|fault| self.explained(fault).into_error(key(), &self.client.address()))?;
         let bad = |what: &str| Error::BadResponse { key: key(), what: what.to_owned() };
-        let (version, signature) = answer.parts().ok_or_else(|| bad("a signature that does not begin with vault:v and a number"))?;
+        let (version, signature) =
+            answer.parts().ok_or_else(|| bad("a signature that does not begin with vault:v and a number"))?;
         if version != self.version {
             let (was, now) = (format!("version {}", self.version), format!("version {version}"));
             return Err(Error::KeyChanged { key: key(), was, now });
@@ -244,7 +245,11 @@ impl Description {
             ));
         }
         if wanted.is_none() && self.auto_rotate_period > 0 {
-            tracing::warn!(path, version, "this key is rotated by itself, and a new version is another key: name one with ?version=");
+            tracing::warn!(
+                path,
+                version,
+                "this key is rotated by itself, and a new version is another key: name one with ?version="
+            );
         }
         if version < *latest {
             tracing::info!(path, version, latest, "signing goes on with the version that the reference names, not the newest");

@@ -111,8 +111,15 @@ impl House {
                 slow: Mutex::default(),
                 calls: AtomicU32::new(0),
             });
-            let settings =
-                WitnessSettings { name: name.into(), description: String::new(), key: uri, login: None, verify: vec![], rate, pin: None };
+            let settings = WitnessSettings {
+                name: name.into(),
+                description: String::new(),
+                key: uri,
+                login: None,
+                verify: vec![],
+                rate,
+                pin: None,
+            };
             let witness = Witness::from_key(&settings, key.clone(), clock.clone()).unwrap();
             witnesses.insert(name.to_owned(), Arc::new(witness));
             key

@@ -25,7 +25,15 @@ fn generated(folder: &TempDir, name: &str) -> (KeyUri, PublicKey) {
 }
 
 fn settings(key: KeyUri) -> WitnessSettings {
-    WitnessSettings { name: "release".into(), description: "Signs it all".into(), key, login: None, verify: vec![], rate: None, pin: None }
+    WitnessSettings {
+        name: "release".into(),
+        description: "Signs it all".into(),
+        key,
+        login: None,
+        verify: vec![],
+        rate: None,
+        pin: None,
+    }
 }
 
 fn trusted(key: &PublicKey) -> TrustedKeySettings {

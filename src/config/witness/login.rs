@@ -37,7 +37,12 @@ pub(super) static TABLE: Table = Table {
             "{ file = \"/run/secrets/secret-id\" }",
             "With method approle: a secret id of the role, unless the role does without (bind_secret_id = false).",
         ),
-        Key::optional("role", Kind::Text(&ANY_TEXT), "\"countersign\"", "With methods kubernetes and jwt: the role to log in for."),
+        Key::optional(
+            "role",
+            Kind::Text(&ANY_TEXT),
+            "\"countersign\"",
+            "With methods kubernetes and jwt: the role to log in for.",
+        ),
         Key::optional(
             "jwt",
             Kind::Secret,
@@ -83,9 +88,8 @@ impl Method {
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
 pub(super) fn read(section: &Section<'_>) -> Option<Login> {
-    let method = section
-        .value("method")
-        .and_then(|value| value.choice([Method::Token, Method::AppRole, Method::Kubernetes, Method::Jwt]));
+    let method =
+        section.value("method").and_then(|value| value.choice([Method::Token, Method::AppRole, Method::Kubernetes, Method::Jwt]));
     let secret = |name| section.value(name).map(|value| value.secret_source());
     let text = |name| section.value(name).map(|value| value.text());
     let path = section.value("path").map(|value| mount(&value));

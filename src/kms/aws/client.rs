@@ -3,9 +3,9 @@ use std::sync::{
     atomic::{AtomicI64, Ordering},
 };
 
+use ::http::{HeaderMap, StatusCode, header::DATE};
 use aws_credential_types::Credentials;
 use bytes::Bytes;
-use ::http::{HeaderMap, StatusCode, header::DATE};
 use jiff::{SignedDuration, Timestamp, fmt::rfc2822};
 use serde::{Serialize, de::DeserializeOwned};
 

@@ -50,7 +50,10 @@ impl Client {
             headers.insert(NAMESPACE, value);
         }
         if place.is_in_the_clear() {
-            tracing::warn!(server = place.address(), "its address begins with http://: the token goes over the network unencrypted");
+            tracing::warn!(
+                server = place.address(),
+                "its address begins with http://: the token goes over the network unencrypted"
+            );
         }
         Ok(Self { place, http, headers })
     }

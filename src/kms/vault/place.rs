@@ -26,7 +26,8 @@ impl Place {
             (Some(written), _) => address(written).map_err(str::to_owned)?,
             (None, Some((name, value))) => address(&value).map_err(|what| format!("{name}: {what}"))?,
             (None, None) => {
-                let what = "where the server is is not known: set VAULT_ADDR (or BAO_ADDR), or add ?address=https://HOST:8200 to it";
+                let what =
+                    "where the server is is not known: set VAULT_ADDR (or BAO_ADDR), or add ?address=https://HOST:8200 to it";
                 return Err(what.to_owned());
             }
         };
@@ -130,7 +131,10 @@ mod tests {
             ("hashivault://k", "https://vault.internal:8200/v1/team-a/engines/transit/keys/k:v7"),
             ("openbao://k", "https://bao.internal/v1/team-a/engines/transit/keys/k:v7"),
             ("hashivault://k?address=http://127.0.0.1:1&namespace=b&mount=t", "http://127.0.0.1:1/v1/b/t/keys/k:v7"),
-            ("hashivault://k?address=https://gate.internal/vault", "https://gate.internal/vault/v1/team-a/engines/transit/keys/k:v7"),
+            (
+                "hashivault://k?address=https://gate.internal/vault",
+                "https://gate.internal/vault/v1/team-a/engines/transit/keys/k:v7",
+            ),
         ] {
             assert_eq!(place(uri, all).unwrap(), expected);
         }

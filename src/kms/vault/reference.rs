@@ -49,8 +49,10 @@ impl VaultReference {
         // The names that the Transit engine's own paths take.
         let is_word = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric() || c == '_');
         if !is_name(key) || !is_word(key.chars().next()) || !is_word(key.chars().next_back()) {
-            return Err("after :// stands the name of a Transit key, of letters, digits and _ - . between them; where the engine and \
-                        the server are is said by ?mount= and ?address=");
+            return Err(
+                "after :// stands the name of a Transit key, of letters, digits and _ - . between them; the engine's path and \
+                        the server's address go into ?mount= and ?address=",
+            );
         }
         let mut reference = Self { flavor, key: key.to_owned(), address: None, namespace: None, mount: None, version: None };
         for pair in query.into_iter().flat_map(|query| query.split('&')) {

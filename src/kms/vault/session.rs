@@ -109,19 +109,23 @@ impl Session {
         Self { client, login, environment, held, ended, changed }
     }
 
+    /// How many logins have ended: what [`Self::renewed`] wants to know of the time before a request was sent.
+    pub(super) fn logins(&self) -> u64 {
+        self.ended.load(Ordering::Acquire)
+    }
+
     /// The token that there is, or a new one.
     pub(super) async fn token(&self) -> Result<Arc<Token>, Fault> {
-        self.token_but(None).await
+        self.token_but(None, self.logins()).await
     }
 
     /// A token after the server refused this one: another that was obtained meanwhile, or a new one.
-    pub(super) async fn renewed(&self, refused: &Arc<Token>) -> Result<Arc<Token>, Fault> {
-        self.token_but(Some(refused)).await
+    pub(super) async fn renewed(&self, refused: &Arc<Token>, before: u64) -> Result<Arc<Token>, Fault> {
+        self.token_but(Some(refused), before).await
     }
 
-    /// Of many who ask at once, one logs in. How that ends counts for all who were waiting meanwhile.
-    async fn token_but(&self, refused: Option<&Arc<Token>>) -> Result<Arc<Token>, Fault> {
-        let came = self.ended.load(Ordering::Acquire);
+    /// Of many who ask at once, one logs in. How that ends counts for all who asked before it ended.
+    async fn token_but(&self, refused: Option<&Arc<Token>>, before: u64) -> Result<Arc<Token>, Fault> {
         let mut held = self.held.lock().await;
         if let Some(token) = &held.token
             && !token.is_over()
@@ -130,7 +134,7 @@ impl Session {
             return Ok(Arc::clone(token));
         }
         if let Some((number, fault)) = &held.failed
-            && *number > came
+            && *number > before
         {
             return Err(fault.clone());
         }
@@ -237,7 +241,7 @@ impl Session {
                 Err(fault) => return Err(fault),
             }
         }
-        let new = self.renewed(token).await?;
+        let new = self.renewed(token, self.logins()).await?;
         if let (Login::Token { token }, Some(lease)) = (&self.login, new.lease()) {
             let seconds = (lease.end() - Instant::now()).as_secs();
             tracing::warn!(server = self.client.address(), seconds, %token, "the token ends and cannot be renewed for longer: put a new one in its place");
