@@ -154,7 +154,7 @@ async fn keys_that_cannot_be_found_or_cannot_sign_are_refused_with_what_they_are
     bao.key("edwards", "ed25519").await.unwrap();
     let environment = Environment::of([("VAULT_TOKEN", integration_tests::openbao::ROOT)]);
     for (key, query, part) in [
-        ("nobody", "", "HTTP 404"),
+        ("nobody", "", "there is no key at transit/keys/nobody on http://127.0.0.1"),
         ("release", "&mount=elsewhere", "no handler for route"),
         ("release", "&namespace=nobody", "namespace not found"),
         ("symmetric", "", "aes256-gcm96"),

@@ -1,4 +1,4 @@
-//! The Transit engine of HashiCorp Vault and of OpenBao, which speak the same (API v1).
+//! The Transit engine of Vault and of OpenBao, which speak the same (HTTP API v1).
 
 mod client;
 mod fault;
@@ -72,7 +72,17 @@ impl VaultKey {
             let answer: KeyAnswer = call(&client, &session, &paths.key, "read", None).await?;
             answer.data.open(&paths.key, reference.version)
         };
-        let (version, pem) = opened.await.map_err(|fault| fault.into_error(Arc::clone(&uri), &client.address()))?;
+        let (version, pem) = opened.await.map_err(|fault| {
+            let fault = match fault.class {
+                Class::NotFound => fault.told(&format!(
+                    "there is no key at {} on {}: check its name, ?mount= and ?namespace=",
+                    paths.key,
+                    client.address()
+                )),
+                _ => fault,
+            };
+            fault.into_error(Arc::clone(&uri), &client.address())
+        })?;
         let public_key = PublicKey::from_pem(&pem.0).map_err(|source| Error::PublicKey { key: Arc::clone(&uri), source })?;
         if spec_name(public_key.spec()) != pem.1 {
             let what = format!("a {} public key for a key that it calls {}", public_key.spec(), pem.1);
@@ -215,8 +225,9 @@ struct Description {
     /// Only OpenBao says so.
     #[serde(default)]
     soft_deleted: bool,
+    /// Seconds; only to warn of it.
     #[serde(default)]
-    auto_rotate_period: u64,
+    auto_rotate_period: Value,
     /// By version. A symmetric key has the time of its making here.
     keys: BTreeMap<String, Value>,
 }
@@ -244,7 +255,7 @@ impl Description {
                  or ask for another of its versions, up to {latest}"
             ));
         }
-        if wanted.is_none() && self.auto_rotate_period > 0 {
+        if wanted.is_none() && self.auto_rotate_period.as_u64().is_some_and(|seconds| seconds > 0) {
             tracing::warn!(
                 path,
                 version,

@@ -58,6 +58,12 @@ impl Fault {
         if !text.is_empty() {
             what = format!("{what}: {}", one_line(text, 300));
         }
+        if matches!(status.as_u16(), 307 | 308) {
+            what = format!(
+                "{what}: it is a standby and names another server, which is not followed with a token: let its address be that \
+                            of the active one, or of a balancer that knows it"
+            );
+        }
         Self { class: classify(status, text), what, retry_after: retry_after(headers) }
     }
 
@@ -103,10 +109,9 @@ fn classify(status: StatusCode, text: &str) -> Class {
         400 | 500 if says(&[NO_KEY]) => Class::NotFound,
         500 if says(&REQUEST) => Class::Misconfigured,
         404 => Class::NotFound,
-        // A standby that cannot ask the active node for us. During a change of leaders that passes.
-        307 | 308 => Class::Transient,
-        // 412: a replica that is behind; 472, 473: replicas that only stand by.
-        408 | 412 | 472 | 473 | 500.. => Class::Transient,
+        // 307, 308: a standby that cannot ask the active node for us, which passes during a change of leaders. 412: a replica
+        // that is behind. 472, 473: replicas that only stand by.
+        307 | 308 | 408 | 412 | 472 | 473 | 500.. => Class::Transient,
         _ => Class::Misconfigured,
     }
 }

@@ -45,7 +45,6 @@ struct Held {
 /// What a server knows us by for a while.
 pub(super) struct Token {
     text: SecretString,
-    header: HeaderValue,
     /// Whether the server has said that it knows it.
     pub(super) is_known: bool,
     lease: Mutex<Option<Lease>>,
@@ -76,14 +75,15 @@ impl Lease {
 
 impl Token {
     fn new(text: SecretString, is_known: bool, lease: Option<Lease>) -> Result<Self, Fault> {
-        let mut header = HeaderValue::from_str(text.expose_secret())
+        HeaderValue::from_str(text.expose_secret())
             .map_err(|_| Fault::new(Class::Credentials, "the token cannot be sent: it holds something that is no part of one"))?;
-        header.set_sensitive(true);
-        Ok(Self { text, header, is_known, lease: Mutex::new(lease) })
+        Ok(Self { text, is_known, lease: Mutex::new(lease) })
     }
 
-    pub(super) fn header(&self) -> &HeaderValue {
-        &self.header
+    pub(super) fn header(&self) -> HeaderValue {
+        let mut header = HeaderValue::from_str(self.text.expose_secret()).expect("that it can be sent was checked at first");
+        header.set_sensitive(true);
+        header
     }
 
     pub(super) fn text(&self) -> &SecretString {

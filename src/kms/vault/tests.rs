@@ -119,6 +119,7 @@ async fn a_redirect_is_not_followed() {
     fake.then([Wrong::Error { status: 307, text: "", headers: vec![("location", location)] }]);
     let error = sign(&key).await.unwrap_err();
     assert_eq!(error.verdict(), Verdict::TRANSIENT, "{error}");
+    assert!(error.to_string().contains("it is a standby"), "{error}");
     assert!(other.requests().is_empty());
 }
 
@@ -211,6 +212,19 @@ async fn a_token_is_renewed_before_two_thirds_of_its_time_and_replaced_where_it_
         assert!(took >= Duration::from_millis(490), "{took:?}");
         sign(&key).await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_renewal_that_fails_is_tried_again_while_the_token_lasts() {
+    let fake = Fake::start().await;
+    fake.set_lease(3, true);
+    let key = opened(&fake).await;
+    fake.then([Wrong::error(503, "Vault is sealed")]);
+    for _ in 0..2 {
+        assert_eq!(fake.next_request().await, "POST /v1/auth/token/renew-self");
+    }
+    sign(&key).await.unwrap();
+    assert_eq!(fake.requests(), [SIGN]);
 }
 
 #[tokio::test]
