@@ -3,14 +3,14 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: help demo test check build bench fuzz tools
+.PHONY: help demo test check build image image-test bench fuzz tools
 
 INSTALL := integration-tests/tools/install.sh
 # Where the tests find countersign; another build of it can be named: make test COUNTERSIGN_BIN=/usr/bin/countersign
 export COUNTERSIGN_BIN ?= $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/debug/countersign
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target words; do printf '  make %-8s %s\n' "$$target" "$$words"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target words; do printf '  make %-10s %s\n' "$$target" "$$words"; done
 
 demo: ## a registry, a key and countersign on this machine: push an image, see it signed and verified (KEEP=1: leave it running)
 	@$(INSTALL) docker-registry cosign3 skopeo
@@ -18,7 +18,7 @@ demo: ## a registry, a key and countersign on this machine: push an image, see i
 	@integration-tests/demo.sh
 
 test: ## every test, the ones beside real registries, verifiers and KMSs included
-	@$(INSTALL) docker-registry cosign2 cosign3 skopeo ministack openbao
+	@$(INSTALL) docker-registry cosign2 cosign3 skopeo ministack openbao postgresql hadolint
 	cargo build --workspace
 	cargo test --workspace --no-fail-fast
 
@@ -37,6 +37,13 @@ check: ## format, lints, documentation, licences and advisories of dependencies
 
 build: ## the optimised binary, target/release/countersign
 	cargo build --release --package countersign
+
+image: ## the container image, with docker or buildah
+	@integration-tests/image.sh build
+
+image-test: ## the image, built on a base made here (a quarter of an hour, root), and run with nothing but what it needs
+	@$(INSTALL) docker-registry containers
+	@integration-tests/image.sh test
 
 bench: export COUNTERSIGN_BIN = $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/release/countersign
 bench: ## signatures, events and bytes: how many, how fast, beside bare clients (ARGS="--quick --only signing")

@@ -3,7 +3,11 @@
 //! The daemon serves it on a socket in the state folder, which only its own user can open. When no daemon runs, the
 //! command line serves it to itself, on the files. So each command is written once, against these routes.
 
-use std::{path::Path, sync::Arc};
+mod dead;
+mod past;
+mod select;
+
+use std::{fmt, path::Path, sync::Arc};
 
 use axum::{
     Json, Router,
@@ -11,9 +15,8 @@ use axum::{
     http::StatusCode,
     routing::{get, post},
 };
-use base64::{Engine as _, prelude::BASE64_STANDARD};
 use jiff::Timestamp;
-use queue::{DeadLetter, Queue};
+use queue::Queue;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -24,6 +27,13 @@ use crate::{
     oci::{Digest, RegistryName, Repository, Tag},
     outcome::Verdict,
     pipeline::Pipeline,
+    rule::Rules,
+};
+
+pub use self::{
+    dead::{DeadLetterView, DeadPage, DeadQuery, Ids, Moved},
+    past::{PastPage, PastQuery, PastView},
+    select::Filter,
 };
 
 /// The socket's name in the state folder.
@@ -41,7 +51,18 @@ pub struct Admin {
     pub ledger: Ledger,
     /// Absent where only queue and ledger were opened.
     pub pipeline: Option<Arc<Pipeline>>,
+    /// The configured rules; where there is a pipeline, its own are in force instead.
+    pub rules: Arc<Rules>,
     pub clock: Clock,
+}
+
+impl Admin {
+    fn with_rules<T>(&self, ask: impl FnOnce(&Rules) -> T) -> T {
+        match &self.pipeline {
+            Some(pipeline) => ask(&pipeline.setup().rules),
+            None => ask(&self.rules),
+        }
+    }
 }
 
 /// Where every event stands. `received = signed + already_signed + skipped + dead + queued`.
@@ -63,23 +84,18 @@ pub struct QueueStatus {
     pub dead_letters: u64,
     /// How long the oldest event that is not done has been here.
     pub oldest_seconds: Option<i64>,
+    /// What can be run again; absent if nothing is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<HistoryView>,
 }
 
-/// A dead letter as it is shown.
+/// What is kept of the past.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct DeadLetterView {
-    pub id: String,
-    pub kind: String,
-    pub reason: String,
-    pub pushed_at: Timestamp,
-    pub buried_at: Timestamp,
-    pub attempts: u32,
-    /// What it is about, if it is a push event.
-    #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    pub image: Option<ImageView>,
-    /// The untouched bytes, base64, if it is not.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub body: Option<String>,
+pub struct HistoryView {
+    /// When the oldest event that is kept was accepted.
+    pub oldest: Option<Timestamp>,
+    /// About how many are kept.
+    pub events: u64,
 }
 
 /// The image of an event.
@@ -93,24 +109,22 @@ pub struct ImageView {
     pub digest: Digest,
 }
 
-/// `GET /api/v1/queue/dead`
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Page {
-    pub after: Option<String>,
-    pub limit: Option<usize>,
+/// As an image reference.
+impl fmt::Display for ImageView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.registry, self.repository)?;
+        if let Some(tag) = &self.tag {
+            write!(f, ":{tag}")?;
+        }
+        write!(f, "@{}", self.digest)
+    }
 }
 
-/// `POST /api/v1/queue/replay` and `/discard`
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Ids {
-    pub ids: Vec<String>,
-}
-
-/// How many of the ids were dead letters, and which were not.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Moved {
-    pub done: u64,
-    pub unknown: Vec<String>,
+impl From<PushEvent> for ImageView {
+    fn from(event: PushEvent) -> Self {
+        let PushEvent { source, registry, repository, tag, digest, .. } = event;
+        Self { source, registry, repository, tag, digest }
+    }
 }
 
 /// `POST /api/v1/sign`
@@ -170,9 +184,11 @@ pub struct Story {
 pub fn router(admin: Admin) -> Router {
     Router::new()
         .route("/api/v1/queue", get(status))
-        .route("/api/v1/queue/dead", get(dead))
-        .route("/api/v1/queue/replay", post(replay))
-        .route("/api/v1/queue/discard", post(discard))
+        .route("/api/v1/queue/dead", get(dead::list))
+        .route("/api/v1/queue/replay", post(dead::replay))
+        .route("/api/v1/queue/discard", post(dead::discard))
+        .route("/api/v1/queue/past", get(past::list))
+        .route("/api/v1/queue/past/replay", post(past::replay))
         .route("/api/v1/story", get(story))
         .route("/api/v1/sign", post(sign))
         .with_state(admin)
@@ -193,63 +209,8 @@ async fn status(State(admin): State<Admin>) -> Result<Json<QueueStatus>, Problem
         in_flight: stats.in_flight,
         dead_letters: stats.dead,
         oldest_seconds: stats.oldest.map(|oldest| admin.clock.now().duration_since(oldest).as_secs().max(0)),
+        history: stats.history.map(|history| HistoryView { oldest: history.oldest, events: history.messages }),
     }))
-}
-
-async fn dead(State(admin): State<Admin>, Query(page): Query<Page>) -> Result<Json<Vec<DeadLetterView>>, Problem> {
-    const LARGEST_PAGE: usize = 1000;
-    let limit = page.limit.unwrap_or(LARGEST_PAGE).min(LARGEST_PAGE);
-    let letters = admin.queue.dead_letters(page.after.as_deref(), limit).await.map_err(unavailable)?;
-    Ok(Json(letters.into_iter().map(view).collect()))
-}
-
-fn view(letter: DeadLetter) -> DeadLetterView {
-    let event =
-        (letter.message.content_type == event::CONTENT_TYPE).then(|| PushEvent::from_cloud_event(&letter.message.body).ok());
-    let image = event.flatten().map(|event| ImageView {
-        source: event.source,
-        registry: event.registry,
-        repository: event.repository,
-        tag: event.tag,
-        digest: event.digest,
-    });
-    DeadLetterView {
-        id: letter.message.id,
-        kind: letter.burial.kind,
-        reason: letter.burial.reason,
-        pushed_at: letter.pushed_at,
-        buried_at: letter.buried_at,
-        attempts: letter.attempts,
-        body: image.is_none().then(|| BASE64_STANDARD.encode(&letter.message.body)),
-        image,
-    }
-}
-
-async fn replay(State(admin): State<Admin>, Json(request): Json<Ids>) -> Result<Json<Moved>, Problem> {
-    let mut moved = Moved::default();
-    for id in request.ids {
-        let until = admin.clock.now();
-        if admin.queue.replay(&id).await.map_err(unavailable)? {
-            // It is queued again, so it no longer counts as dead; unless it has died again meanwhile.
-            admin.ledger.forget_event_until(&id, until).await.map_err(unavailable)?;
-            moved.done += 1;
-        } else {
-            moved.unknown.push(id);
-        }
-    }
-    Ok(Json(moved))
-}
-
-async fn discard(State(admin): State<Admin>, Json(request): Json<Ids>) -> Result<Json<Moved>, Problem> {
-    let mut moved = Moved::default();
-    for id in request.ids {
-        if admin.queue.discard(&id).await.map_err(unavailable)? {
-            moved.done += 1;
-        } else {
-            moved.unknown.push(id);
-        }
-    }
-    Ok(Json(moved))
 }
 
 async fn story(State(admin): State<Admin>, Query(request): Query<StoryRequest>) -> Result<Json<Story>, Problem> {

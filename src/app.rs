@@ -221,6 +221,7 @@ pub fn sources(config: &Config) -> Vec<intake::Source> {
         name: source.name.clone(),
         kind: match source.kind {
             config::SourceKind::Distribution => intake::Kind::Distribution,
+            config::SourceKind::CloudEvents => intake::Kind::CloudEvents,
         },
         registry: source.registry.clone(),
         auth: match &source.auth {
@@ -246,12 +247,24 @@ fn patience(config: &Config) -> Patience {
 
 fn open_queue(config: &Config, clock: &Clock) -> anyhow::Result<Embedded> {
     let clock = clock.clone();
-    Ok(Embedded::open(state_folder(config), Options::new(move || clock.now()))?)
+    let config::Queue { history, history_size: history_bytes, .. } = config.queue;
+    Ok(Embedded::open(state_folder(config), Options { history, history_bytes, ..Options::new(move || clock.now()) })?)
 }
 
-fn open_ledger(config: &Config, clock: &Clock) -> anyhow::Result<Ledger> {
-    let config::Ledger::Sqlite { path } = &config.ledger;
-    Ok(Ledger::open(path, clock.clone())?)
+/// A database that cannot be reached for now is a warning; one that will not have us as things stand is an error.
+async fn open_ledger(config: &Config, clock: &Clock) -> anyhow::Result<Ledger> {
+    let ledger = match &config.ledger {
+        config::Ledger::Sqlite { path } => Ledger::open(path, clock.clone())?,
+        config::Ledger::Postgres(settings) => Ledger::connect((**settings).clone(), clock.clone())?,
+    };
+    match ledger.check().await {
+        Err(error) if !matches!(error.verdict(), Verdict::Retry { .. }) => Err(error.into()),
+        Err(error) => {
+            warn!(error = &error as &dyn std::error::Error, "the ledger is away for now; what has to be on record waits for it");
+            Ok(ledger)
+        }
+        Ok(()) => Ok(ledger),
+    }
 }
 
 /// The administrator's API: the running daemon's, or, when none runs, one on the files. `signing` also opens the keys then.
@@ -260,7 +273,7 @@ pub async fn client(config: &Config, clock: &Clock, signing: bool) -> anyhow::Re
         return Ok(client);
     }
     let queue = open_queue(config, clock)?;
-    let ledger = open_ledger(config, clock)?;
+    let ledger = open_ledger(config, clock).await?;
     let pipeline = if signing {
         let metrics = Metrics::new();
         let (setup, shut) = setup(config, clock, &metrics).await?;
@@ -272,7 +285,13 @@ pub async fn client(config: &Config, clock: &Clock, signing: bool) -> anyhow::Re
     } else {
         None
     };
-    Ok(Client::Here(admin::router(Admin { queue: Arc::new(queue), ledger, pipeline, clock: clock.clone() })))
+    Ok(Client::Here(admin::router(Admin {
+        queue: Arc::new(queue),
+        ledger,
+        pipeline,
+        rules: Arc::new(rules(config)?),
+        clock: clock.clone(),
+    })))
 }
 
 /// Signs a probe with a witness: 32 bytes that are no image's payload.

@@ -3,6 +3,7 @@
 pub mod check;
 mod client;
 pub mod explain;
+pub mod health;
 pub mod key;
 pub mod output;
 pub mod queue;
@@ -14,7 +15,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub use client::Client;
+pub use self::{
+    client::Client,
+    queue::{DeadArgs, DiscardArgs, Move, QueueCommand, ReplayArgs, Selection},
+};
 
 /// Signs what is pushed to a container registry, and verifies it before it runs.
 ///
@@ -79,7 +83,16 @@ pub enum Command {
     Explain(ExplainArgs),
     /// The queue from outside. Works whether the daemon runs or not.
     #[command(subcommand)]
-    Queue(QueueCommand),
+    Queue(Box<QueueCommand>),
+    /// Ask the daemon that runs here whether it is alive: the health check of a container, or of whatever watches it.
+    ///
+    /// It asks /livez, or with --ready /readyz, of the address that the configuration listens on, by loopback where that is
+    /// every address, and waits 4 s at most. Of the file it reads `[server]` alone: a daemon that keeps working after its
+    /// file was spoilt is well.
+    ///
+    /// Exit codes: 0 it is; 1 it answers that it is not, and with --ready why; 2 the configuration does not say where it
+    /// listens; 3 nobody answers there.
+    Health(HealthArgs),
     /// Print completions for a shell: `countersign completions bash > /etc/bash_completion.d/countersign`.
     Completions { shell: clap_complete::Shell },
 }
@@ -95,6 +108,13 @@ pub struct CheckArgs {
     /// Print the defaults, every key with a sentence, and do nothing else.
     #[arg(long, conflicts_with_all = ["online", "schema"])]
     pub defaults: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct HealthArgs {
+    /// Ask whether it can do its work: queue, keys and registries answer. One that is not ready needs no restart.
+    #[arg(long)]
+    pub ready: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -143,50 +163,6 @@ pub struct VerifyArgs {
 pub struct ExplainArgs {
     #[arg(value_name = "REFERENCE")]
     pub reference: String,
-}
-
-#[derive(Debug, Subcommand)]
-pub enum QueueCommand {
-    /// How many events came in, and where each stands.
-    Status,
-    /// List the dead letters: events that ran out of attempts or can never succeed.
-    Dead(Selection),
-    /// Put dead letters back into the queue, with their patience renewed.
-    Replay(SelectionAction),
-    /// Drop dead letters for good.
-    Discard(SelectionAction),
-}
-
-/// Which dead letters. Filters are combined: all must hold.
-#[derive(Debug, Args)]
-pub struct Selection {
-    /// These dead letters.
-    #[arg(value_name = "ID")]
-    pub ids: Vec<String>,
-    /// Only those of repositories that this glob matches: `team-*/**`.
-    #[arg(long, value_name = "GLOB")]
-    pub repository: Option<String>,
-    /// Only those of this kind: refused, `gave_up` or poison.
-    #[arg(long, value_name = "KIND")]
-    pub kind: Option<String>,
-    /// Only those whose reason holds this text.
-    #[arg(long, value_name = "TEXT")]
-    pub error: Option<String>,
-    /// Only those that were buried at least this long ago: 30m, 24h.
-    #[arg(long, value_name = "AGE")]
-    pub older_than: Option<String>,
-}
-
-#[derive(Debug, Args)]
-pub struct SelectionAction {
-    #[command(flatten)]
-    pub selection: Selection,
-    /// All dead letters (that the filters hold).
-    #[arg(long)]
-    pub all: bool,
-    /// Only say which.
-    #[arg(long)]
-    pub dry_run: bool,
 }
 
 /// What was asked cannot be meant: exit code 2.

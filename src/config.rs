@@ -4,10 +4,12 @@
 //! A file from which none can be made is answered with all that is wrong with it, each with its line and its cure.
 //! Every section and key is declared once (`shape.rs`); the reader, the JSON Schema and `config/default.toml` follow it.
 
+mod door;
 mod ledger;
 mod log;
 mod names;
 mod outside;
+mod postgres;
 mod problem;
 mod queue;
 mod reader;
@@ -30,6 +32,7 @@ use std::{borrow::Cow, path::Path};
 use toml::de::DeTable;
 
 pub use self::{
+    door::Door,
     ledger::Ledger,
     log::{Log, LogFormat},
     problem::{Place, Problem, Problems, Severity, in_full},
@@ -81,26 +84,7 @@ pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
 impl Config {
     /// Reads a file, and the secrets that it refers to. The problems returned beside the configuration are warnings.
     pub fn load(path: &Path) -> Result<(Self, Vec<Problem>), Problems> {
-        let unreadable = |error: Unreadable| {
-            let help = match error {
-                Unreadable::Missing => "name the configuration with --config",
-                Unreadable::NotAFile => "--config names one file",
-                Unreadable::TooLarge(_) => "is this a configuration?",
-                Unreadable::Io(_) => "the user that countersign runs as must be able to read it",
-            };
-            Problem::of_file(path, format!("the configuration cannot be used: {error}"), Some(help.to_owned()))
-        };
-        let contents = outside::read_file(path, LARGEST_FILE).map_err(unreadable)?;
-        match String::from_utf8(contents.bytes) {
-            Ok(text) => Self::parse(&text, path),
-            Err(error) => {
-                let at = error.utf8_error().valid_up_to();
-                let readable = std::str::from_utf8(&error.as_bytes()[..at]).expect("it is valid up to there");
-                let problem = ("the configuration is no UTF-8 text".to_owned(), Some("save it as UTF-8".to_owned()));
-                let source = problem::Source::new(readable, path);
-                Err(source.problem((Severity::Error, problem.0, problem.1), &(at..at), None).into())
-            }
-        }
+        Self::parse(&text_of(path)?, path)
     }
 
     /// Reads a text as if it stood in the file `path`, whose folder relative paths start from.
@@ -126,6 +110,27 @@ impl Config {
         }
         Ok((config.expect("whatever is missing has been reported as an error"), problems))
     }
+}
+
+/// What a configuration file holds.
+fn text_of(path: &Path) -> Result<String, Problems> {
+    let unreadable = |error: Unreadable| {
+        let help = match error {
+            Unreadable::Missing => "name the configuration with --config",
+            Unreadable::NotAFile => "--config names one file",
+            Unreadable::TooLarge(_) => "is this a configuration?",
+            Unreadable::Io(_) => "the user that countersign runs as must be able to read it",
+        };
+        Problem::of_file(path, format!("the configuration cannot be used: {error}"), Some(help.to_owned()))
+    };
+    let contents = outside::read_file(path, LARGEST_FILE).map_err(unreadable)?;
+    String::from_utf8(contents.bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let readable = std::str::from_utf8(&error.as_bytes()[..at]).expect("it is valid up to there");
+        let problem = ("the configuration is no UTF-8 text".to_owned(), Some("save it as UTF-8".to_owned()));
+        let source = problem::Source::new(readable, path);
+        source.problem((Severity::Error, problem.0, problem.1), &(at..at), None).into()
+    })
 }
 
 static ROOT: Table = Table {

@@ -5,9 +5,11 @@
 //! no event is queued as it is, under [`event::QUARANTINE_CONTENT_TYPE`], and the pipeline makes a dead letter of it.
 
 mod auth;
+mod cloudevents;
 mod counters;
 pub mod distribution;
 mod entry;
+mod json;
 mod route;
 
 use std::{
@@ -26,6 +28,7 @@ use uuid::Uuid;
 
 pub use self::{
     auth::Auth,
+    cloudevents::Incoming,
     counters::{Counters, Sample},
     entry::{Entry, Ignored, Parsed, Push, Refusal},
     route::router,
@@ -55,12 +58,18 @@ pub struct Source {
 pub enum Kind {
     /// distribution (the Docker registry) 2.8 and 3.x.
     Distribution,
+    /// Whatever sends CloudEvents of the plain form.
+    CloudEvents,
 }
 
 impl Kind {
-    fn parse(self, body: &[u8]) -> Parsed<'_> {
+    /// Reads what came in. Pure. What a registry of this kind sends may also be the data of CloudEvents: a relay's.
+    pub fn parse(self, incoming: &Incoming) -> Parsed<'_> {
         match self {
-            Self::Distribution => distribution::parse(body),
+            Self::Distribution => {
+                cloudevents::parse(incoming, distribution::within, false).unwrap_or_else(|| distribution::parse(&incoming.body))
+            }
+            Self::CloudEvents => cloudevents::parse(incoming, cloudevents::plain, true).expect("it is taken for one in any case"),
         }
     }
 }
@@ -122,7 +131,7 @@ impl Intake {
     /// Takes one request in, as [`Self::authenticate`] and [`Self::accept`] do.
     pub async fn take(&self, source: &str, headers: &HeaderMap, body: Bytes) -> Answer {
         match self.authenticate(source, headers) {
-            Some(door) => self.accept(&door, body).await,
+            Some(door) => self.accept(&door, &Incoming::by_http(headers, body)).await,
             None => Answer::Unauthorized,
         }
     }
@@ -152,10 +161,10 @@ impl Intake {
         None
     }
 
-    /// Makes all that `body` brings durable in one step, and answers after that.
-    pub async fn accept(&self, door: &Door, body: Bytes) -> Answer {
+    /// Makes all that `incoming` brings durable in one step, and answers after that.
+    pub async fn accept(&self, door: &Door, incoming: &Incoming) -> Answer {
         door.counters.request();
-        let Sorted { messages, ignored, refusals } = door.sort(&body, self.clock.now());
+        let Sorted { messages, ignored, refusals } = door.sort(incoming, self.clock.now());
         let taken = messages.len() - refusals.len();
         if !messages.is_empty()
             && let Err(error) = self.queue.push(messages).await
@@ -191,9 +200,10 @@ struct Sorted {
 }
 
 impl Door {
-    fn sort(&self, body: &Bytes, received_at: Timestamp) -> Sorted {
+    fn sort(&self, incoming: &Incoming, received_at: Timestamp) -> Sorted {
+        let body = &incoming.body;
         let mut sorted = Sorted::default();
-        match self.kind.parse(body) {
+        match self.kind.parse(incoming) {
             Ok(entries) => {
                 for entry in entries {
                     match entry {
@@ -231,6 +241,7 @@ impl Door {
             content_type: event::CONTENT_TYPE.to_owned(),
             key: PartitionKey(event.partition_key()),
             body: event.to_cloud_event().into(),
+            replay_of: None,
         }
     }
 
@@ -240,12 +251,13 @@ impl Door {
             content_type: event::QUARANTINE_CONTENT_TYPE.to_owned(),
             key: PartitionKey(format!("quarantine/{}", self.name)),
             body,
+            replay_of: None,
         }
     }
 }
 
 /// A UUID of version 7 (RFC 9562 section 5.7): sorts by time, and is random beside it.
-fn message_id(now: Timestamp) -> String {
+pub(crate) fn message_id(now: Timestamp) -> String {
     let seconds = u64::try_from(now.as_second()).unwrap_or_default();
     let nanoseconds = u32::try_from(now.subsec_nanosecond()).unwrap_or_default();
     Uuid::new_v7(uuid::Timestamp::from_unix(uuid::NoContext, seconds, nanoseconds)).to_string()

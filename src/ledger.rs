@@ -5,29 +5,74 @@
 //!
 //! What is said here returns once it would survive the machine losing power; many who say something share one sync.
 
+mod columns;
+mod postgres;
 mod sqlite;
 
-use std::{collections::BTreeMap, fmt, path::Path, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
+use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::Clock,
-    event::PushEvent,
+    event::{BY_HAND, PushEvent},
     kms::Algorithm,
     oci::{Digest, Reference, RegistryName, Repository, Tag},
     outcome::{Classify, Outcome, Skip, Verdict},
 };
 
+pub use postgres::{Authorities, Limits, Postgres, Trust};
+
 /// The longest text of an error that is kept, in bytes: what peers say is of any length.
 const LONGEST_DETAIL: usize = 2048;
+/// Enough to share a commit well; not so many that the first waits for the last.
+const MOST_PER_COMMIT: usize = 256;
+/// More are in no one's interest: a manifest has a handful.
+const MOST_SIGNATURES: u32 = 1000;
 
 /// An open ledger. Clones share it; it closes when the last one is dropped.
 ///
-/// Several processes may have one file open. Whoever waits at the same moment shares one commit.
+/// Several processes may have one ledger open. Whoever waits at the same moment shares one commit.
 #[derive(Clone)]
-pub struct Ledger(Arc<sqlite::Store>);
+pub struct Ledger(Arc<dyn Backend>);
+
+/// Where a ledger is kept.
+#[async_trait]
+trait Backend: fmt::Debug + Send + Sync {
+    /// Returns once `work` would survive the machine losing power. Done as a whole, or not at all.
+    async fn write(&self, work: Work) -> Result<(), Error>;
+    async fn sums(&self) -> Result<Sums, Error>;
+    async fn story(&self, query: StoryQuery) -> Result<Vec<EventRecord>, Error>;
+    async fn rule_outcomes(&self, message_ids: Vec<String>) -> Result<HashMap<String, Vec<RuleOutcome>>, Error>;
+    async fn signatures(
+        &self,
+        registry: RegistryName,
+        repository: Repository,
+        digest: Digest,
+    ) -> Result<Vec<SignatureRecord>, Error>;
+}
+
+/// What can be said to a ledger.
+enum Work {
+    /// At least one.
+    Intend(Vec<Intent>),
+    Conclude(Arc<Conclusion>),
+    /// What was concluded dead until then.
+    Forget(String, Timestamp),
+    Check,
+}
+
+/// Only what has ended is counted; and of that, what was received: what was asked for by hand was not.
+fn is_counted(source: Option<&str>, outcome: &Outcome) -> bool {
+    !matches!(outcome, Outcome::Retrying) && source != Some(BY_HAND)
+}
 
 impl Ledger {
     /// Opens the file at `path`, and creates it (for this user only) if there is none; the folder must exist.
@@ -38,18 +83,27 @@ impl Ledger {
         sqlite::Store::open(path, clock).map(|store| Self(Arc::new(store)))
     }
 
+    /// The ledger in a PostgreSQL database, in a schema of its own. Nothing is connected to yet: that happens when something is
+    /// said or asked, and again whenever the connection was lost. The schema is made, or migrated, by whoever comes first.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the certificate authorities cannot be read.
+    pub fn connect(settings: Postgres, clock: Clock) -> Result<Self, Error> {
+        postgres::Store::new(settings, clock).map(|store| Self(Arc::new(store)))
+    }
+
     /// Puts on record, durably, that a key is about to be asked. Said again for the same message, it counts how often.
     ///
     /// # Errors
     /// Nothing is on record, so nothing may be signed. All of `intents` are, or none.
     pub async fn intend(&self, intents: Vec<Intent>) -> Result<(), Error> {
-        if intents.is_empty() { Ok(()) } else { self.0.write(sqlite::Work::Intend(intents)).await }
+        if intents.is_empty() { Ok(()) } else { self.0.write(Work::Intend(intents)).await }
     }
 
     /// Records what became of one event. Said again for the same `message_id` (after a crash, a retry or a replay), it
     /// replaces what was said before.
     pub async fn conclude(&self, conclusion: impl Into<Arc<Conclusion>>) -> Result<(), Error> {
-        self.0.write(sqlite::Work::Conclude(conclusion.into())).await
+        self.0.write(Work::Conclude(conclusion.into())).await
     }
 
     /// A dead letter that is replayed is queued again, and no longer counts as dead. Its story stays. An event that is not dead
@@ -61,22 +115,27 @@ impl Ledger {
     /// As [`Self::forget_event`], of an event that was dead at `until`. With the time before the replay, this may come after it:
     /// an event that has died again meanwhile (poison takes a millisecond) stays dead.
     pub async fn forget_event_until(&self, message_id: &str, until: Timestamp) -> Result<(), Error> {
-        self.0.write(sqlite::Work::Forget(message_id.to_owned(), until)).await
+        self.0.write(Work::Forget(message_id.to_owned(), until)).await
     }
 
     /// Whether the ledger can be written now, found out by writing.
     pub async fn check(&self) -> Result<(), Error> {
-        self.0.write(sqlite::Work::Check).await
+        self.0.write(Work::Check).await
     }
 
     /// How many events ended how, ever. Costs the same however many there are.
     pub async fn sums(&self) -> Result<Sums, Error> {
-        self.0.read(sqlite::sums).await
+        self.0.sums().await
     }
 
     /// The events of one repository that `query` names, the one heard of last first.
     pub async fn story(&self, query: StoryQuery) -> Result<Vec<EventRecord>, Error> {
-        self.0.read(move |connection| sqlite::story(connection, &query)).await
+        self.0.story(query).await
+    }
+
+    /// What each rule made of these messages, as far as they are on record.
+    pub async fn rule_outcomes(&self, message_ids: Vec<String>) -> Result<HashMap<String, Vec<RuleOutcome>>, Error> {
+        self.0.rule_outcomes(message_ids).await
     }
 
     /// Every signature of this manifest that a key was asked for, or that was found to be there, newest first; the newest
@@ -87,14 +146,13 @@ impl Ledger {
         repository: &Repository,
         digest: &Digest,
     ) -> Result<Vec<SignatureRecord>, Error> {
-        let (registry, repository, digest) = (registry.clone(), repository.clone(), digest.clone());
-        self.0.read(move |connection| sqlite::signatures(connection, &registry, &repository, &digest)).await
+        self.0.signatures(registry.clone(), repository.clone(), digest.clone()).await
     }
 }
 
 impl fmt::Debug for Ledger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Ledger").field(&self.0.path()).finish()
+        f.debug_tuple("Ledger").field(&self.0).finish()
     }
 }
 
@@ -253,6 +311,22 @@ impl Sums {
     pub fn concluded(&self) -> u64 {
         self.signed + self.already_signed + self.skipped + self.dead
     }
+
+    /// Adds what a row says: so many events ended with this outcome, and if it is `skipped` for this reason. None if these are
+    /// no words of ours.
+    fn add(&mut self, outcome: &str, reason: &str, events: u64) -> Option<()> {
+        match outcome {
+            "signed" => self.signed += events,
+            "already_signed" => self.already_signed += events,
+            "dead" => self.dead += events,
+            "skipped" => {
+                *self.skip_reasons.entry(columns::read_skip(reason)?).or_default() += events;
+                self.skipped += events;
+            }
+            _ => return None,
+        }
+        Some(())
+    }
 }
 
 /// Which events to tell of: those of one repository, and of them those with this tag and with this digest, where given.
@@ -304,34 +378,43 @@ pub struct Asked {
     pub last_at: Timestamp,
 }
 
+/// What a database said, shared by all who waited for the same commit.
+type Cause = Arc<dyn std::error::Error + Send + Sync>;
+
 /// Why the ledger did not open, or did not do what it was asked.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error("cannot create the ledger {path}: its folder must exist and be writable")]
     Create {
         path: PathBuf,
         #[source]
-        source: std::io::Error,
+        source: Cause,
     },
     /// It was not touched.
-    #[error("{path} is not a ledger: name another file, or move this one away and a new ledger is begun")]
-    Foreign { path: PathBuf },
+    #[error("{place} is not a ledger: {cure}")]
+    Foreign { place: String, cure: &'static str },
     /// It was not touched.
-    #[error("the ledger {path} has version {found}, and this countersign knows versions up to {known}: use a newer one")]
-    Newer { path: PathBuf, found: i64, known: i64 },
+    #[error("the ledger {place} has version {found}, and this countersign knows versions up to {known}: use a newer one")]
+    Newer { place: String, found: i64, known: i64 },
     #[error("cannot open the ledger {path}")]
     Open {
         path: PathBuf,
         #[source]
-        source: rusqlite::Error,
+        source: Cause,
     },
-    /// Nothing was recorded: full disk, failing disk, another process in a long transaction. May pass.
+    /// Nothing was recorded: full disk, failing disk, a database that is away, another process in a long transaction. May pass.
     #[error("the ledger cannot be {what} now")]
     Unavailable {
         what: &'static str,
-        /// Shared by all who waited for the same commit.
         #[source]
-        source: Arc<rusqlite::Error>,
+        source: Cause,
+    },
+    /// The database does not let this be done, whenever it is tried.
+    #[error("the ledger's database refuses: {cure}")]
+    Refused {
+        cure: &'static str,
+        #[source]
+        source: Cause,
     },
     /// Its thread has ended, which it does only when this process does.
     #[error("the ledger is closed")]
@@ -342,9 +425,11 @@ impl Classify for Error {
     fn verdict(&self) -> Verdict {
         match self {
             Self::Unavailable { .. } | Self::Closed => Verdict::TRANSIENT,
-            Self::Create { .. } | Self::Foreign { .. } | Self::Newer { .. } | Self::Open { .. } => {
+            Self::Create { .. } | Self::Open { .. } => {
                 Verdict::Refuse { cure: "name a file for the ledger that countersign can create or wrote itself" }
             }
+            Self::Newer { .. } => Verdict::Refuse { cure: "use the newer countersign" },
+            Self::Foreign { cure, .. } | Self::Refused { cure, .. } => Verdict::Refuse { cure },
         }
     }
 }

@@ -43,6 +43,7 @@ async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
             return cli::check::run(Config::load(&path), &clock, args, output).await;
         }
         Command::Key(command) => return cli::key::run(command, output),
+        Command::Health(args) => return cli::health::run(&path, args, output).await,
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "countersign", &mut std::io::stdout());
             return Ok(ExitCode::SUCCESS);
@@ -77,7 +78,9 @@ async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
             let client = app::client(&config, &clock, false).await?;
             cli::queue::run(&client, &clock, command, output).await
         }
-        Command::Serve | Command::Check(_) | Command::Key(_) | Command::Completions { .. } => unreachable!("handled above"),
+        Command::Serve | Command::Check(_) | Command::Key(_) | Command::Health(_) | Command::Completions { .. } => {
+            unreachable!("handled above")
+        }
     }
 }
 

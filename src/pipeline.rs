@@ -151,6 +151,7 @@ impl Pipeline {
             image.repository = tracing::field::Empty,
             image.tag = tracing::field::Empty,
             image.digest = tracing::field::Empty,
+            replay.of = delivery.message().replay_of,
         );
         let message = delivery.message();
         let event = if message.content_type == event::CONTENT_TYPE {
@@ -374,7 +375,8 @@ impl Pipeline {
         let written = signatures.iter().filter(|signature| signature.state == SignatureState::Written).count();
         match outcome {
             Outcome::Signed => {
-                if let Some(event) = event {
+                // How long ago the past was says nothing of how fast we are.
+                if let Some(event) = event.filter(|_| delivery.message().replay_of.is_none()) {
                     let since = self.clock.now().duration_since(event.received_at);
                     self.metrics.pushed_to_signed(Duration::try_from(since).unwrap_or_default());
                 }

@@ -53,12 +53,14 @@ pub struct Plan {
     /// The `[[rule]]` tables, or what there is to be of them; `None` for the one of the default.
     pub rules: Option<String>,
     pub registry: Options,
+    /// What `[ledger] url` is, as it stands in the file: a text in quotes, or where the secret is.
+    pub ledger: Option<String>,
     pub environment: Vec<(&'static str, String)>,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { keys: Keys::P256, key_uri: None, rules: None, registry: Options::default(), environment: Vec::new() }
+        Self { keys: Keys::P256, key_uri: None, rules: None, registry: Options::default(), ledger: None, environment: Vec::new() }
     }
 }
 
@@ -125,7 +127,7 @@ impl House {
 
     /// The configuration as the plan has it, for a test to write another.
     pub fn config(&self) -> String {
-        let Plan { keys, key_uri, rules, registry: options, .. } = &self.plan;
+        let Plan { keys, key_uri, rules, registry: options, ledger, .. } = &self.plan;
         let (port, folder, host, url) = (self.port, self.folder.path().display(), self.registry.host(), &self.registry_url);
         let key = key_uri.clone().unwrap_or_else(|| format!("file://{folder}/release.key.pem"));
         let mut config = format!(
@@ -136,6 +138,9 @@ impl House {
         if options.login {
             // A literal secret is taken, with a warning.
             writeln!(config, "username = \"{}\"\npassword = \"{}\"", LOGIN.0, LOGIN.1).expect("a String takes everything");
+        }
+        if let Some(url) = ledger {
+            writeln!(config, "\n[ledger]\nurl = {url}").expect("a String takes everything");
         }
         let rules = rules.clone().unwrap_or_else(|| rule("team", "team", *keys));
         write!(

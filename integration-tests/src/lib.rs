@@ -4,8 +4,8 @@
 //! - [`registry`] starts Debian's docker-registry and talks to it; [`image`] builds what is pushed there.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`verifier`] asks the judges, stock cosign and stock skopeo; [`signature`] reads what is stored, and counts.
-//! - [`ministack`] and [`openbao`] are KMSs that check their callers; [`proxy`] makes a network that is slow or broken; [`recorder`] keeps what
-//!   was said.
+//! - [`postgres`] is a database server; [`ministack`] and [`openbao`] are KMSs that check their callers.
+//! - [`proxy`] makes a network that is slow or broken; [`recorder`] keeps what was said.
 //!
 //! Whatever a test started is killed and reaped when the test lets go of it, and its log is printed then: `cargo test` shows
 //! that for tests that fail. `make tools` installs what is run here.
@@ -15,6 +15,7 @@ pub mod house;
 pub mod image;
 pub mod ministack;
 pub mod openbao;
+pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod recorder;

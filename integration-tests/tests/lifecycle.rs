@@ -243,6 +243,29 @@ async fn it_is_alive_but_not_ready_without_its_registry() -> Result<()> {
 }
 
 #[tokio::test]
+async fn health_is_what_the_daemon_says_of_itself_whatever_became_of_its_file() -> Result<()> {
+    let mut house = House::start(Plan::default()).await?;
+    assert_eq!(house.run(&["health"]).await?.expect_code(0)?.stdout, "alive\n");
+    assert_eq!(house.run(&["health", "--ready"]).await?.expect_code(0)?.stdout, "ready\n");
+
+    house.write_config(&format!("{}\n[[rule]]\nname\n", house.config()))?;
+    house.run(&["check"]).await?.expect_code(1)?;
+    house.run(&["health", "--ready"]).await?.expect_code(0)?;
+
+    house.registry.kill()?;
+    let unready = async || Ok((house.run(&["health", "--ready"]).await?.code == Some(1)).then_some(()));
+    eventually("it is not ready without its registry", LIMIT, unready).await?;
+    let said = house.run(&["health", "--ready", "--output", "json"]).await?.expect_code(1)?.json()?;
+    assert!(said["status"] == 503 && said["body"]["checks"].to_string().contains(&house.registry.host()), "{said}");
+    house.run(&["health"]).await?.expect_code(0)?;
+
+    house.daemon.terminate(LIMIT).await?;
+    let gone = house.run(&["health"]).await?.expect_code(3)?.stderr;
+    assert!(gone.contains(&format!("{}/livez does not answer", house.daemon.url())), "{gone}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn dead_letters_are_listed_replayed_and_discarded_with_the_daemon_and_without() -> Result<()> {
     let mut house = House::start(Plan::default()).await?;
     for number in 0..4 {

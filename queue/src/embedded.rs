@@ -5,6 +5,8 @@
 //! memory does not grow with the backlog. Who holds which message is known to memory alone: after a crash everything
 //! unsettled is delivered again.
 //!
+//! What is settled stays for a while, for those who ask for the past.
+//!
 //! When the disk is full (or fails), pushes are refused with [`Error::Unavailable`]. What cannot be settled then is kept in
 //! memory, told to the caller with the same error, and written as soon as the disk takes it; until then nothing further is
 //! read ahead, so memory stays bounded and nothing handled is handed out twice.
@@ -18,6 +20,7 @@ use std::{
     fmt,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -27,15 +30,17 @@ use tokio::sync::Semaphore;
 use self::{
     folder::Folder,
     shelf::Shelf,
-    store::{Change, Settlement, Store, Stored},
+    store::{Change, Past, Settlement, Store, Stored},
     thread::{Command, StorageThread},
 };
-use crate::{Burial, DeadLetter, Delivery, Error, Message, Queue, Retry, Settle, Stats};
+use crate::{Burial, DeadLetter, Delivery, Error, Kept, Message, Queue, Retry, Settle, Stats};
 
 /// Bytes of pushes that may wait for the storage thread; further pushes wait outside. Bounds memory when the disk hangs.
 const WAITING_BYTES: u32 = 8 * 1024 * 1024;
 /// What a message costs beyond its body while it waits to be written.
 const MESSAGE_OVERHEAD: usize = 512;
+
+const WEEK: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// How an [`Embedded`] queue is to run.
 #[derive(Clone)]
@@ -44,19 +49,29 @@ pub struct Options {
     pub now: Arc<dyn Fn() -> Timestamp + Send + Sync>,
     /// At most so many ready messages are held in memory (at least 1, and never more than 1 MiB of bodies).
     pub read_ahead: usize,
+    /// How long after its push a message is kept, whatever became of it ([`Queue::history`]). Zero keeps none.
+    pub history: Duration,
+    /// Bytes that the queue may take, dead letters aside, before the oldest of what is kept is forgotten early. What is queued
+    /// counts, and is never forgotten. Zero keeps none.
+    pub history_bytes: u64,
 }
 
 impl Options {
-    /// The defaults, with the given source of time.
+    /// The defaults, with the given source of time: a week of the past is kept, and at most 1 GiB.
     #[must_use]
     pub fn new(now: impl Fn() -> Timestamp + Send + Sync + 'static) -> Self {
-        Self { now: Arc::new(now), read_ahead: 256 }
+        Self { now: Arc::new(now), read_ahead: 256, history: WEEK, history_bytes: 1 << 30 }
     }
 }
 
 impl fmt::Debug for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Options").field("now", &(self.now)()).field("read_ahead", &self.read_ahead).finish()
+        f.debug_struct("Options")
+            .field("now", &(self.now)())
+            .field("read_ahead", &self.read_ahead)
+            .field("history", &self.history)
+            .field("history_bytes", &self.history_bytes)
+            .finish()
     }
 }
 
@@ -83,7 +98,11 @@ impl Embedded {
     pub fn open(folder: &Path, options: Options) -> Result<Self, Error> {
         let path = folder.to_path_buf();
         let folder = Folder::lock(folder)?;
-        let store = Store::open(&folder.database()?)?;
+        let past = Past {
+            span: i64::try_from(options.history.as_nanos()).unwrap_or(i64::MAX),
+            bytes: i64::try_from(options.history_bytes).unwrap_or(i64::MAX),
+        };
+        let store = Store::open(&folder.database()?, past)?;
         let shelf = Arc::new(Shelf::new(options.read_ahead));
         let thread = StorageThread::start(folder, store, Arc::clone(&shelf), options.now)?;
         Ok(Self { folder: path, shelf, room: Arc::new(Semaphore::new(WAITING_BYTES as usize)), thread: Some(Arc::new(thread)) })
@@ -142,6 +161,11 @@ impl Queue for Embedded {
 
     async fn discard(&self, id: &str) -> Result<bool, Error> {
         self.thread().change(Change::Discard { id: id.to_owned() }).await
+    }
+
+    async fn history(&self, from: Timestamp, until: Timestamp, after: Option<&str>, limit: usize) -> Result<Vec<Kept>, Error> {
+        let after = after.map(str::to_owned);
+        self.thread().ask(|reply| Command::History { span: (from, until), after, limit, reply }).await
     }
 
     async fn probe(&self) -> Result<(), Error> {
@@ -204,8 +228,6 @@ impl Settle for Hand {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::PartitionKey;
 
@@ -283,6 +305,7 @@ mod tests {
             content_type: "text/plain".into(),
             key: PartitionKey(number.to_string()),
             body: vec![b'x'; bytes].into(),
+            replay_of: None,
         }
     }
 }

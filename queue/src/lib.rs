@@ -6,6 +6,7 @@
 //! - A message is delivered until it is settled: at least once, and again after a crash, a dropped [`Delivery`] or a retry.
 //! - Messages of equal [`PartitionKey`] are delivered one at a time. Their order is not promised.
 //! - A buried message (a dead letter) stays until it is replayed or discarded; listing loses none.
+//! - What was pushed is kept for a while, whatever became of it, so that it can be run again ([`Queue::history`]).
 //!
 //! `tests/contract.rs` holds every backend to this.
 
@@ -31,6 +32,9 @@ pub struct Message {
     /// Messages of equal keys are never in two hands at once.
     pub key: PartitionKey,
     pub body: Bytes,
+    /// The id of the message that this one runs again; `None` for what comes in for the first time. A message that is run
+    /// again has an id of its own, so that it is counted as any other.
+    pub replay_of: Option<String>,
 }
 
 /// What must not be handled twice at once.
@@ -56,6 +60,15 @@ pub struct DeadLetter {
     pub buried_at: Timestamp,
     /// Deliveries that were counted before it was buried.
     pub attempts: u32,
+}
+
+/// A message of the past as it is listed: what became of it is not said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// Where it stands in the backend's history: the next page begins after it. Not to be looked into.
+    pub cursor: String,
+    pub message: Message,
+    pub pushed_at: Timestamp,
 }
 
 /// How to hand a message back.
@@ -87,6 +100,17 @@ pub struct Stats {
     pub dead: u64,
     /// When the oldest message that is neither settled nor buried was pushed.
     pub oldest: Option<Timestamp>,
+    /// How far back [`Queue::history`] reaches; `None` if this queue was told to keep nothing.
+    pub history: Option<History>,
+}
+
+/// What is kept of the past.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct History {
+    /// When the oldest message that is kept was pushed.
+    pub oldest: Option<Timestamp>,
+    /// How many are kept, as exactly as the backend knows. Those that are still queued are among them.
+    pub messages: u64,
 }
 
 impl Stats {
@@ -118,8 +142,8 @@ pub enum Error {
         #[source]
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
-    /// A message with this id is in the queue already: it was not pushed again.
-    #[error("a message with id {0} is in the queue already")]
+    /// A message with this id is in the queue already, or kept of the past: it was not pushed again.
+    #[error("a message with id {0} is in the queue already, or was not long ago")]
     Duplicate(String),
     /// It cannot go on, and will not until it is opened again: what is durable is safe.
     #[error("the queue's storage thread ended early; restart the daemon")]
@@ -150,6 +174,14 @@ pub trait Queue: Send + Sync + fmt::Debug {
 
     /// Drops a dead letter for good. False if there is none with this id.
     async fn discard(&self, id: &str) -> Result<bool, Error>;
+
+    /// What was pushed from `from` on and before `until`, whatever became of it, oldest first: at most `limit` (a
+    /// backend may give fewer; only an empty list is the end), beginning after the message whose [`Kept::cursor`] is `after`,
+    /// whether that one is still kept or not. A cursor that this queue never gave is as none.
+    ///
+    /// Left out are messages that are themselves run again ([`Message::replay_of`]), and those that are no longer kept: each
+    /// backend is told how long, and may be told to keep none. To run one again is to push it under a new id.
+    async fn history(&self, from: Timestamp, until: Timestamp, after: Option<&str>, limit: usize) -> Result<Vec<Kept>, Error>;
 
     /// Whether a push would be taken now, found out by writing something. For readiness checks.
     async fn probe(&self) -> Result<(), Error> {

@@ -4,7 +4,7 @@ mod contract {
     pub mod suite;
 }
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use contract::suite::{self, Backend};
@@ -14,15 +14,20 @@ use tempfile::TempDir;
 
 struct EmbeddedBackend {
     folder: TempDir,
+    history: Duration,
     queue: Option<Arc<dyn Queue>>,
 }
 
 #[async_trait]
 impl Backend for EmbeddedBackend {
     async fn fresh() -> Self {
+        Self::keeping(Duration::from_secs(3600)).await
+    }
+
+    async fn keeping(history: Duration) -> Self {
         let folder = TempDir::new().unwrap();
-        let queue = Some(open(folder.path()));
-        Self { folder, queue }
+        let queue = Some(open(folder.path(), history));
+        Self { folder, history, queue }
     }
 
     fn queue(&self) -> Arc<dyn Queue> {
@@ -31,14 +36,14 @@ impl Backend for EmbeddedBackend {
 
     async fn restart(&mut self) -> Arc<dyn Queue> {
         self.queue = None;
-        self.queue = Some(open(self.folder.path()));
+        self.queue = Some(open(self.folder.path(), self.history));
         self.queue()
     }
 }
 
-fn open(folder: &Path) -> Arc<dyn Queue> {
+fn open(folder: &Path, history: Duration) -> Arc<dyn Queue> {
     #[expect(clippy::disallowed_methods, reason = "the suite runs in real time")]
-    let options = Options::new(Timestamp::now);
+    let options = Options { history, ..Options::new(Timestamp::now) };
     Arc::new(Embedded::open(folder, options).unwrap())
 }
 

@@ -25,9 +25,29 @@ type Story = HashMap<String, HashSet<String>>;
 #[tokio::test]
 async fn killed_at_any_point_nothing_confirmed_is_lost_and_the_sums_are_right() {
     let folder = tempdir().unwrap();
+    let (story, queue) = kill_again_and_again("load", folder.path(), 40).await;
+    check_history(&queue, &story).await;
+    check_each(&queue, &story).await;
+    drop(queue);
+    check_bytes(folder.path());
+    let count = |word| story.values().filter(|words| words.contains(word)).count();
+    assert!(count("acked") > 100 && count("buried") > 10, "the rounds were too short to say anything");
+}
+
+#[tokio::test]
+async fn killed_while_it_forgets_it_forgets_nothing_that_is_queued_or_dead() {
+    let folder = tempdir().unwrap();
+    let (story, queue) = kill_again_and_again("load in little room", folder.path(), 20).await;
+    check_each(&queue, &story).await;
+    drop(queue);
+    check_bytes(folder.path());
+}
+
+/// Gives what the children said, and the queue that they left.
+async fn kill_again_and_again(role: &str, folder: &Path, rounds: usize) -> (Story, Embedded) {
     let mut story = Story::new();
-    for round in 0..40 {
-        let mut child = start("load", folder.path(), round, &[]);
+    for round in 0..rounds {
+        let mut child = start(role, folder, round, &[]);
         let output = BufReader::new(child.stdout.take().unwrap());
         let reader = thread::spawn(move || output.split(b'\n').map(Result::unwrap).collect::<Vec<_>>());
         // From before it is open to well into its work.
@@ -42,14 +62,38 @@ async fn killed_at_any_point_nothing_confirmed_is_lost_and_the_sums_are_right() 
         }
         // Not every time: opened by a child again, its log is still what the last one left.
         if round % 5 == 4 {
-            check_sums(&open(folder.path()), &story).await;
+            check_sums(&open(folder), &story).await;
         }
     }
-    let queue = open(folder.path());
+    let queue = open(folder);
     check_sums(&queue, &story).await;
-    check_each(&queue, &story).await;
-    let count = |word| story.values().filter(|words| words.contains(word)).count();
-    assert!(count("acked") > 100 && count("buried") > 10, "the rounds were too short to say anything");
+    (story, queue)
+}
+
+/// All that was pushed is there once, and nothing else.
+async fn check_history(queue: &Embedded, story: &Story) {
+    let mut kept = HashSet::new();
+    let mut after = None;
+    loop {
+        let page = queue.history(Timestamp::MIN, Timestamp::MAX, after.as_deref(), 100).await.unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some(last.cursor.clone());
+        for one in page {
+            assert_eq!(one.message.body, message(&one.message.id, 0).body);
+            assert!(story[&one.message.id].contains("pushing"), "something nobody pushed");
+            assert!(kept.insert(one.message.id), "there twice");
+        }
+    }
+    for (id, words) in story {
+        assert!(kept.contains(id) || !words.contains("pushed"), "{id} is forgotten: {words:?}");
+    }
+}
+
+/// The room that is taken is counted right.
+fn check_bytes(folder: &Path) {
+    let connection = rusqlite::Connection::open(folder.join("queue.db")).unwrap();
+    let sql = "SELECT bytes = (SELECT coalesce(sum(length(body) + 512), 0) FROM message) FROM totals";
+    assert!(connection.query_row(sql, [], |row| row.get::<_, bool>(0)).unwrap());
 }
 
 /// pushed = acked + queued + dead + discarded, as far as the children lived to say what they did.

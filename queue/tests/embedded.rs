@@ -108,7 +108,7 @@ async fn newer_version_is_refused_and_left_as_it_is() {
     Connection::open(folder.path().join("queue.db")).unwrap().execute_batch("PRAGMA user_version = 7").unwrap();
     let before = files(folder.path());
     let error = try_open(folder.path()).unwrap_err();
-    assert!(error.to_string().contains("it is of version 7, and this program reads version 1"), "{error}");
+    assert!(error.to_string().contains("it is of version 7, and this program reads versions up to 2"), "{error}");
     assert_eq!(files(folder.path()), before);
 }
 
@@ -160,9 +160,10 @@ async fn id_that_is_queued_already_is_refused_with_all_of_its_call() {
     delivery.bury(Burial { kind: "denied".into(), reason: "r".into() }).await.unwrap();
     refused(vec![message(2, 2), message(1, 1)], "1").await;
     queue.discard("1").await.unwrap();
-    queue.push(vec![message(1, 1), message(2, 2)]).await.unwrap();
+    refused(vec![message(1, 1)], "1").await;
+    queue.push(vec![message(2, 2)]).await.unwrap();
     let stats = queue.stats().await.unwrap();
-    assert_eq!((stats.pushed_total, stats.ready, stats.dead), (3, 2, 0));
+    assert_eq!((stats.pushed_total, stats.ready, stats.dead), (2, 1, 0));
 }
 
 #[tokio::test]
@@ -323,9 +324,10 @@ async fn cost_of_a_message_does_not_grow_with_a_backlog_of_one_key() {
 }
 
 #[tokio::test]
-async fn log_stays_bounded() {
+async fn log_and_file_stay_bounded() {
     let folder = tempdir().unwrap();
-    let queue = open(folder.path());
+    let options = Options { history_bytes: 2 * 1024 * 1024, ..Options::new(|| Timestamp::UNIX_EPOCH) };
+    let queue = Embedded::open(folder.path(), options).unwrap();
     for n in 0..300 {
         let mut large = message(n, n);
         large.body = vec![b'x'; 200_000].into();
@@ -335,7 +337,7 @@ async fn log_stays_bounded() {
         assert!(log < 16 * 1024 * 1024, "{log} bytes after {n} messages");
     }
     let database = fs::metadata(folder.path().join("queue.db")).unwrap().len();
-    assert!(database < 4 * 1024 * 1024, "room is used again");
+    assert!(database < 6 * 1024 * 1024, "room is used again: {database}");
 }
 
 fn open(folder: &Path) -> Embedded {
@@ -352,6 +354,7 @@ fn message(number: i64, key: i64) -> Message {
         content_type: "text/plain".into(),
         key: PartitionKey(key.to_string()),
         body: format!("body of {number}").into(),
+        replay_of: None,
     }
 }
 

@@ -2,18 +2,18 @@ use async_trait::async_trait;
 use axum::body::Body;
 use http::{Request, header};
 use http_body_util::BodyExt;
-use queue::{Delivery, Embedded, Message, Stats};
+use queue::{DeadLetter, Delivery, Embedded, Kept, Message, Stats};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use super::*;
 use crate::{
-    cli::{Client, Output, QueueCommand, Selection, SelectionAction, queue as command},
+    cli::{Client, Output, QueueCommand, ReplayArgs, Selection, queue as command},
     pipeline::tests::{House, fake::NAME, rule},
 };
 
 fn admin(house: &House, pipeline: Option<Arc<Pipeline>>) -> Admin {
-    Admin { queue: house.queue.clone(), ledger: house.ledger.clone(), pipeline, clock: Clock::system() }
+    Admin { queue: house.queue.clone(), ledger: house.ledger.clone(), pipeline, rules: Arc::default(), clock: Clock::system() }
 }
 
 async fn ask(router: &Router, method: &str, path: &str, body: Option<Value>) -> (StatusCode, Value) {
@@ -56,11 +56,13 @@ async fn dead_letters_are_paged_replayed_and_discarded_and_the_sums_go_on_adding
     house.settle(&pipeline).await;
 
     let first = get(&router, "/api/v1/queue/dead?limit=2").await;
-    let ids: Vec<_> = first.as_array().unwrap().iter().map(|letter| letter["id"].as_str().unwrap().to_owned()).collect();
-    assert_eq!(first[0]["repository"], "team/app");
-    assert_eq!((first[0]["kind"].as_str(), first[0].get("body")), (Some("refused"), None));
+    let ids: Vec<_> =
+        first["letters"].as_array().unwrap().iter().map(|letter| letter["id"].as_str().unwrap().to_owned()).collect();
+    let letter = &first["letters"][0];
+    assert_eq!((letter["repository"].as_str(), letter["kind"].as_str()), (Some("team/app"), Some("refused")));
+    assert_eq!((letter.get("body"), first["next"].as_str()), (None, Some(&*ids[1])));
     let rest = get(&router, &format!("/api/v1/queue/dead?after={}", ids[1])).await;
-    assert_eq!((ids.len(), rest.as_array().unwrap().len()), (2, 1));
+    assert_eq!((ids.len(), rest["letters"].as_array().unwrap().len()), (2, 1));
 
     let moved = post(&router, "/api/v1/queue/discard", json!({ "ids": [ids[0], "no such id"] })).await;
     assert_eq!(moved, json!({ "done": 1, "unknown": ["no such id"] }));
@@ -107,6 +109,15 @@ impl Queue for Hasty {
     }
     async fn discard(&self, id: &str) -> Result<bool, queue::Error> {
         self.queue.discard(id).await
+    }
+    async fn history(
+        &self,
+        from: Timestamp,
+        until: Timestamp,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<Kept>, queue::Error> {
+        self.queue.history(from, until, after, limit).await
     }
     async fn close(&self) {}
 }
@@ -174,8 +185,8 @@ async fn a_named_dead_letter_that_is_not_there_is_a_negative_answer() {
     let house = House::new().await;
     let client = Client::Here(router(admin(&house, None)));
     for (ids, all, code) in [(vec!["no-such-id".to_owned()], false, "1"), (vec![], true, "0")] {
-        let selection = Selection { ids, repository: None, kind: None, error: None, older_than: None };
-        let replay = QueueCommand::Replay(SelectionAction { selection, all, dry_run: false });
+        let selection = Selection { ids, ..Selection::default() };
+        let replay = QueueCommand::Replay(ReplayArgs { selection, all, ..ReplayArgs::default() });
         let ended = command::run(&client, &Clock::system(), &replay, Output::Json).await.unwrap();
         assert_eq!(format!("{ended:?}"), format!("{:?}", std::process::ExitCode::from(code.parse::<u8>().unwrap())));
     }

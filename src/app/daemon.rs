@@ -33,7 +33,7 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let clock = Clock::system();
     let mut lifecycle = Lifecycle::install(config.server.grace)?;
     let queue: Arc<dyn Queue> = Arc::new(open_queue(&config, &clock)?);
-    let ledger = open_ledger(&config, &clock)?;
+    let ledger = open_ledger(&config, &clock).await?;
     let metrics = Metrics::new();
     let Some(opened) = lifecycle.unless_stopped(setup(&config, &clock, &metrics)).await else {
         info!("stopped before all keys were open");
@@ -63,7 +63,13 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
         .merge(metrics_route(&metrics, &queue, &ledger, &clock));
     let grace = config.server.grace;
     lifecycle.spawn("http", in_time(lifecycle.drain(), grace, server.serve(router, lifecycle.drain(), lifecycle.abort())));
-    let admin = Admin { queue: queue.clone(), ledger: ledger.clone(), pipeline: Some(pipeline.clone()), clock: clock.clone() };
+    let admin = Admin {
+        queue: queue.clone(),
+        ledger: ledger.clone(),
+        pipeline: Some(pipeline.clone()),
+        rules: Arc::default(),
+        clock: clock.clone(),
+    };
     let socket = socket.serve(admin::router(admin), lifecycle.drain(), lifecycle.abort());
     lifecycle.spawn("socket", in_time(lifecycle.drain(), grace, socket));
     for _ in 0..config.queue.in_flight {
@@ -234,7 +240,7 @@ impl Reloader {
         if fixed(&config.server) != fixed(&self.config.server) {
             return Err(restart("[server], except the certificate and key of `tls`,"));
         }
-        let queue = |config: &Config| (config.queue.backend.clone(), config.queue.in_flight, config.queue.retry);
+        let queue = |config: &Config| config.queue.clone();
         if queue(&config) != queue(&self.config) || config.ledger != self.config.ledger {
             return Err(restart("[queue] and [ledger]"));
         }

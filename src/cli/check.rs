@@ -9,7 +9,7 @@ use super::{CheckArgs, Output, output};
 use crate::{
     app,
     clock::Clock,
-    config::{Config, DEFAULT_TOML, Problem, Problems, in_full, schema},
+    config::{Config, DEFAULT_TOML, Ledger, Problem, Problems, in_full, schema},
 };
 
 #[derive(Debug, Serialize)]
@@ -81,6 +81,10 @@ async fn online(config: &Config, clock: &Clock) -> Vec<Reached> {
     for registry in &config.registries {
         let reached = async { anyhow::Ok(app::registry_of(config, &registry.name)?.ping().await?) }.await;
         all.push(reached_or(format!("registry {}", registry.name), reached));
+    }
+    if let Ledger::Postgres(settings) = &config.ledger {
+        let reached = settings.look().await.map_err(anyhow::Error::from);
+        all.push(reached_or(format!("ledger {}", settings.place()), reached));
     }
     for witness in &config.witnesses {
         let what = format!("witness {} signs a probe with {}", witness.name, witness.key);

@@ -7,6 +7,7 @@ use axum::{Router, body::Body};
 use serde::{Serialize, de::DeserializeOwned};
 use tower::ServiceExt as _;
 
+use super::Usage;
 use crate::admin::socket_path;
 
 /// Answers larger than this are not ours.
@@ -59,7 +60,7 @@ impl Client {
         path_and_query: &str,
         body: Option<Vec<u8>>,
     ) -> anyhow::Result<T> {
-        let (ok, answer) = match self {
+        let (status, answer) = match self {
             Self::Daemon(client) => {
                 let request = client.request(method, format!("http://localhost{path_and_query}"));
                 let request = match body {
@@ -67,7 +68,7 @@ impl Client {
                     None => request,
                 };
                 let response = request.send().await.context("the daemon does not answer")?;
-                (response.status().is_success(), response.bytes().await.context("the daemon's answer broke off")?)
+                (response.status(), response.bytes().await.context("the daemon's answer broke off")?)
             }
             Self::Here(router) => {
                 let request = http::Request::builder().method(method).uri(path_and_query);
@@ -76,16 +77,16 @@ impl Client {
                     None => request.body(Body::empty()),
                 };
                 let Ok(response) = router.clone().oneshot(request?).await;
-                let ok = response.status().is_success();
-                (ok, axum::body::to_bytes(response.into_body(), LARGEST_ANSWER).await?)
+                (response.status(), axum::body::to_bytes(response.into_body(), LARGEST_ANSWER).await?)
             }
         };
-        if ok {
+        if status.is_success() {
             return serde_json::from_slice(&answer)
                 .context("the answer is not of this version; is the daemon older or newer than this command?");
         }
         let problem: serde_json::Value = serde_json::from_slice(&answer).unwrap_or_default();
         let text = |key: &str| problem.get(key).and_then(serde_json::Value::as_str).map(str::to_owned);
-        Err(anyhow!(text("detail").or(text("title")).unwrap_or_else(|| String::from_utf8_lossy(&answer).into_owned())))
+        let detail = text("detail").or(text("title")).unwrap_or_else(|| String::from_utf8_lossy(&answer).into_owned());
+        Err(if status == http::StatusCode::BAD_REQUEST { Usage(detail).into() } else { anyhow!(detail) })
     }
 }

@@ -9,7 +9,7 @@ use super::{
     verify::{parse_image, render_signatures},
 };
 use crate::{
-    admin::{DeadLetterView, Page, QueueStatus, Story, StoryRequest},
+    admin::{DeadLetterView, DeadPage, DeadQuery, QueueStatus, Story, StoryRequest},
     app,
     clock::Clock,
     config::Config,
@@ -108,12 +108,12 @@ pub async fn run(config: &Config, client: &Client, clock: &Clock, reference: &st
 
 async fn dead_letters(client: &Client, reference: &Reference) -> anyhow::Result<Vec<DeadLetterView>> {
     let mut found = vec![];
-    let mut page = Page::default();
+    let mut query = DeadQuery::default();
     loop {
-        let more: Vec<DeadLetterView> = client.get("/api/v1/queue/dead", &page).await?;
-        let Some(last) = more.last() else { return Ok(found) };
-        page.after = Some(last.id.clone());
-        found.extend(more.into_iter().filter(|letter| {
+        let DeadPage { letters, next } = client.get("/api/v1/queue/dead", &query).await?;
+        let Some(next) = next else { return Ok(found) };
+        query.after = Some(next);
+        found.extend(letters.into_iter().filter(|letter| {
             letter.image.as_ref().is_some_and(|image| {
                 image.registry == reference.registry
                     && image.repository == reference.repository

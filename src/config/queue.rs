@@ -6,12 +6,16 @@ use super::{
 };
 
 /// Where push events wait.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Queue {
     pub backend: Backend,
     /// Events that are handled at once.
     pub in_flight: usize,
     pub retry: Retry,
+    /// How long accepted events are kept, so that they can be run again. Zero keeps none.
+    pub history: Duration,
+    /// Bytes that the embedded queue may take before the oldest of those are forgotten early. Zero keeps none.
+    pub history_size: u64,
 }
 
 /// What keeps the events.
@@ -52,6 +56,20 @@ pub(crate) static TABLE: Table = Table {
             "When an event that failed is tried again, and when it becomes a dead letter. It goes by time, not by count; \
              being throttled by a KMS or a registry uses none of it up.",
         ),
+        Key::defaulted(
+            "history",
+            Kind::Duration { least: 0, most: 366 * DAY },
+            "\"7d\"",
+            "How long accepted events are kept, whatever became of them, so that `countersign queue replay --since` can run \
+             them again after a rule or a key was wrong. \"0s\" keeps none.",
+        ),
+        Key::defaulted(
+            "history_size",
+            Kind::Size { least: 0, most: 1 << 50 },
+            "\"1GiB\"",
+            "What the embedded queue may take on disk before the oldest of those are forgotten early. An event takes about \
+             2 KiB.",
+        ),
         Key::later("url"),
         Key::later("partitions"),
     ],
@@ -85,8 +103,10 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Queue> {
     let path = section.value("path").and_then(|value| value.path());
     let in_flight = section.value("in_flight").and_then(|value| value.count());
     let retry = section.value("retry").and_then(|value| value.table()).as_ref().and_then(retry);
+    let history = section.value("history").and_then(|value| value.duration());
+    let history_size = section.value("history_size").and_then(|value| value.size());
     let backend = backend.and(path).map(|path| Backend::Embedded { path });
-    Some(Queue { backend: backend?, in_flight: in_flight?, retry: retry? })
+    Some(Queue { backend: backend?, in_flight: in_flight?, retry: retry?, history: history?, history_size: history_size? })
 }
 
 fn retry(section: &Section<'_>) -> Option<Retry> {

@@ -63,7 +63,8 @@ fn kind(kind: &Kind) -> Value {
         Kind::Size { .. } => json!({ "type": "string", "pattern": units::SIZE_PATTERN }),
         Kind::Time => json!({ "type": "string", "format": "date-time" }),
         Kind::Path => json!({ "type": "string", "minLength": 1 }),
-        Kind::Secret => secret(),
+        Kind::Secret => secret(&json!({ "type": "string", "minLength": 1 })),
+        Kind::Url(grammar) => secret(&json!({ "type": "string", "pattern": grammar.pattern })),
         Kind::Choice(choice) => json!({ "enum": choice.words.iter().map(|word| word.text).collect::<Vec<_>>() }),
         Kind::List(element) => json!({ "type": "array", "items": self::kind(element) }),
         Kind::Table(shape) => table(shape),
@@ -71,13 +72,13 @@ fn kind(kind: &Kind) -> Value {
     }
 }
 
-/// A reference with exactly one member, or the secret itself.
-fn secret() -> Value {
+/// A reference with exactly one member, or the secret itself, which is such a text.
+fn secret(text: &Value) -> Value {
     let mut reference = table(&super::secret::REFERENCE);
     let members = reference.as_object_mut().expect("a table's schema is an object");
     members.insert("minProperties".to_owned(), json!(1));
     members.insert("maxProperties".to_owned(), json!(1));
-    json!({ "anyOf": [reference, { "type": "string", "minLength": 1 }] })
+    json!({ "anyOf": [reference, text] })
 }
 
 /// A declared example in JSON; times become texts, as `"format": "date-time"` has them.

@@ -130,7 +130,13 @@ fn tls(section: &Section<'_>) -> Option<Tls> {
     Some(Tls { certificate: certificate?, key: key? })
 }
 
-fn address(text: &str) -> Result<SocketAddr, Wrong> {
+/// What `listen` is where it is not written.
+pub(crate) fn default_listen() -> SocketAddr {
+    let default = TABLE.key("listen").expect("it is declared above").example;
+    default.trim_matches('"').parse().expect("a test reads every default")
+}
+
+pub(crate) fn address(text: &str) -> Result<SocketAddr, Wrong> {
     text.parse().map_err(|_| {
         let message = format!("\"{}\" is no address with a port", cut(text));
         let help = match text.strip_prefix(':').map(str::parse::<u16>) {

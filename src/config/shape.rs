@@ -92,6 +92,8 @@ pub(crate) enum Kind {
     Time,
     Path,
     Secret,
+    /// A text, or a secret if there is a password in it.
+    Url(&'static Grammar),
     Choice(&'static Choice),
     List(&'static Kind),
     Table(&'static Table),
@@ -131,7 +133,7 @@ impl Kind {
     /// Completes "it is …".
     pub(crate) fn noun(&self) -> String {
         match self {
-            Self::Text(grammar) => grammar.noun.to_owned(),
+            Self::Text(grammar) | Self::Url(grammar) => grammar.noun.to_owned(),
             Self::Flag => "true or false".to_owned(),
             Self::Count { least, most } => format!("a whole number from {least} to {most}"),
             Self::Duration { .. } => "a length of time in quotes".to_owned(),

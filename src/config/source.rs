@@ -26,6 +26,8 @@ pub struct Source {
 pub enum SourceKind {
     /// CNCF distribution (docker-registry) 2.8 and 3.x.
     Distribution,
+    /// CloudEvents 1.0 of the plain form: whatever can be made to send them.
+    CloudEvents,
 }
 
 impl SourceKind {
@@ -34,6 +36,7 @@ impl SourceKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Distribution => "distribution",
+            Self::CloudEvents => "cloudevents",
         }
     }
 }
@@ -86,7 +89,13 @@ pub(crate) static TABLE: Table = Table {
 };
 
 static KIND: Choice = Choice {
-    words: &[Word { text: "distribution", doc: "CNCF distribution (docker-registry) 2.8 and 3.x." }],
+    words: &[
+        Word { text: "distribution", doc: "CNCF distribution (docker-registry) 2.8 and 3.x." },
+        Word {
+            text: "cloudevents",
+            doc: "CloudEvents 1.0 whose type ends in image.pushed and whose data is { repository, tag, digest }, as a CI job or a relay sends them.",
+        },
+    ],
     later: &["harbor", "zot", "acr", "quay", "dockerhub", "ecr", "gar", "gitlab", "github", "gitea", "nexus", "artifactory"],
 };
 
@@ -101,7 +110,7 @@ static BASIC: Table = Table {
 
 pub(crate) fn read(section: &Section<'_>) -> Option<Source> {
     let name = section.value("name").and_then(|value| value.parse(names::plain));
-    let kind = section.value("kind").and_then(|value| value.choice([SourceKind::Distribution]));
+    let kind = section.value("kind").and_then(|value| value.choice([SourceKind::Distribution, SourceKind::CloudEvents]));
     let registry = section.value("registry").and_then(|value| {
         let name = value.parse(registry::registry_name)?;
         section.report.names.registries.check(&value, name.as_str());

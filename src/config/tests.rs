@@ -29,6 +29,8 @@ backend = "embedded"
 path = "state"
 in_flight = 0x8
 retry = { first = "100ms", longest = "1m", give_up = "7d" }
+history = "30d"
+history_size = "5GiB"
 
 [ledger]
 url = "sqlite:///srv/ledger.db"
@@ -199,6 +201,7 @@ fn every_key_is_read_into_what_the_code_needs() {
 
     assert_eq!(queue.backend, Backend::Embedded { path: "/etc/countersign/state".into() });
     assert_eq!(queue.in_flight, 8);
+    assert_eq!((queue.history, queue.history_size), (Duration::from_secs(30 * 86_400), 5 << 30));
     let retry =
         Retry { first: Duration::from_millis(100), longest: Duration::from_secs(60), give_up: Duration::from_secs(7 * 86_400) };
     assert_eq!(queue.retry, retry);
@@ -223,7 +226,7 @@ fn every_key_is_read_into_what_the_code_needs() {
     assert_eq!(witness.rate, Some(Rate { per_second: 100, burst: 100 }));
     assert_eq!(witness.verify[0].until, Some("2027-02-28T23:00:00Z".parse().unwrap()));
     assert_eq!(witness.verify[1].revoked, Some("2026-12-24T03:00:00Z".parse().unwrap()));
-    assert_eq!(witness.place.to_string(), "countersign.toml:47:1");
+    assert_eq!(witness.place.to_string(), "countersign.toml:49:1");
     assert_eq!(witness.login, None);
     assert_eq!(vault.key.to_string(), "openbao://release?address=https://bao.internal:8200&version=3");
     let jwt = |path: &str, jwt| Some(Login::Jwt { path: path.to_owned(), role: "countersign".to_owned(), jwt });
@@ -264,7 +267,7 @@ fn a_rule_and_a_key_that_do_not_fit_are_told_apart_with_the_cure() {
     let wrong = check_rule_against_key(rsa, "ECC_NIST_P256").unwrap_err();
     assert_eq!(
         wrong,
-        "countersign.toml:83:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
+        "countersign.toml:85:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
          is ECC_NIST_P256: write algorithm = \"ECDSA_SHA_256\""
     );
     assert!(check_rule_against_key(&ecdsa, "RSA_4096").unwrap_err().ends_with("write algorithm = \"RSA_PKCS1_SHA_256\""));
@@ -383,5 +386,5 @@ fn every_example_is_a_configuration_without_warnings() {
         assert!(!config.rules.is_empty());
         read += 1;
     }
-    assert_eq!(read, 4);
+    assert_eq!(read, 5);
 }

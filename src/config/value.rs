@@ -211,6 +211,30 @@ impl<'a> Value<'a> {
         secret::source(self)
     }
 
+    /// A URL, and whether it stands in the file itself: if not, nothing of it is to be shown. Of one that does, this shows
+    /// nothing either, unless it names a file.
+    pub(crate) fn url(&self) -> Option<(Secret, bool)> {
+        debug_assert!(matches!(self.kind, Kind::Url(_)), "{} is declared as something else", self.key.name);
+        let Some(text) = self.toml.get_ref().as_str() else { return secret::read(self).map(|url| (url, false)) };
+        if !text.starts_with("sqlite:") || may_hold_password(text) {
+            self.report.hide(self.span.clone());
+        }
+        Some((Secret::new(text.to_owned()), true))
+    }
+
+    /// A file that this value names somewhere within it, relative to the configuration's folder; it is there and can be read.
+    pub(crate) fn file_within(&self, name: &str) -> Result<PathBuf, Wrong> {
+        const LARGEST: u64 = 4 << 20;
+        let path = self.report.outside.resolve(name);
+        match self.report.outside.read(&path, LARGEST) {
+            Ok(_) => Ok(path),
+            Err(error) => {
+                let help = "relative paths are relative to the folder of this configuration file";
+                Err(Wrong::new(format!("{}: {error}", cut(&path.display().to_string())), help))
+            }
+        }
+    }
+
     fn str(&self) -> Option<&str> {
         let text = self.toml.get_ref().as_str();
         if text.is_some_and(may_hold_password) {
@@ -231,7 +255,8 @@ impl<'a> Value<'a> {
     /// Reports that the value is of another TOML type.
     pub(crate) fn mismatch<T>(&self) -> Option<T> {
         // What is in it is not read, so it is not known which of it is a secret.
-        let holds_more = self.toml.get_ref().is_table() || matches!(self.kind, Kind::Table(_) | Kind::Tables(_) | Kind::Secret);
+        let holds_more =
+            self.toml.get_ref().is_table() || matches!(self.kind, Kind::Table(_) | Kind::Tables(_) | Kind::Secret | Kind::Url(_));
         if holds_more && !self.report.source.begins_line(self.span.start) {
             self.report.hide(self.span.clone());
         }

@@ -5,7 +5,7 @@
 //!
 //! Everything in it can be chosen by whoever holds the token, and the hosts by anybody who may push, so no host is read.
 
-use std::{borrow::Cow, collections::HashSet, fmt};
+use std::fmt;
 
 use serde::{
     Deserialize, Deserializer,
@@ -13,14 +13,14 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-use super::entry::{Entry, Ignored, LONGEST_TEXT, Parsed, Push, Refusal};
+use super::{
+    cloudevents::{Attributes, Item},
+    entry::{Entry, Ignored, MOST_EVENTS, Parsed, Push, Refusal, log_id, shortened, unsigned_media_type},
+    json::{Key, Members, Text, Unique, loosely},
+};
 use crate::attachment;
-use crate::oci::{Digest, Tag, media_type};
+use crate::oci::{Tag, media_type};
 
-/// More events than a relay has reason to put into one envelope.
-const MOST_EVENTS: usize = 10_000;
-/// More members than any object of an event has.
-const MOST_MEMBERS: usize = 1_000;
 /// How the user agent of our own writes begins.
 const OWN_AGENT: &str = "countersign/";
 
@@ -31,6 +31,16 @@ const OWN_AGENT: &str = "countersign/";
 pub fn parse(body: &[u8]) -> Parsed<'_> {
     let Envelope(entries) = serde_json::from_slice(body).map_err(Refusal::Malformed)?;
     entries.ok_or(Refusal::TooMany(MOST_EVENTS))
+}
+
+/// The envelope as the data of a CloudEvent.
+pub(super) fn within(_: &Attributes<'_>, data: &[u8]) -> Result<Vec<Item>, Refusal> {
+    let item = |entry| match entry {
+        Entry::Push(push) => Item::Push(push),
+        Entry::Ignored(reason) => Item::Ignored(reason),
+        Entry::Refused { refusal, .. } => Item::Refused(refusal),
+    };
+    Ok(parse(data)?.into_iter().map(item).collect())
 }
 
 fn read(json: &str) -> Entry<'_> {
@@ -52,12 +62,8 @@ fn try_read(json: &str) -> Result<Entry<'_>, Refusal> {
         _ => return ignored(Ignored::UnknownAction),
     }
     let target = event.target.ok_or(Refusal::Missing("target"))?;
-    match target.media_type.get().ok_or(Refusal::Missing("target.mediaType"))? {
-        manifest if media_type::is_manifest(manifest) => {}
-        "application/vnd.docker.distribution.manifest.v1+json" | "application/vnd.docker.distribution.manifest.v1+prettyjws" => {
-            return ignored(Ignored::Schema1);
-        }
-        _ => return ignored(Ignored::Blob),
+    if let Some(reason) = unsigned_media_type(target.media_type.get().ok_or(Refusal::Missing("target.mediaType"))?) {
+        return ignored(reason);
     }
     let repository = target.repository.get().ok_or(Refusal::Missing("target.repository"))?.parse()?;
     let digest = target.digest.get().ok_or(Refusal::Missing("target.digest"))?.parse()?;
@@ -74,27 +80,13 @@ fn try_read(json: &str) -> Result<Entry<'_>, Refusal> {
     let actor: Actor<'_> = loosely(event.actor);
     let actor: Text<'_> = loosely(actor.name);
     Ok(Entry::Push(Push {
-        id: id.get().filter(|id| fits_a_log(id)).map_or_else(|| Digest::of(json.as_bytes()).to_string(), str::to_owned),
+        id: log_id(id.get(), json.as_bytes()),
         repository,
         tag,
         digest,
         pushed_at: timestamp.get().and_then(|timestamp| timestamp.parse().ok()),
         actor: actor.get().map(|actor| shortened(actor).to_owned()),
     }))
-}
-
-fn fits_a_log(id: &str) -> bool {
-    id.len() <= LONGEST_TEXT && id.bytes().all(|b| b.is_ascii_graphic())
-}
-
-fn shortened(text: &str) -> &str {
-    let end = (0..=LONGEST_TEXT.min(text.len())).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
-    &text[..end]
-}
-
-/// What no decision rests on is taken if it is as expected, and is no reason to lose a push if it is not.
-fn loosely<'a, T: Deserialize<'a> + Default>(json: Option<&'a RawValue>) -> T {
-    json.and_then(|json| serde_json::from_str(json.get()).ok()).unwrap_or_default()
 }
 
 #[derive(Deserialize)]
@@ -150,42 +142,6 @@ struct Request<'a> {
 struct Actor<'a> {
     #[serde(borrow)]
     name: Option<&'a RawValue>,
-}
-
-/// A text; none where the sender wrote `""`, `0` or `null` for nothing.
-#[derive(Default)]
-struct Text<'a>(Option<Cow<'a, str>>);
-
-impl Text<'_> {
-    fn get(&self) -> Option<&str> {
-        self.0.as_deref().filter(|text| !text.is_empty())
-    }
-}
-
-impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct TextVisitor;
-        impl<'de> Visitor<'de> for TextVisitor {
-            type Value = Text<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a text")
-            }
-            fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> Result<Self::Value, E> {
-                Ok(Text(Some(Cow::Borrowed(text))))
-            }
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
-                Ok(Text(Some(Cow::Owned(text.to_owned()))))
-            }
-            fn visit_unit<E: de::Error>(self) -> Result<Self::Value, E> {
-                Ok(Text(None))
-            }
-            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Self::Value, E> {
-                if number == 0 { Ok(Text(None)) } else { Err(E::invalid_type(de::Unexpected::Unsigned(number), &self)) }
-            }
-        }
-        deserializer.deserialize_any(TextVisitor)
-    }
 }
 
 /// The references of an image manifest, summed up as they are read.
@@ -297,71 +253,5 @@ impl<'de: 'a, 'a> Deserialize<'de> for Events<'a> {
     }
 }
 
-/// Any JSON value, read to see that no object in it names a member twice. `serde_json` bounds its depth.
-struct Unique;
-
-impl<'de> Deserialize<'de> for Unique {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct UniqueVisitor;
-        impl<'de> Visitor<'de> for UniqueVisitor {
-            type Value = Unique;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("JSON")
-            }
-            fn visit_bool<E: de::Error>(self, _: bool) -> Result<Unique, E> {
-                Ok(Unique)
-            }
-            fn visit_i64<E: de::Error>(self, _: i64) -> Result<Unique, E> {
-                Ok(Unique)
-            }
-            fn visit_u64<E: de::Error>(self, _: u64) -> Result<Unique, E> {
-                Ok(Unique)
-            }
-            fn visit_f64<E: de::Error>(self, _: f64) -> Result<Unique, E> {
-                Ok(Unique)
-            }
-            fn visit_str<E: de::Error>(self, _: &str) -> Result<Unique, E> {
-                Ok(Unique)
-            }
-            fn visit_unit<E: de::Error>(self) -> Result<Unique, E> {
-                Ok(Unique)
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Unique, A::Error> {
-                while seq.next_element::<Unique>()?.is_some() {}
-                Ok(Unique)
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Unique, A::Error> {
-                let mut members = Members::default();
-                while let Some(key) = map.next_key::<Key<'de>>()? {
-                    members.add(key)?;
-                    map.next_value::<Unique>()?;
-                }
-                Ok(Unique)
-            }
-        }
-        deserializer.deserialize_any(UniqueVisitor)
-    }
-}
-
-#[derive(Deserialize, PartialEq, Eq, Hash)]
-struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
-
-/// The names of an object's members so far.
-#[derive(Default)]
-struct Members<'a>(HashSet<Key<'a>>);
-
-impl<'a> Members<'a> {
-    fn add<E: de::Error>(&mut self, key: Key<'a>) -> Result<(), E> {
-        if self.0.len() == MOST_MEMBERS {
-            return Err(E::custom(format_args!("an object has more than {MOST_MEMBERS} members")));
-        }
-        if !self.0.insert(key) {
-            return Err(E::custom("a member is named twice"));
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 
-use crate::oci::{self, Digest, Repository, Tag};
+use crate::oci::{self, Digest, Repository, Tag, media_type};
 
 /// What a body brought: its events in order, or why it is none of this kind.
 pub type Parsed<'a> = Result<Vec<Entry<'a>>, Refusal>;
@@ -34,6 +34,32 @@ pub struct Push {
 
 /// The longest free text of a sender that is kept, in bytes.
 pub const LONGEST_TEXT: usize = 256;
+
+/// More events than a relay has reason to put into one body.
+pub(super) const MOST_EVENTS: usize = 10_000;
+
+/// A sender's id, where it is fit for a log line; otherwise the digest of the event's text, so that a redelivery repeats it.
+pub(super) fn log_id(id: Option<&str>, json: &[u8]) -> String {
+    let fits = |id: &&str| id.len() <= LONGEST_TEXT && id.bytes().all(|b| b.is_ascii_graphic());
+    id.filter(fits).map_or_else(|| Digest::of(json).to_string(), str::to_owned)
+}
+
+/// As much of a free text as is kept.
+pub(super) fn shortened(text: &str) -> &str {
+    let end = (0..=LONGEST_TEXT.min(text.len())).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+    &text[..end]
+}
+
+/// Why what is of this media type is not signed; None for the manifests that are.
+pub(super) fn unsigned_media_type(named: &str) -> Option<Ignored> {
+    match named {
+        manifest if media_type::is_manifest(manifest) => None,
+        "application/vnd.docker.distribution.manifest.v1+json" | "application/vnd.docker.distribution.manifest.v1+prettyjws" => {
+            Some(Ignored::Schema1)
+        }
+        _ => Some(Ignored::Blob),
+    }
+}
 
 /// Why an event needs nothing done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,11 +114,14 @@ pub enum Refusal {
     Missing(&'static str),
     #[error("it holds more than {0} events")]
     TooMany(usize),
+    /// A CloudEvent of another version, or data that is not what its attributes say.
+    #[error("it is no CloudEvent that can be read: {0}")]
+    CloudEvent(&'static str),
 }
 
 impl Refusal {
     /// The words of [`Self::name`].
-    pub const NAMES: [&'static str; 4] = ["malformed", "bad_name", "missing_member", "too_many"];
+    pub const NAMES: [&'static str; 5] = ["malformed", "bad_name", "missing_member", "too_many", "bad_cloudevent"];
 
     /// The word that metrics use.
     #[must_use]
@@ -107,6 +136,7 @@ impl Refusal {
             Self::Name(_) => 1,
             Self::Missing(_) => 2,
             Self::TooMany(_) => 3,
+            Self::CloudEvent(_) => 4,
         }
     }
 }

@@ -14,7 +14,7 @@ use http::{
 };
 use serde_json::json;
 
-use super::{Answer, Intake, counters::Refused};
+use super::{Answer, Incoming, Intake, counters::Refused};
 use crate::http::{Problem, collect};
 
 /// One text for every refusal, so that it tells nothing of the source.
@@ -35,7 +35,7 @@ async fn receive(
     let source = source.as_ref().map_or("", |Path(source)| source.as_str());
     let Some(door) = intake.authenticate(source, &head.headers) else { return Ok(Answer::Unauthorized) };
     let body = collect(body).await.inspect_err(|_| door.counters.refused(Refused::Body))?;
-    Ok(intake.accept(&door, body).await)
+    Ok(intake.accept(&door, &Incoming::by_http(&head.headers, body)).await)
 }
 
 impl IntoResponse for Answer {

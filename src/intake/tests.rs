@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use axum::{Router, body::Body, response::Response};
 use http::{Method, Request, StatusCode, header};
 use http_body_util::BodyExt;
-use queue::{DeadLetter, Delivery, Stats};
+use queue::{DeadLetter, Delivery, Kept, Stats};
 use tokio::sync::{Notify, Semaphore};
 use tower::ServiceExt;
 
@@ -71,6 +71,9 @@ impl Queue for Shelf {
         unimplemented!("intake only pushes")
     }
     async fn discard(&self, _: &str) -> Result<bool, queue::Error> {
+        unimplemented!("intake only pushes")
+    }
+    async fn history(&self, _: Timestamp, _: Timestamp, _: Option<&str>, _: usize) -> Result<Vec<Kept>, queue::Error> {
         unimplemented!("intake only pushes")
     }
     async fn close(&self) {}

@@ -7,6 +7,8 @@ mod rows;
 mod write;
 
 use std::{
+    collections::HashMap,
+    fmt,
     fs::OpenOptions,
     io,
     os::unix::fs::OpenOptionsExt,
@@ -16,21 +18,25 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
 use tokio::sync::oneshot;
 
-use super::Error;
-use crate::clock::Clock;
+use super::{Backend, Error, EventRecord, RuleOutcome, SignatureRecord, StoryQuery, Sums, Work};
+use crate::{
+    clock::Clock,
+    oci::{Digest, RegistryName, Repository},
+};
 
 #[cfg(test)]
 pub(super) use read::{SIGNATURES, story_sql};
-pub(super) use read::{signatures, story, sums};
-pub(super) use write::Work;
 
 /// `CSLG`: in the file's header, so that no other program's file (nor the queue's) is taken for a ledger.
 const APPLICATION_ID: i32 = 0x4353_4c47;
 /// In the file's `user_version`. A change of [`SCHEMA`] is a new version, and brings the old one's rows along.
 const VERSION: i64 = 1;
+
+const ANOTHER_FILE: &str = "name another file, or move this one away and a new ledger is begun";
 
 /// How long to wait for another process's transaction.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -121,8 +127,8 @@ pub(super) struct Store {
 
 impl Store {
     pub(super) fn open(path: &Path, clock: Clock) -> Result<Self, Error> {
-        create_for_this_user(path).map_err(|source| Error::Create { path: path.to_owned(), source })?;
-        let open = |source| Error::Open { path: path.to_owned(), source };
+        create_for_this_user(path).map_err(|source| Error::Create { path: path.to_owned(), source: Arc::new(source) })?;
+        let open = |source| Error::Open { path: path.to_owned(), source: Arc::new(source) };
 
         let writing = connect(path)?;
         let reading = connect(path)?;
@@ -134,25 +140,14 @@ impl Store {
             thread::Builder::new()
                 .name(name.to_owned())
                 .spawn(body)
-                .map_err(|source| Error::Create { path: path.to_owned(), source })
+                .map_err(|source| Error::Create { path: path.to_owned(), source: Arc::new(source) })
         };
         spawn("ledger-write", Box::new(move || write::Writer::new(writing, clock).run(&jobs)))?;
         spawn("ledger-read", Box::new(move || questions.iter().for_each(|question| question(&reading))))?;
         Ok(Self { path: path.to_owned(), writer, reader })
     }
 
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Returns once `work` is committed, with whatever else was waiting.
-    pub(super) async fn write(&self, work: Work) -> Result<(), Error> {
-        let (reply, answer) = oneshot::channel();
-        self.writer.send(write::Job { work, reply }).map_err(|_| Error::Closed)?;
-        answer.await.map_err(|_| Error::Closed)?.map_err(|source| Error::Unavailable { what: "written", source })
-    }
-
-    pub(super) async fn read<T: Send + 'static>(
+    async fn read<T: Send + 'static>(
         &self,
         ask: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, Error> {
@@ -167,6 +162,43 @@ impl Store {
     }
 }
 
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Sqlite").field(&self.path).finish()
+    }
+}
+
+#[async_trait]
+impl Backend for Store {
+    /// Returns once `work` is committed, with whatever else was waiting.
+    async fn write(&self, work: Work) -> Result<(), Error> {
+        let (reply, answer) = oneshot::channel();
+        self.writer.send(write::Job { work, reply }).map_err(|_| Error::Closed)?;
+        answer.await.map_err(|_| Error::Closed)?.map_err(|source| Error::Unavailable { what: "written", source })
+    }
+
+    async fn sums(&self) -> Result<Sums, Error> {
+        self.read(read::sums).await
+    }
+
+    async fn story(&self, query: StoryQuery) -> Result<Vec<EventRecord>, Error> {
+        self.read(move |connection| read::story(connection, &query)).await
+    }
+
+    async fn rule_outcomes(&self, message_ids: Vec<String>) -> Result<HashMap<String, Vec<RuleOutcome>>, Error> {
+        self.read(move |connection| read::rule_outcomes(connection, message_ids)).await
+    }
+
+    async fn signatures(
+        &self,
+        registry: RegistryName,
+        repository: Repository,
+        digest: Digest,
+    ) -> Result<Vec<SignatureRecord>, Error> {
+        self.read(move |connection| read::signatures(connection, &registry, &repository, &digest)).await
+    }
+}
+
 /// SQLite gives its other files (`-wal`, `-shm`) the mode of this one.
 fn create_for_this_user(path: &Path) -> io::Result<()> {
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
@@ -178,8 +210,8 @@ fn create_for_this_user(path: &Path) -> io::Result<()> {
 /// Opens the file if it is a ledger of this version, or empty. Any other is only looked at.
 fn connect(path: &Path) -> Result<Connection, Error> {
     let open = |source: rusqlite::Error| match source.sqlite_error_code() {
-        Some(rusqlite::ErrorCode::NotADatabase) => Error::Foreign { path: path.to_owned() },
-        _ => Error::Open { path: path.to_owned(), source },
+        Some(rusqlite::ErrorCode::NotADatabase) => Error::Foreign { place: path.display().to_string(), cure: ANOTHER_FILE },
+        _ => Error::Open { path: path.to_owned(), source: Arc::new(source) },
     };
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection = Connection::open_with_flags(path, flags).map_err(open)?;
@@ -187,8 +219,8 @@ fn connect(path: &Path) -> Result<Connection, Error> {
     match state(&connection).map_err(open)? {
         State::Empty => create(&mut connection).map_err(open)?,
         State::Ours(VERSION) => {}
-        State::Ours(found) => return Err(Error::Newer { path: path.to_owned(), found, known: VERSION }),
-        State::Foreign => return Err(Error::Foreign { path: path.to_owned() }),
+        State::Ours(found) => return Err(Error::Newer { place: path.display().to_string(), found, known: VERSION }),
+        State::Foreign => return Err(Error::Foreign { place: path.display().to_string(), cure: ANOTHER_FILE }),
     }
     configure(&connection).map_err(open)?;
     Ok(connection)

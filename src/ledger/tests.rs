@@ -1,9 +1,11 @@
 mod files;
 mod processes;
 mod queries;
+mod servers;
 
 use std::time::Duration;
 
+use integration_tests::postgres::Postgres as Server;
 use rusqlite::Connection;
 
 use super::*;
@@ -15,35 +17,111 @@ fn clock() -> (Clock, ManualClock) {
     Clock::manual(START.parse().unwrap())
 }
 
-fn system(folder: &tempfile::TempDir) -> (PathBuf, Ledger) {
-    let path = folder.path().join("ledger.db");
-    let ledger = Ledger::open(&path, Clock::system()).unwrap();
-    (path, ledger)
+/// Where a test's ledger is.
+enum Place {
+    /// In this folder.
+    Sqlite(tempfile::TempDir),
+    /// In this database.
+    Postgres(&'static Server, String),
 }
 
-/// What the rows themselves say.
-fn recount(path: &Path) -> Sums {
-    let connection = Connection::open(path).unwrap();
-    let mut sums = Sums::default();
-    let mut statement = connection.prepare("SELECT outcome, reason, count(*) FROM event GROUP BY outcome, reason").unwrap();
-    let mut rows = statement.query([]).unwrap();
-    while let Some(row) = rows.next().unwrap() {
-        let outcome: String = row.get(0).unwrap();
-        let reason: Option<String> = row.get(1).unwrap();
-        let events = row.get::<_, i64>(2).unwrap().try_into().unwrap();
-        match outcome.as_str() {
-            "signed" => sums.signed += events,
-            "already_signed" => sums.already_signed += events,
-            "dead" => sums.dead += events,
-            "skipped" => {
-                sums.skipped += events;
-                sums.skip_reasons.insert(serde_json::from_value(reason.unwrap().into()).unwrap(), events);
-            }
-            other => assert_eq!(other, "retrying"),
+impl Place {
+    fn sqlite() -> Self {
+        Self::Sqlite(tempfile::tempdir().unwrap())
+    }
+
+    fn postgres() -> Self {
+        let server = Server::shared();
+        Self::Postgres(server, server.database().unwrap())
+    }
+
+    fn open(&self, clock: Clock) -> Ledger {
+        open(&self.name(), clock).unwrap()
+    }
+
+    fn system(&self) -> Ledger {
+        self.open(Clock::system())
+    }
+
+    /// By which another process opens it.
+    fn name(&self) -> String {
+        match self {
+            Self::Sqlite(_) => self.path().to_str().unwrap().to_owned(),
+            Self::Postgres(server, database) => server.url(database),
         }
     }
-    sums
+
+    /// Of the file.
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Sqlite(folder) => folder.path().join("ledger.db"),
+            Self::Postgres(..) => panic!("it is in no file"),
+        }
+    }
+
+    /// What the tables themselves say.
+    fn rows(&self, sql: &str) -> Vec<Vec<String>> {
+        match self {
+            Self::Sqlite(_) => {
+                let connection = Connection::open(self.path()).unwrap();
+                let mut statement = connection.prepare(sql).unwrap();
+                let columns = statement.column_count();
+                let text = |value: rusqlite::types::Value| match value {
+                    rusqlite::types::Value::Integer(number) => number.to_string(),
+                    rusqlite::types::Value::Text(text) => text,
+                    other => panic!("{other:?}"),
+                };
+                let row = |row: &rusqlite::Row<'_>| (0..columns).map(|column| row.get(column).map(text)).collect();
+                statement.query_map([], row).unwrap().collect::<Result<_, _>>().unwrap()
+            }
+            Self::Postgres(server, database) => {
+                let answer = server.sql(database, &format!("SET search_path = countersign; {sql}")).unwrap();
+                answer.lines().map(|line| line.split('|').map(str::to_owned).collect()).collect()
+            }
+        }
+    }
+
+    fn recount(&self) -> Sums {
+        let mut sums = Sums::default();
+        for row in self.rows("SELECT outcome, coalesce(reason, ''), count(*) FROM event GROUP BY outcome, reason") {
+            let [outcome, reason, events] = row.as_slice() else { panic!("{row:?}") };
+            let events = events.parse().unwrap();
+            match outcome.as_str() {
+                "signed" => sums.signed += events,
+                "already_signed" => sums.already_signed += events,
+                "dead" => sums.dead += events,
+                "skipped" => {
+                    sums.skipped += events;
+                    sums.skip_reasons.insert(serde_json::from_value(reason.as_str().into()).unwrap(), events);
+                }
+                other => assert_eq!(other, "retrying"),
+            }
+        }
+        sums
+    }
 }
+
+/// By a URL or a path.
+fn open(name: &str, clock: Clock) -> Result<Ledger, Error> {
+    if name.starts_with("postgres://") { Ledger::connect(settings(name), clock) } else { Ledger::open(Path::new(name), clock) }
+}
+
+fn settings(url: &str) -> Postgres {
+    Postgres { connection: url.parse().unwrap(), trust: Trust::Anything, limits: Limits::default() }
+}
+
+/// Makes a test of each of these functions and each backend.
+macro_rules! on_each_backend {
+    ($($name:ident),* $(,)?) => {
+        mod on_sqlite {
+            $(#[tokio::test] async fn $name() { super::$name(&$crate::ledger::tests::Place::sqlite()).await; })*
+        }
+        mod on_postgresql {
+            $(#[tokio::test] async fn $name() { super::$name(&$crate::ledger::tests::Place::postgres()).await; })*
+        }
+    };
+}
+use on_each_backend;
 
 fn event(n: u32) -> PushEvent {
     PushEvent {
@@ -120,11 +198,22 @@ async fn signatures_of(ledger: &Ledger, n: u32) -> Vec<SignatureRecord> {
     ledger.signatures(&event.registry, &event.repository, &event.digest).await.unwrap()
 }
 
-#[tokio::test]
-async fn what_is_recorded_is_told_again_unchanged() {
-    let folder = tempfile::tempdir().unwrap();
+on_each_backend!(
+    what_is_recorded_is_told_again_unchanged,
+    an_event_counts_once_under_its_latest_outcome,
+    a_replayed_dead_letter_is_no_longer_dead,
+    an_event_that_died_again_while_it_was_replayed_stays_dead,
+    what_is_signed_by_hand_is_told_and_never_counted,
+    an_intent_that_nobody_lived_to_conclude_stays_on_record_until_its_redelivery,
+    asking_again_is_counted_and_open_again,
+    another_key_is_another_record_and_the_one_asked_last_is_concluded,
+    a_signature_that_is_found_is_recorded_once_and_never_replaces_that_we_wrote_it,
+    texts_of_any_length_are_kept_shortened,
+);
+
+async fn what_is_recorded_is_told_again_unchanged(place: &Place) {
     let (clock, hand) = clock();
-    let ledger = Ledger::open(&folder.path().join("ledger.db"), clock.clone()).unwrap();
+    let ledger = place.open(clock.clone());
 
     let asked_at = clock.now();
     ledger.intend(vec![intent(1)]).await.unwrap();
@@ -168,10 +257,8 @@ async fn what_is_recorded_is_told_again_unchanged() {
     ledger.check().await.unwrap();
 }
 
-#[tokio::test]
-async fn an_event_counts_once_under_its_latest_outcome() {
-    let folder = tempfile::tempdir().unwrap();
-    let (path, ledger) = system(&folder);
+async fn an_event_counts_once_under_its_latest_outcome(place: &Place) {
+    let ledger = place.system();
     let sums = async || ledger.sums().await.unwrap();
 
     ledger.conclude(conclusion(1, Outcome::Retrying)).await.unwrap();
@@ -199,7 +286,7 @@ async fn an_event_counts_once_under_its_latest_outcome() {
         ..Sums::default()
     };
     assert_eq!(sums().await, expected);
-    assert_eq!(recount(&path), expected);
+    assert_eq!(place.recount(), expected);
     assert_eq!(expected.concluded(), 4);
 
     let story = ledger.story(story_of(1)).await.unwrap();
@@ -207,10 +294,8 @@ async fn an_event_counts_once_under_its_latest_outcome() {
     assert_eq!(story[0].outcome, Outcome::AlreadySigned);
 }
 
-#[tokio::test]
-async fn a_replayed_dead_letter_is_no_longer_dead() {
-    let folder = tempfile::tempdir().unwrap();
-    let (path, ledger) = system(&folder);
+async fn a_replayed_dead_letter_is_no_longer_dead(place: &Place) {
+    let ledger = place.system();
     ledger.conclude(conclusion(1, Outcome::Dead)).await.unwrap();
     ledger.conclude(conclusion(2, Outcome::Signed)).await.unwrap();
 
@@ -223,15 +308,12 @@ async fn a_replayed_dead_letter_is_no_longer_dead() {
 
     ledger.conclude(conclusion(1, Outcome::Signed)).await.unwrap();
     assert_eq!(ledger.sums().await.unwrap(), Sums { signed: 2, ..Sums::default() });
-    assert_eq!(recount(&path), ledger.sums().await.unwrap());
+    assert_eq!(place.recount(), ledger.sums().await.unwrap());
 }
 
-#[tokio::test]
-async fn an_event_that_died_again_while_it_was_replayed_stays_dead() {
-    let folder = tempfile::tempdir().unwrap();
+async fn an_event_that_died_again_while_it_was_replayed_stays_dead(place: &Place) {
     let (clock, hand) = clock();
-    let path = folder.path().join("ledger.db");
-    let ledger = Ledger::open(&path, clock.clone()).unwrap();
+    let ledger = place.open(clock.clone());
     ledger.conclude(conclusion(1, Outcome::Dead)).await.unwrap();
     let replayed_at = clock.now();
     hand.advance(Duration::from_millis(1));
@@ -241,32 +323,24 @@ async fn an_event_that_died_again_while_it_was_replayed_stays_dead() {
     assert_eq!(ledger.sums().await.unwrap(), Sums { dead: 1, ..Sums::default() });
     ledger.forget_event_until(&message(1), clock.now()).await.unwrap();
     assert_eq!(ledger.sums().await.unwrap(), Sums::default());
-    assert_eq!(recount(&path), Sums::default());
+    assert_eq!(place.recount(), Sums::default());
 }
 
-#[tokio::test]
-async fn what_is_signed_by_hand_is_told_and_never_counted() {
-    let folder = tempfile::tempdir().unwrap();
-    let (path, ledger) = system(&folder);
+async fn what_is_signed_by_hand_is_told_and_never_counted(place: &Place) {
+    let ledger = place.system();
     for outcome in [Outcome::Dead, Outcome::Retrying, Outcome::Dead, Outcome::Signed] {
         let mut by_hand = conclusion(1, outcome);
         by_hand.event.source = Some(BY_HAND.into());
         ledger.conclude(by_hand).await.unwrap();
         ledger.forget_event(&message(1)).await.unwrap();
         assert_eq!(ledger.sums().await.unwrap(), Sums::default());
-        let tally: i64 = Connection::open(&path)
-            .unwrap()
-            .query_row("SELECT coalesce(sum(abs(events)), 0) FROM tally", [], |row| row.get(0))
-            .unwrap();
-        assert_eq!(tally, 0, "nor uncounted");
+        assert_eq!(place.rows("SELECT coalesce(sum(abs(events)), 0) FROM tally"), [["0"]], "nor uncounted");
     }
     assert_eq!(ledger.story(story_of(1)).await.unwrap()[0].outcome, Outcome::Signed);
 }
 
-#[tokio::test]
-async fn an_intent_that_nobody_lived_to_conclude_stays_on_record_until_its_redelivery() {
-    let folder = tempfile::tempdir().unwrap();
-    let (_, ledger) = system(&folder);
+async fn an_intent_that_nobody_lived_to_conclude_stays_on_record_until_its_redelivery(place: &Place) {
+    let ledger = place.system();
     ledger.intend(vec![intent(1), Intent { rule: "second".into(), ..intent(1) }]).await.unwrap();
     // The redelivery finds what the first delivery wrote before it was killed, and says so of one rule.
     ledger.conclude(conclusion(1, Outcome::AlreadySigned)).await.unwrap();
@@ -275,11 +349,9 @@ async fn an_intent_that_nobody_lived_to_conclude_stays_on_record_until_its_redel
     assert_eq!(told, [("second", None), ("production", Some(SignatureState::Found))]);
 }
 
-#[tokio::test]
-async fn asking_again_is_counted_and_open_again() {
-    let folder = tempfile::tempdir().unwrap();
+async fn asking_again_is_counted_and_open_again(place: &Place) {
     let (clock, hand) = clock();
-    let ledger = Ledger::open(&folder.path().join("ledger.db"), clock.clone()).unwrap();
+    let ledger = place.open(clock.clone());
     let first_at = clock.now();
     ledger.intend(vec![intent(1)]).await.unwrap();
     ledger.conclude(conclusion(1, Outcome::Retrying)).await.unwrap();
@@ -293,11 +365,9 @@ async fn asking_again_is_counted_and_open_again() {
     assert_eq!((signatures.len(), &signatures[0].state, signatures[0].concluded_at), (1, &None, None));
 }
 
-#[tokio::test]
-async fn another_key_is_another_record_and_the_one_asked_last_is_concluded() {
-    let folder = tempfile::tempdir().unwrap();
+async fn another_key_is_another_record_and_the_one_asked_last_is_concluded(place: &Place) {
     let (clock, hand) = clock();
-    let ledger = Ledger::open(&folder.path().join("ledger.db"), clock).unwrap();
+    let ledger = place.open(clock);
     for key in ["file:///old.pem", "file:///new.pem", "file:///old.pem"] {
         ledger.intend(vec![Intent { key: key.into(), ..intent(1) }]).await.unwrap();
         hand.advance(Duration::from_secs(1));
@@ -312,10 +382,8 @@ async fn another_key_is_another_record_and_the_one_asked_last_is_concluded() {
     );
 }
 
-#[tokio::test]
-async fn a_signature_that_is_found_is_recorded_once_and_never_replaces_that_we_wrote_it() {
-    let folder = tempfile::tempdir().unwrap();
-    let (_, ledger) = system(&folder);
+async fn a_signature_that_is_found_is_recorded_once_and_never_replaces_that_we_wrote_it(place: &Place) {
+    let ledger = place.system();
     ledger.intend(vec![intent(1)]).await.unwrap();
     ledger.conclude(conclusion(1, Outcome::Signed)).await.unwrap();
     // A replay of the same event, and another event of the same image.
@@ -336,16 +404,15 @@ async fn a_signature_that_is_found_is_recorded_once_and_never_replaces_that_we_w
     assert_eq!((&signatures[0].asked, &signatures[0].state), (&None, &Some(SignatureState::Found)));
 }
 
-#[tokio::test]
-async fn texts_of_any_length_are_kept_shortened() {
-    let folder = tempfile::tempdir().unwrap();
-    let (_, ledger) = system(&folder);
+async fn texts_of_any_length_are_kept_shortened(place: &Place) {
+    let ledger = place.system();
     let mut long = conclusion(1, Outcome::Dead);
     long.detail = Some("ü\0".repeat(100_000));
     long.event.actor = Some("ü".repeat(100_000));
     ledger.conclude(long).await.unwrap();
     let story = ledger.story(story_of(1)).await.unwrap();
-    assert!(story[0].detail.as_ref().unwrap().starts_with("ü\0ü"));
+    let expected = if matches!(place, Place::Sqlite(_)) { "ü\0ü" } else { "ü\u{2400}ü" };
+    assert!(story[0].detail.as_ref().unwrap().starts_with(expected));
     assert_eq!(story[0].event.actor.as_ref().unwrap().len(), LONGEST_DETAIL);
 }
 

@@ -1,6 +1,7 @@
 //! Events through the whole pipeline, beside a registry that misbehaves on request.
 
 pub(crate) mod fake;
+mod replay;
 
 use std::{
     collections::VecDeque,
@@ -15,7 +16,8 @@ use std::{
 };
 
 use async_trait::async_trait;
-use queue::{DeadLetter, Embedded, Message, Options, PartitionKey};
+use jiff::Timestamp;
+use queue::{DeadLetter, Embedded, Kept, Message, Options, PartitionKey};
 use serde_json::{Value, json};
 use sha2::Digest as _;
 use tempfile::TempDir;
@@ -169,8 +171,13 @@ impl House {
 
     async fn enqueue(&self, content_type: &str, key: &str, body: Vec<u8>) -> String {
         let id = uuid::Uuid::now_v7().to_string();
-        let message =
-            Message { id: id.clone(), content_type: content_type.into(), key: PartitionKey(key.to_owned()), body: body.into() };
+        let message = Message {
+            id: id.clone(),
+            content_type: content_type.into(),
+            key: PartitionKey(key.to_owned()),
+            body: body.into(),
+            replay_of: None,
+        };
         self.queue.push(vec![message]).await.unwrap();
         id
     }
@@ -773,6 +780,9 @@ async fn a_queue_or_a_ledger_whose_thread_died_ends_the_work_with_an_error() {
             unreachable!()
         }
         async fn discard(&self, _: &str) -> Result<bool, queue::Error> {
+            unreachable!()
+        }
+        async fn history(&self, _: Timestamp, _: Timestamp, _: Option<&str>, _: usize) -> Result<Vec<Kept>, queue::Error> {
             unreachable!()
         }
         async fn close(&self) {}

@@ -96,7 +96,7 @@ impl Folder {
     }
 }
 
-/// Refuses what is no queue of this version by its header, before SQLite could change anything in it.
+/// Refuses what is no queue of a version that we know by its header, before SQLite could change anything in it.
 ///
 /// The header is that of the SQLite file format, section 1.3: the user version at byte 60, the application id at 68.
 fn inspect(path: &Path, file: File) -> Result<(), Error> {
@@ -107,7 +107,8 @@ fn inspect(path: &Path, file: File) -> Result<(), Error> {
         return Err(unreadable(path, "it is something else, and was left as it is: move it away", None));
     }
     match number(60) {
-        Some(store::VERSION) => Ok(()),
+        // What it really is may be in the log beside it: that is looked at when it is opened.
+        Some(1..=store::VERSION) => Ok(()),
         version => Err(wrong_version(path, version.unwrap_or_default())),
     }
 }
@@ -115,7 +116,7 @@ fn inspect(path: &Path, file: File) -> Result<(), Error> {
 /// The file is a queue, of a version that this program does not know.
 pub(super) fn wrong_version(path: &Path, version: i32) -> Error {
     let what = format!(
-        "it is of version {version}, and this program reads version {}: use the program that wrote it, or a newer one",
+        "it is of version {version}, and this program reads versions up to {}: use the program that wrote it, or a newer one",
         store::VERSION
     );
     unreadable(path, &what, None)

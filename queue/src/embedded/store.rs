@@ -1,9 +1,10 @@
 //! The SQL: what is on disk, and how each change of it is made.
 //!
-//! A message is `READY` (it is in line, or in somebody's hands), `BLOCKED` (behind a ready one of its key) or `WAITING` (for
-//! its time). At most one message of a key is ready: an index holds that, so nobody has to look for keys when pulling.
-//! Buried ones are in a table of their own.
+//! A message is `READY` (it is in line, or in somebody's hands), `BLOCKED` (behind a ready one of its key), `WAITING` (for
+//! its time) or `KEPT` (settled, and there for those who ask for the past). At most one message of a key is ready: an index
+//! holds that, so nobody has to look for keys when pulling. Buried ones are in a table of their own, and kept beside that.
 
+mod past;
 mod writing;
 
 use std::{
@@ -16,19 +17,24 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, Row, ffi};
 
-pub(super) use self::writing::{Change, Outcome, Settlement, Writing};
+pub(super) use self::{
+    past::Past,
+    writing::{Change, Outcome, Settlement, Writing},
+};
 use super::folder::{unreadable, wrong_version};
 use crate::{Burial, DeadLetter, Error, Message, PartitionKey};
 
 /// `PRAGMA application_id`: "csgQ".
 pub(super) const APPLICATION: i32 = 0x6373_6751;
 /// `PRAGMA user_version`: raised with every change of [`SCHEMA`].
-pub(super) const VERSION: i32 = 1;
+pub(super) const VERSION: i32 = 2;
 
 const READY: i64 = 0;
 const BLOCKED: i64 = 1;
+const KEPT: i64 = 3;
 
-/// Times are nanoseconds since 1970, spans nanoseconds. States are the numbers above, and 2 for waiting.
+/// Times are nanoseconds since 1970, spans nanoseconds. States are the numbers above, and 2 for waiting. That a message is kept
+/// costs its push nothing: it is stored once, and its ack changes the state of the row instead of deleting it.
 const SCHEMA: &str = "
     CREATE TABLE message (
         seq          INTEGER PRIMARY KEY, -- the order of pushes; never used twice while somebody may know it
@@ -41,12 +47,15 @@ const SCHEMA: &str = "
         pushed_at    INTEGER NOT NULL,
         reason       TEXT,                -- of the last retry
         content_type TEXT    NOT NULL,
-        body         BLOB    NOT NULL
+        body         BLOB    NOT NULL,
+        replay_of    TEXT
     ) STRICT;
     CREATE INDEX        message_ready   ON message (turn)      WHERE state = 0;
     CREATE UNIQUE INDEX message_active  ON message (key)       WHERE state = 0;
     CREATE INDEX        message_blocked ON message (key, turn) WHERE state = 1;
     CREATE INDEX        message_waiting ON message (turn)      WHERE state = 2;
+    CREATE INDEX        message_live    ON message (pushed_at) WHERE state < 3;
+    CREATE INDEX        message_kept    ON message (pushed_at) WHERE state = 3;
     CREATE TABLE dead (
         turn         INTEGER PRIMARY KEY, -- the order of burials
         seq          INTEGER NOT NULL,
@@ -58,15 +67,27 @@ const SCHEMA: &str = "
         kind         TEXT    NOT NULL,
         reason       TEXT    NOT NULL,
         content_type TEXT    NOT NULL,
-        body         BLOB    NOT NULL
+        body         BLOB    NOT NULL,
+        replay_of    TEXT
     ) STRICT;
     CREATE TABLE totals (
         one       INTEGER PRIMARY KEY CHECK (one = 1),
         pushed    INTEGER NOT NULL,
         discarded INTEGER NOT NULL,
-        probed    INTEGER NOT NULL
+        probed    INTEGER NOT NULL,
+        bytes     INTEGER NOT NULL DEFAULT 0 -- that the rows of message take, about
     ) STRICT;
-    INSERT INTO totals VALUES (1, 0, 0, 0);
+    INSERT INTO totals VALUES (1, 0, 0, 0, 0);
+";
+
+/// From version 1, which kept nothing of the past.
+const UPGRADE: &str = "
+    ALTER TABLE message ADD COLUMN replay_of TEXT;
+    ALTER TABLE dead    ADD COLUMN replay_of TEXT;
+    ALTER TABLE totals  ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
+    UPDATE totals SET bytes = (SELECT coalesce(sum(length(body) + 512), 0) FROM message);
+    CREATE INDEX message_live ON message (pushed_at) WHERE state < 3;
+    CREATE INDEX message_kept ON message (pushed_at) WHERE state = 3;
 ";
 
 /// Pages (4 KiB) in the log at which it is written back to the file. Each time costs three syncs.
@@ -99,6 +120,12 @@ pub(super) struct Books {
     pub dead: i64,
     /// When the first of the waiting is due.
     pub next_due: Option<i64>,
+    /// Settled ones that are there for those who ask for the past.
+    pub kept: i64,
+    /// When the first of the kept was pushed, or not long after that.
+    pub first_kept: Option<i64>,
+    /// What all rows but the buried take, about.
+    pub bytes: i64,
 }
 
 /// The open database. Everything in it blocks.
@@ -106,6 +133,7 @@ pub(super) struct Store {
     connection: Connection,
     path: PathBuf,
     books: Books,
+    past: Past,
     /// Greater than every `seq` and every place in line.
     next: i64,
     /// So many pages in the log that are not in the file are enough to write them back.
@@ -126,8 +154,9 @@ pub(super) fn create(path: &Path) -> rusqlite::Result<()> {
 }
 
 impl Store {
-    /// Opens a queue whose header has been looked at, and counts what is in it.
-    pub fn open(path: &Path) -> Result<Self, Error> {
+    /// Opens a queue whose header has been looked at, and counts what is in it. One of an earlier version is brought up to this
+    /// one, in one transaction.
+    pub fn open(path: &Path, past: Past) -> Result<Self, Error> {
         let trouble = |error: rusqlite::Error| match error.sqlite_error_code() {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
                 Error::InUse { path: path.display().to_string(), holder: None }
@@ -137,7 +166,7 @@ impl Store {
         };
         let connection = open(path).map_err(trouble)?;
         let version = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(trouble)?;
-        if version != VERSION {
+        if !(1..=VERSION).contains(&version) {
             return Err(wrong_version(path, version));
         }
         let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(trouble)?;
@@ -149,11 +178,12 @@ impl Store {
                 "PRAGMA wal_autocheckpoint = 0; PRAGMA journal_size_limit = {LOG_BYTES}; PRAGMA synchronous = FULL;
                  PRAGMA cache_size = -2048; PRAGMA temp_store = MEMORY;"
             ))
+            .and_then(|()| if version < VERSION { upgrade(&connection) } else { Ok(()) })
             .and_then(|()| Ok((count(&connection)?, next(&connection)?)))
             .map_err(trouble)?;
         connection.set_prepared_statement_cache_capacity(64);
         let path = path.to_path_buf();
-        Ok(Self { connection, path, books, next, tidy_at: CHECKPOINT_PAGES, synced: true, suspect: false })
+        Ok(Self { connection, path, books, past, next, tidy_at: CHECKPOINT_PAGES, synced: true, suspect: false })
     }
 
     pub fn books(&self) -> &Books {
@@ -197,7 +227,7 @@ impl Store {
             self.synced = synced;
         }
         self.connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
-        let mut writing = Writing::new(&self.connection, self.books, &mut self.next);
+        let mut writing = Writing::new(&self.connection, self.books, self.past, &mut self.next);
         let done = work(&mut writing)?;
         let books = writing.finish(&self.books)?;
         self.connection.prepare_cached("COMMIT")?.execute([])?;
@@ -225,7 +255,7 @@ impl Store {
     pub fn ready_after(&self, turn: i64, mut take: impl FnMut(Stored) -> bool) -> Result<(), Failure> {
         let mut read = || {
             let mut select = self.connection.prepare_cached(
-                "SELECT seq, turn, id, content_type, key, body, pushed_at, attempts, waited
+                "SELECT seq, turn, id, content_type, key, body, replay_of, pushed_at, attempts, waited
                  FROM message WHERE state = 0 AND turn > ?1 ORDER BY turn",
             )?;
             let mut rows = select.query([turn])?;
@@ -243,7 +273,7 @@ impl Store {
     pub fn ready(&self, seq: i64) -> Result<Option<Stored>, Failure> {
         let read = || {
             let mut select = self.connection.prepare_cached(
-                "SELECT seq, turn, id, content_type, key, body, pushed_at, attempts, waited
+                "SELECT seq, turn, id, content_type, key, body, replay_of, pushed_at, attempts, waited
                  FROM message WHERE seq = ?1 AND state = 0",
             )?;
             select.query_row([seq], stored).optional()
@@ -254,7 +284,8 @@ impl Store {
     /// When the message that was pushed first, of those not settled, was pushed.
     pub fn oldest(&self) -> Result<Option<Timestamp>, Failure> {
         let read = || {
-            let mut select = self.connection.prepare_cached("SELECT pushed_at FROM message ORDER BY seq LIMIT 1")?;
+            let mut select =
+                self.connection.prepare_cached("SELECT pushed_at FROM message WHERE state < 3 ORDER BY pushed_at LIMIT 1")?;
             select.query_row([], |row| Ok(timestamp(row.get(0)?))).optional()
         };
         read().map_err(|error| Failure::new(&self.path, error))
@@ -264,7 +295,7 @@ impl Store {
     pub fn dead_letters(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>, Failure> {
         let read = || {
             let mut select = self.connection.prepare_cached(
-                "SELECT id, content_type, key, body, kind, reason, pushed_at, buried_at, attempts FROM dead
+                "SELECT id, content_type, key, body, replay_of, kind, reason, pushed_at, buried_at, attempts FROM dead
                  WHERE turn > coalesce((SELECT turn FROM dead WHERE id = ?1), 0) ORDER BY turn",
             )?;
             let mut rows = select.query([after])?;
@@ -340,7 +371,15 @@ fn count(connection: &Connection) -> rusqlite::Result<Books> {
         waiting: one("SELECT count(*) FROM message INDEXED BY message_waiting WHERE state = 2")?,
         dead: one("SELECT count(*) FROM dead")?,
         next_due: next_due(connection)?,
+        kept: one("SELECT count(*) FROM message INDEXED BY message_kept WHERE state = 3")?,
+        first_kept: past::first_kept(connection)?,
+        bytes: one("SELECT bytes FROM totals")?,
     })
+}
+
+fn upgrade(connection: &Connection) -> rusqlite::Result<()> {
+    // One that fails is rolled back by the connection's end.
+    connection.execute_batch(&format!("BEGIN IMMEDIATE; {UPGRADE} PRAGMA user_version = {VERSION}; COMMIT;"))
 }
 
 fn next(connection: &Connection) -> rusqlite::Result<i64> {
@@ -365,29 +404,30 @@ fn stored(row: &Row<'_>) -> rusqlite::Result<Stored> {
         seq: row.get(0)?,
         turn: row.get(1)?,
         message: message(row, 2)?,
-        pushed_at: timestamp(row.get(6)?),
-        attempts: row.get(7)?,
-        waited: Duration::from_nanos(row.get::<_, i64>(8)?.unsigned_abs()),
+        pushed_at: timestamp(row.get(7)?),
+        attempts: row.get(8)?,
+        waited: Duration::from_nanos(row.get::<_, i64>(9)?.unsigned_abs()),
     })
 }
 
 fn dead_letter(row: &Row<'_>) -> rusqlite::Result<DeadLetter> {
     Ok(DeadLetter {
         message: message(row, 0)?,
-        burial: Burial { kind: row.get(4)?, reason: row.get(5)? },
-        pushed_at: timestamp(row.get(6)?),
-        buried_at: timestamp(row.get(7)?),
-        attempts: row.get(8)?,
+        burial: Burial { kind: row.get(5)?, reason: row.get(6)? },
+        pushed_at: timestamp(row.get(7)?),
+        buried_at: timestamp(row.get(8)?),
+        attempts: row.get(9)?,
     })
 }
 
-/// From four columns, beginning with this one.
+/// From five columns, beginning with this one.
 fn message(row: &Row<'_>, first: usize) -> rusqlite::Result<Message> {
     Ok(Message {
         id: row.get(first)?,
         content_type: row.get(first + 1)?,
         key: PartitionKey(row.get(first + 2)?),
         body: Bytes::from(row.get::<_, Vec<u8>>(first + 3)?),
+        replay_of: row.get(first + 4)?,
     })
 }
 

@@ -20,7 +20,7 @@ use super::{
     shelf::{Shelf, died},
     store::{Change, Failure, Outcome, Store, Stored, nanoseconds},
 };
-use crate::{DeadLetter, Error, Stats};
+use crate::{DeadLetter, Error, Kept, Stats};
 
 /// Commands that share a transaction, at most.
 const BATCH: usize = 1024;
@@ -44,6 +44,12 @@ pub(super) enum Command {
         after: Option<String>,
         limit: usize,
         reply: Reply<Vec<DeadLetter>>,
+    },
+    History {
+        span: (Timestamp, Timestamp),
+        after: Option<String>,
+        limit: usize,
+        reply: Reply<Vec<Kept>>,
     },
 }
 
@@ -71,6 +77,8 @@ impl StorageThread {
             returned: VecDeque::new(),
             unwritten: Vec::new(),
             pause: None,
+            forgetting: false,
+            forget_after: None,
         };
         let handle = thread::Builder::new().name("queue".into()).spawn(move || worker.run()).map_err(|cause| {
             Error::Unavailable { what: "its storage thread could not be started".into(), source: Some(cause.into()) }
@@ -139,6 +147,10 @@ struct Worker {
     unwritten: Vec<Asked>,
     /// Until when nothing is tried that nobody asks for, because it failed.
     pause: Option<Instant>,
+    /// There is more that is no longer to be kept.
+    forgetting: bool,
+    /// Until when nothing is forgotten, because that failed.
+    forget_after: Option<Instant>,
 }
 
 impl Worker {
@@ -169,8 +181,18 @@ impl Worker {
         if let Some(end) = self.pause {
             return Some(end.saturating_duration_since(Instant::now()));
         }
-        let left = self.store.books().next_due?.saturating_sub(self.now());
+        if self.forgetting {
+            return Some(Duration::ZERO);
+        }
+        let forget_at = self.store.overdue_at().filter(|_| self.may_forget());
+        let next = self.store.books().next_due.into_iter().chain(forget_at).min();
+        let Some(next) = next else { return self.forget_after.map(|_| LONGEST_WAIT) };
+        let left = next.saturating_sub(self.now());
         Some(Duration::from_nanos(left.max(0).unsigned_abs()).min(LONGEST_WAIT))
+    }
+
+    fn may_forget(&self) -> bool {
+        self.forget_after.is_none_or(|end| Instant::now() >= end)
     }
 
     fn round(&mut self, commands: Vec<Command>) {
@@ -186,7 +208,7 @@ impl Worker {
                     self.shelf.landed(1);
                 }
                 Command::Refill => {}
-                Command::Stats(_) | Command::DeadLetters { .. } => questions.push(command),
+                Command::Stats(_) | Command::DeadLetters { .. } | Command::History { .. } => questions.push(command),
             }
         }
         let paused = self.pause.is_some_and(|end| Instant::now() < end);
@@ -198,6 +220,7 @@ impl Worker {
         for question in questions {
             self.answer(question);
         }
+        self.forget();
     }
 
     fn write(&mut self, changes: Vec<Asked>) {
@@ -257,8 +280,33 @@ impl Worker {
                 Outcome::Duplicate(id) => Err(Error::Duplicate(id)),
             });
         }
+        self.tidy();
+    }
+
+    fn tidy(&mut self) {
         if let Err(failure) = self.store.tidy() {
             tracing::warn!(error = &failure.error() as &dyn StdError, "the queue's log could not be written back");
+        }
+    }
+
+    /// One step of forgetting what is no longer kept, if it is time. When it fails, all else goes on.
+    fn forget(&mut self) {
+        let now = self.now();
+        let is_overdue = self.store.overdue_at().is_some_and(|due| due <= now);
+        if !(self.forgetting || is_overdue) || self.pause.is_some() || !self.may_forget() {
+            return;
+        }
+        match self.store.forget(now) {
+            Ok(more) => {
+                self.forgetting = more;
+                self.forget_after = None;
+                self.tidy();
+            }
+            Err(failure) => {
+                tracing::warn!(error = &failure.error() as &dyn StdError, "what is too old to be kept could not be removed");
+                self.forgetting = false;
+                self.forget_after = Some(Instant::now() + LONGEST_WAIT);
+            }
         }
     }
 
@@ -323,6 +371,10 @@ impl Worker {
                 let letters = self.store.dead_letters(after.as_deref(), limit);
                 let _ = reply.send(letters.map_err(|failure| failure.error()));
             }
+            Command::History { span, after, limit, reply } => {
+                let kept = self.store.history(self.now(), span, after.as_deref(), limit);
+                let _ = reply.send(kept.map_err(|failure| failure.error()));
+            }
             Command::Change(..) | Command::Release(_) | Command::Refill => {}
         }
     }
@@ -338,6 +390,7 @@ impl Worker {
             in_flight,
             dead: books.dead.unsigned_abs(),
             oldest: self.store.oldest()?,
+            history: self.store.reach(self.now())?,
         })
     }
 

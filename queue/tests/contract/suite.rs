@@ -4,6 +4,7 @@
 
 mod dead_letters;
 mod deliveries;
+mod history;
 mod stats;
 mod turns;
 
@@ -13,13 +14,15 @@ use async_trait::async_trait;
 use countersign_queue::{Burial, Delivery, Message, PartitionKey, Queue, Retry};
 use tokio::time::timeout;
 
-pub use self::{dead_letters::*, deliveries::*, stats::*, turns::*};
+pub use self::{dead_letters::*, deliveries::*, history::*, stats::*, turns::*};
 
 /// A backend under test.
 #[async_trait]
 pub trait Backend: Sized {
     /// An empty queue of its own.
     async fn fresh() -> Self;
+    /// An empty queue that keeps the past for so long. [`Backend::fresh`] keeps it for longer than any test takes.
+    async fn keeping(history: Duration) -> Self;
     fn queue(&self) -> Arc<dyn Queue>;
     /// The same queue in what might be another process. Nobody holds the old one or a delivery of it.
     async fn restart(&mut self) -> Arc<dyn Queue>;
@@ -62,6 +65,13 @@ macro_rules! hold_to_the_contract {
             stats_add_up_at_every_step,
             stats_survive_a_restart,
             oldest_is_the_first_pushed_that_is_not_settled,
+            history_has_what_was_pushed_whatever_became_of_it,
+            history_comes_oldest_first_in_pages,
+            history_is_of_the_time_that_is_asked_for,
+            what_is_run_again_is_a_message_like_any_other_and_no_history,
+            stats_say_how_far_back_history_reaches,
+            what_is_too_old_is_no_longer_history_but_is_delivered,
+            queue_that_is_told_to_keep_nothing_keeps_nothing,
             probe_finds_the_queue_well,
             close_ends_pulls_and_refuses_pushes,
             what_is_in_hand_at_close_can_be_settled,
@@ -97,6 +107,7 @@ fn keyed(number: usize, key: usize) -> Message {
         content_type: "text/plain".into(),
         key: PartitionKey(format!("key {key}")),
         body: format!("body of {number}").into(),
+        replay_of: None,
     }
 }
 

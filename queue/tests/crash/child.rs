@@ -44,7 +44,8 @@ pub fn said(line: &str) -> Option<Vec<&str>> {
 async fn child() {
     let Ok(role) = env::var(ROLE) else { return };
     match role.as_str() {
-        "load" => load().await,
+        "load" => load(open()).await,
+        "load in little room" => load(open_with(|options| options.history_bytes = 256 * 1024)).await,
         "sequence" => sequence().await,
         "hold" => hold().await,
         "stubborn" => stubborn().await,
@@ -53,8 +54,8 @@ async fn child() {
 }
 
 /// Everything at once, until killed. Ids are `ROUND-PRODUCER-NUMBER`.
-async fn load() {
-    let queue = Arc::new(open());
+async fn load(queue: Embedded) {
+    let queue = Arc::new(queue);
     let round = env::var(ROUND).unwrap();
     let mut tasks = JoinSet::new();
     for producer in 0..4 {
@@ -180,9 +181,14 @@ async fn stubborn() {
 }
 
 fn open() -> Embedded {
+    open_with(|_| {})
+}
+
+fn open_with(change: impl FnOnce(&mut Options)) -> Embedded {
     let folder = PathBuf::from(env::var_os(FOLDER).unwrap());
     #[expect(clippy::disallowed_methods, reason = "a process of its own, in real time")]
-    let options = Options::new(Timestamp::now);
+    let mut options = Options::new(Timestamp::now);
+    change(&mut options);
     Embedded::open(&folder, options).unwrap()
 }
 
@@ -194,6 +200,7 @@ pub fn message(id: &str, key: u64) -> Message {
         content_type: "text/plain".into(),
         key: PartitionKey(format!("key {key}")),
         body: id.bytes().cycle().take(length).collect(),
+        replay_of: None,
     }
 }
 

@@ -3,6 +3,10 @@ use std::{fs, path::PathBuf};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::{
+    intake::{entry::LONGEST_TEXT, json::MOST_MEMBERS},
+    oci::Digest,
+};
 
 const DIGEST: &str = "sha256:db7da600462e7b3a21648206747f051da90b506b23d75769901304bb36317a08";
 
@@ -11,6 +15,10 @@ fn recorded_upstream_and_hostile_bodies_are_read_as_their_index_says() {
     let index: Value = serde_json::from_slice(&fixture("INDEX.json")).unwrap();
     for entry in index["fixtures"].as_array().unwrap() {
         let file = entry["file"].as_str().unwrap();
+        // In an envelope of another kind: the neighbour's tests.
+        if file.starts_with("cloudevents-") || file.starts_with("amqp-") {
+            continue;
+        }
         let Some(expected) = entry["expect"].as_array() else { continue };
         let body = fixture(file);
         let entries = parse(&body).unwrap_or_else(|refusal| panic!("{file}: {refusal:?}"));
@@ -32,7 +40,7 @@ fn recorded_upstream_and_hostile_bodies_are_read_as_their_index_says() {
     }
 }
 
-fn assert_reads_as(file: &str, entry: &Entry<'_>, expected: &Value) {
+pub(in crate::intake) fn assert_reads_as(file: &str, entry: &Entry<'_>, expected: &Value) {
     match (entry, expected["class"].as_str().unwrap()) {
         (Entry::Push(push), "push") => {
             let text = |name: &str| expected[name].as_str();
@@ -78,7 +86,7 @@ fn whole_recordings_hold_nothing_that_is_refused() {
     }
 }
 
-fn fixture(file: &str) -> Vec<u8> {
+pub(in crate::intake) fn fixture(file: &str) -> Vec<u8> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("integration-tests/data/events").join(file);
     fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }

@@ -1,47 +1,55 @@
 //! What is asked of the ledger.
 
-use rusqlite::{Connection, Row, named_params};
+use std::collections::HashMap;
 
-use super::rows::{
-    DigestColumn, TimeColumn, damaged, outcome, parsed, read_reference, read_repository, read_rules, read_skip, read_state,
-    repository_word,
-};
+use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
+
+use super::rows::{DigestColumn, TimeColumn, damaged, outcome, parsed};
 use crate::{
-    ledger::{Asked, EventFacts, EventRecord, SignatureRecord, StoryQuery, Sums},
+    ledger::{
+        Asked, EventFacts, EventRecord, MOST_SIGNATURES, RuleOutcome, SignatureRecord, StoryQuery, Sums,
+        columns::{read_reference, read_repository, read_rules, read_state, repository_word},
+    },
     oci::{Digest, RegistryName, Repository},
 };
 
-/// More are in no one's interest: a manifest has a handful.
-const MOST_SIGNATURES: u32 = 1000;
-
-pub(in crate::ledger) fn sums(connection: &Connection) -> rusqlite::Result<Sums> {
+pub(super) fn sums(connection: &Connection) -> rusqlite::Result<Sums> {
     let mut sums = Sums::default();
     let mut tally = connection.prepare_cached("SELECT outcome, reason, events FROM tally WHERE events > 0")?;
     let mut rows = tally.query([])?;
     while let Some(row) = rows.next()? {
         let (outcome, reason): (String, String) = (row.get("outcome")?, row.get("reason")?);
         let events = u64::try_from(row.get::<_, i64>("events")?).map_err(|_| damaged(row, "events"))?;
-        match outcome.as_str() {
-            "signed" => sums.signed = events,
-            "already_signed" => sums.already_signed = events,
-            "dead" => sums.dead = events,
-            "skipped" => {
-                sums.skipped += events;
-                sums.skip_reasons.insert(read_skip(&reason).ok_or_else(|| damaged(row, "reason"))?, events);
-            }
-            _ => return Err(damaged(row, "outcome")),
-        }
+        sums.add(&outcome, &reason, events).ok_or_else(|| damaged(row, "outcome"))?;
     }
     Ok(sums)
 }
 
-pub(in crate::ledger) fn story(connection: &Connection, query: &StoryQuery) -> rusqlite::Result<Vec<EventRecord>> {
+pub(super) fn story(connection: &Connection, query: &StoryQuery) -> rusqlite::Result<Vec<EventRecord>> {
     let mut events = connection.prepare_cached(&story_sql(query))?;
     let repository = repository_word(&query.registry, &query.repository);
     let tag = query.tag.as_ref().map(crate::oci::Tag::as_str);
     let digest = query.digest.clone().map(DigestColumn);
     let parameters = named_params! { ":repository": repository, ":tag": tag, ":digest": digest, ":limit": query.limit };
     events.query_map(parameters, event)?.collect()
+}
+
+pub(super) fn rule_outcomes(
+    connection: &Connection,
+    message_ids: Vec<String>,
+) -> rusqlite::Result<HashMap<String, Vec<RuleOutcome>>> {
+    let mut rules = connection.prepare_cached("SELECT rules FROM event WHERE message = ?1")?;
+    let mut outcomes = HashMap::new();
+    for id in message_ids {
+        let recorded = rules.query_row([&id], |row| {
+            let rules: Option<String> = row.get("rules")?;
+            read_rules(rules.as_deref()).ok_or_else(|| damaged(row, "rules"))
+        });
+        if let Some(recorded) = recorded.optional()? {
+            outcomes.insert(id, recorded);
+        }
+    }
+    Ok(outcomes)
 }
 
 /// An index answers each of the questions. Which, is not left to the planner: it cannot know that a digest tells more
@@ -103,7 +111,7 @@ pub(in crate::ledger) const SIGNATURES: &str = "
                        WHERE digest = :digest AND repository = (SELECT id FROM word WHERE text = :repository))
      ORDER BY id DESC LIMIT :limit";
 
-pub(in crate::ledger) fn signatures(
+pub(super) fn signatures(
     connection: &Connection,
     registry: &RegistryName,
     repository: &Repository,

@@ -9,29 +9,20 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 use tokio::sync::oneshot;
 
-use super::rows::{
-    DigestColumn, TimeColumn, outcome, reason, reference_column, repository_word, rules_column, shortened, state_columns,
-};
+use super::rows::{DigestColumn, TimeColumn, outcome};
 use crate::{
     clock::Clock,
-    event::BY_HAND,
-    ledger::{Conclusion, EventFacts, Intent, SignatureResult, SignatureState},
+    ledger::{
+        Conclusion, EventFacts, Intent, MOST_PER_COMMIT, SignatureResult, SignatureState, Work,
+        columns::{reason, reference_column, repository_word, rules_column, shortened, state_columns},
+        is_counted,
+    },
     oci::{Digest, RegistryName, Repository, Tag},
     outcome::Outcome,
 };
 
-/// Enough to share a commit well; not so many that the first waits for the last.
-const MOST_PER_COMMIT: usize = 256;
 /// Repositories come from events, of which there is no end.
 const MOST_WORDS: usize = 20_000;
-
-pub(in crate::ledger) enum Work {
-    Intend(Vec<Intent>),
-    Conclude(Arc<Conclusion>),
-    /// What was concluded dead until then.
-    Forget(String, Timestamp),
-    Check,
-}
 
 pub(super) struct Job {
     pub(super) work: Work,
@@ -289,9 +280,8 @@ impl Page<'_> {
         find.query_row(params![message], recorded).optional()
     }
 
-    /// Only what has ended is counted; and of that, what was received: what was asked for by hand was not.
     fn count(&mut self, source: Option<&str>, outcome: &Outcome, by: i64) {
-        if !matches!(outcome, Outcome::Retrying) && source != Some(BY_HAND) {
+        if is_counted(source, outcome) {
             *self.tally.entry((outcome.name(), reason(outcome).unwrap_or_default())).or_default() += by;
         }
     }

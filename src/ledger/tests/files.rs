@@ -8,6 +8,12 @@ fn open(path: &Path) -> Result<Ledger, Error> {
     Ledger::open(path, Clock::system())
 }
 
+fn system(folder: &tempfile::TempDir) -> (PathBuf, Ledger) {
+    let path = folder.path().join("ledger.db");
+    let ledger = open(&path).unwrap();
+    (path, ledger)
+}
+
 #[tokio::test]
 async fn a_new_ledger_is_for_this_user_only() {
     let folder = tempfile::tempdir().unwrap();

@@ -13,18 +13,20 @@ use futures::{StreamExt, future::join_all, stream};
 
 use super::*;
 
+on_each_backend!(what_was_promised_is_there_and_adds_up_however_often_it_is_killed, two_processes_write_one_ledger,);
+
 const ROLE: &str = "LEDGER_TEST_ROLE";
-const PATH: &str = "LEDGER_TEST_PATH";
+const NAME: &str = "LEDGER_TEST_NAME";
 const FIRST: &str = "LEDGER_TEST_FIRST";
 
-/// Runs `role` below on the ledger at `path`. `shell` is what bash does first.
-fn start(role: &str, path: &Path, first: u32, shell: &str) -> Child {
+/// Runs `role` below on the ledger at `place`. `shell` is what bash does first.
+fn start(role: &str, place: &Place, first: u32, shell: &str) -> Child {
     let program = env::current_exe().unwrap();
     Command::new("bash")
         .args(["-c", &format!("{shell} exec \"$0\" --exact ledger::tests::processes::child --ignored --nocapture -q")])
         .arg(program)
         .env(ROLE, role)
-        .env(PATH, path)
+        .env(NAME, place.name())
         .env(FIRST, first.to_string())
         .stdout(Stdio::piped())
         .spawn()
@@ -43,7 +45,7 @@ fn listen(child: &mut Child) -> mpsc::Receiver<String> {
 #[ignore = "is what the tests here start"]
 async fn child() {
     let Ok(role) = env::var(ROLE) else { return };
-    let ledger = Ledger::open(Path::new(&env::var(PATH).unwrap()), Clock::system()).unwrap();
+    let ledger = open(&env::var(NAME).unwrap(), Clock::system()).unwrap();
     let first = env::var(FIRST).unwrap().parse().unwrap();
     match role.as_str() {
         "sign until killed" => sign_until_killed(&ledger, first).await,
@@ -89,14 +91,11 @@ async fn sign_until_killed(ledger: &Ledger, first: u32) {
     join_all((0..8).map(lane)).await;
 }
 
-#[tokio::test]
-async fn what_was_promised_is_there_and_adds_up_however_often_it_is_killed() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("ledger.db");
+async fn what_was_promised_is_there_and_adds_up_however_often_it_is_killed(place: &Place) {
     let mut promised = 0;
     for round in 0..20 {
         let first = round * 100_000;
-        let mut child = start("sign until killed", &path, first, "");
+        let mut child = start("sign until killed", place, first, "");
         let lines = listen(&mut child);
         // Killed while it goes on, after more and more of what it says.
         let heard = (0..10 + 20 * round).map(|_| lines.recv_timeout(Duration::from_secs(20)).expect("it goes on"));
@@ -104,7 +103,7 @@ async fn what_was_promised_is_there_and_adds_up_however_often_it_is_killed() {
         child.kill().unwrap();
         child.wait().unwrap();
 
-        let ledger = Ledger::open(&path, Clock::system()).unwrap();
+        let ledger = place.system();
         let mut concluded: BTreeMap<u32, Vec<String>> = BTreeMap::new();
         // The last line may be torn.
         let said: Vec<String> = heard.into_iter().chain(lines).collect();
@@ -126,23 +125,21 @@ async fn what_was_promised_is_there_and_adds_up_however_often_it_is_killed() {
             let later = n % 3 == 0 && story[0].outcome == outcome_of(n + 1);
             assert!(later || story[0].outcome.name() == outcomes.last().unwrap(), "round {round}: {n} {outcomes:?}");
         }
-        assert_eq!(ledger.sums().await.unwrap(), recount(&path), "round {round}");
+        assert_eq!(ledger.sums().await.unwrap(), place.recount(), "round {round}");
     }
     assert!(promised > 500, "only {promised} intents were tested");
 }
 
-#[tokio::test]
-async fn two_processes_write_one_ledger() {
-    let folder = tempfile::tempdir().unwrap();
-    let (path, ledger) = system(&folder);
+async fn two_processes_write_one_ledger(place: &Place) {
+    let ledger = place.system();
     // A hundred of the events are concluded by both.
-    let mut child = start("sign three hundred", &path, 200, "");
+    let mut child = start("sign three hundred", place, 200, "");
     let lines = listen(&mut child);
     sign(&ledger, 0..300).await;
     assert!(child.wait().unwrap().success(), "{:?}", lines.iter().collect::<Vec<_>>());
 
     let sums = ledger.sums().await.unwrap();
-    assert_eq!(sums, recount(&path));
+    assert_eq!(sums, place.recount());
     let ended = (0..500).filter(|n| outcome_of(*n) != Outcome::Retrying).count();
     assert_eq!(sums.concluded(), ended as u64);
     assert_eq!(signatures_of(&ledger, 250).await[0].asked.as_ref().unwrap().times, 2);
@@ -182,15 +179,14 @@ async fn fill_the_disk(ledger: &Ledger) {
 
 #[tokio::test]
 async fn a_full_disk_refuses_intents_and_passes() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("ledger.db");
+    let place = Place::sqlite();
     // No file may grow beyond 256 KiB: writes fail as on a full disk. Only the soft limit, so that it can be lifted.
-    let mut child = start("fill the disk", &path, 0, "trap '' XFSZ; ulimit -S -f 256;");
+    let mut child = start("fill the disk", &place, 0, "trap '' XFSZ; ulimit -S -f 256;");
     let lines = listen(&mut child);
     while lines.recv_timeout(Duration::from_secs(20)).expect("the child says that the disk is full") != "full" {}
     let lift = Command::new("prlimit").args(["--fsize=unlimited:", "--pid", &child.id().to_string()]).status();
     assert!(lift.unwrap().success());
     assert!(child.wait().unwrap().success(), "{:?}", lines.iter().collect::<Vec<_>>());
-    let ledger = Ledger::open(&path, Clock::system()).unwrap();
-    assert_eq!(ledger.sums().await.unwrap(), recount(&path));
+    let ledger = place.system();
+    assert_eq!(ledger.sums().await.unwrap(), place.recount());
 }

@@ -4,10 +4,14 @@ use rusqlite::{StatementStatus, named_params};
 
 use super::*;
 
-#[tokio::test]
-async fn a_story_is_told_by_tag_by_digest_by_both_and_of_the_whole_repository_newest_first() {
-    let folder = tempfile::tempdir().unwrap();
-    let (_, ledger) = system(&folder);
+on_each_backend!(
+    a_story_is_told_by_tag_by_digest_by_both_and_of_the_whole_repository_newest_first,
+    what_rules_made_of_messages_is_told_of_those_that_are_on_record,
+    long_digests_and_references_to_elsewhere_are_told_unchanged,
+);
+
+async fn a_story_is_told_by_tag_by_digest_by_both_and_of_the_whole_repository_newest_first(place: &Place) {
+    let ledger = place.system();
     // (message, repository, tag, digest): a tag that moved, a digest of two tags, and the same in another repository.
     for (n, repository, tag, content) in [
         (1, "production/app", Some("latest"), "a"),
@@ -44,10 +48,22 @@ async fn a_story_is_told_by_tag_by_digest_by_both_and_of_the_whole_repository_ne
     assert_eq!(told(Some("v2"), None, 10).await, [] as [u32; 0]);
 }
 
-#[tokio::test]
-async fn long_digests_and_references_to_elsewhere_are_told_unchanged() {
-    let folder = tempfile::tempdir().unwrap();
-    let (_, ledger) = system(&folder);
+async fn what_rules_made_of_messages_is_told_of_those_that_are_on_record(place: &Place) {
+    let ledger = place.system();
+    let rules = vec![
+        RuleOutcome { rule: "one".into(), outcome: Outcome::Dead, detail: Some("denied".into()) },
+        RuleOutcome { rule: "two".into(), outcome: Outcome::Skipped(Skip::Disabled), detail: None },
+    ];
+    ledger.conclude(Conclusion { rules: rules.clone(), ..conclusion(1, Outcome::Dead) }).await.unwrap();
+    ledger.conclude(Conclusion { rules: vec![], ..conclusion(2, Outcome::Dead) }).await.unwrap();
+    let id = |n| conclusion(n, Outcome::Dead).event.message_id;
+    let told = ledger.rule_outcomes(vec![id(1), id(2), id(3)]).await.unwrap();
+    assert_eq!(told, [(id(1), rules), (id(2), vec![])].into());
+    assert!(ledger.rule_outcomes(vec![]).await.unwrap().is_empty());
+}
+
+async fn long_digests_and_references_to_elsewhere_are_told_unchanged(place: &Place) {
+    let ledger = place.system();
     let sha512: Digest = format!("sha512:{}", "0f".repeat(64)).parse().unwrap();
     let mut references: Vec<Reference> = vec![
         Reference::pinned(&intent(1).registry, &intent(1).repository, &sha512),
@@ -74,8 +90,8 @@ async fn long_digests_and_references_to_elsewhere_are_told_unchanged() {
 #[tokio::test]
 async fn with_two_hundred_thousand_events_every_answer_comes_from_an_index() {
     const EVENTS: u32 = 200_000;
-    let folder = tempfile::tempdir().unwrap();
-    let (path, ledger) = system(&folder);
+    let place = Place::sqlite();
+    let (path, ledger) = (place.path(), place.system());
     ledger.intend(vec![intent(1)]).await.unwrap();
     ledger.conclude(conclusion(1, Outcome::Signed)).await.unwrap();
     let connection = Connection::open(&path).unwrap();

@@ -117,6 +117,7 @@ fn snapshot() -> Snapshot {
         in_flight: 1,
         dead: 3,
         oldest: Some("2026-11-21T09:00:00Z".parse().unwrap()),
+        history: None,
     };
     let ledger =
         Sums { signed: 7, already_signed: 2, skipped: 5, dead: 4, skip_reasons: [(Skip::NoRule, 3), (Skip::Untagged, 2)].into() };

@@ -5,7 +5,10 @@ use std::collections::HashSet;
 use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{BLOCKED, Books, READY, next_due};
+use super::{
+    BLOCKED, Books, KEPT, READY, next_due,
+    past::{self, Past},
+};
 use crate::{Burial, Message, Retry};
 
 /// One call of somebody.
@@ -62,21 +65,22 @@ impl Change {
 
 /// A transaction under way.
 pub(crate) struct Writing<'a> {
-    connection: &'a Connection,
-    books: Books,
+    pub(super) connection: &'a Connection,
+    pub(super) books: Books,
+    pub(super) past: Past,
     next: &'a mut i64,
 }
 
 impl<'a> Writing<'a> {
-    pub(super) fn new(connection: &'a Connection, books: Books, next: &'a mut i64) -> Self {
-        Self { connection, books, next }
+    pub(super) fn new(connection: &'a Connection, books: Books, past: Past, next: &'a mut i64) -> Self {
+        Self { connection, books, past, next }
     }
 
     /// `now`: nanoseconds since 1970.
     pub fn apply(&mut self, change: &Change, now: i64) -> rusqlite::Result<Outcome> {
         match change {
             Change::Push { messages, .. } => self.push(messages, now),
-            Change::Settle { seq, settlement: Settlement::Ack } => self.ack(*seq),
+            Change::Settle { seq, settlement: Settlement::Ack } => self.ack(*seq, now),
             Change::Settle { seq, settlement: Settlement::Retry(retry) } => self.retry(*seq, retry, now),
             Change::Settle { seq, settlement: Settlement::Bury(burial) } => self.bury(*seq, burial, now),
             Change::Replay { id } => self.replay(id),
@@ -106,10 +110,10 @@ impl<'a> Writing<'a> {
 
     /// The counts as they are once this is committed.
     pub(super) fn finish(self, before: &Books) -> rusqlite::Result<Books> {
-        let Books { pushed, discarded, .. } = self.books;
-        if (pushed, discarded) != (before.pushed, before.discarded) {
-            let mut update = self.connection.prepare_cached("UPDATE totals SET pushed = ?1, discarded = ?2")?;
-            update.execute([pushed, discarded])?;
+        let Books { pushed, discarded, bytes, .. } = self.books;
+        if (pushed, discarded, bytes) != (before.pushed, before.discarded, before.bytes) {
+            let mut update = self.connection.prepare_cached("UPDATE totals SET pushed = ?1, discarded = ?2, bytes = ?3")?;
+            update.execute([pushed, discarded, bytes])?;
         }
         Ok(self.books)
     }
@@ -128,22 +132,49 @@ impl<'a> Writing<'a> {
             let state = self.line_up(&message.key.0)?;
             let seq = self.take_number();
             let mut insert = self.connection.prepare_cached(
-                "INSERT INTO message (seq, id, key, state, turn, attempts, waited, pushed_at, reason, content_type, body)
-                 VALUES (?1, ?2, ?3, ?4, ?1, 0, 0, ?5, NULL, ?6, ?7)",
+                "INSERT INTO message
+                     (seq, id, key, state, turn, attempts, waited, pushed_at, reason, content_type, body, replay_of)
+                 VALUES (?1, ?2, ?3, ?4, ?1, 0, 0, ?5, NULL, ?6, ?7, ?8)",
             )?;
-            let Message { id, content_type, key, body } = message;
-            insert.execute(params![seq, id, key.0, state, now, content_type, &body[..]])?;
+            let Message { id, content_type, key, body, replay_of } = message;
+            insert.execute(params![seq, id, key.0, state, now, content_type, &body[..], replay_of])?;
             self.books.pushed += 1;
+            self.books.bytes += past::row_bytes(i64::try_from(body.len()).unwrap_or(i64::MAX));
         }
         Ok(Outcome::Done)
     }
 
-    fn ack(&mut self, seq: i64) -> rusqlite::Result<Outcome> {
+    fn ack(&mut self, seq: i64, now: i64) -> rusqlite::Result<Outcome> {
         let key = self.contended_key(seq)?;
-        if self.connection.prepare_cached("DELETE FROM message WHERE seq = ?1")?.execute([seq])? > 0 {
+        if self.keep(seq, now)? || self.delete(seq)? {
             self.step_down(key)?;
         }
         Ok(Outcome::Done)
+    }
+
+    /// Leaves a settled message to the past. False if it does not belong there.
+    fn keep(&mut self, seq: i64, now: i64) -> rusqlite::Result<bool> {
+        if !self.past.is_kept() {
+            return Ok(false);
+        }
+        let mut keep = self
+            .connection
+            .prepare_cached("UPDATE message SET state = ?2, reason = NULL WHERE seq = ?1 AND state < 3 AND replay_of IS NULL")?;
+        let kept = keep.execute([seq, KEPT])? > 0;
+        if kept {
+            self.books.kept += 1;
+            self.books.first_kept.get_or_insert(now);
+        }
+        Ok(kept)
+    }
+
+    /// Removes a message that is not buried. False if there is none.
+    fn delete(&mut self, seq: i64) -> rusqlite::Result<bool> {
+        let mut delete =
+            self.connection.prepare_cached("DELETE FROM message WHERE seq = ?1 AND state < 3 RETURNING length(body)")?;
+        let length = delete.query_row([seq], |row| row.get(0)).optional()?;
+        self.books.bytes -= length.map_or(0, past::row_bytes);
+        Ok(length.is_some())
     }
 
     fn retry(&mut self, seq: i64, retry: &Retry, now: i64) -> rusqlite::Result<Outcome> {
@@ -153,7 +184,7 @@ impl<'a> Writing<'a> {
         let key = self.contended_key(seq)?;
         let mut update = self.connection.prepare_cached(
             "UPDATE message SET state = 2, turn = ?2, attempts = attempts + ?3,
-                 waited = min(waited, 9223372036854775807 - ?4) + ?4, reason = ?5 WHERE seq = ?1",
+                 waited = min(waited, 9223372036854775807 - ?4) + ?4, reason = ?5 WHERE seq = ?1 AND state < 3",
         )?;
         if update.execute(params![seq, due, attempts, waited, retry.reason])? > 0 {
             self.books.waiting += 1;
@@ -166,12 +197,13 @@ impl<'a> Writing<'a> {
     fn bury(&mut self, seq: i64, burial: &Burial, now: i64) -> rusqlite::Result<Outcome> {
         let turn = self.take_number();
         let mut insert = self.connection.prepare_cached(
-            "INSERT INTO dead (turn, seq, id, key, attempts, pushed_at, buried_at, kind, reason, content_type, body)
-             SELECT ?2, seq, id, key, attempts, pushed_at, ?3, ?4, ?5, content_type, body FROM message WHERE seq = ?1",
+            "INSERT INTO dead (turn, seq, id, key, attempts, pushed_at, buried_at, kind, reason, content_type, body, replay_of)
+             SELECT ?2, seq, id, key, attempts, pushed_at, ?3, ?4, ?5, content_type, body, replay_of
+             FROM message WHERE seq = ?1 AND state < 3",
         )?;
         if insert.execute(params![seq, turn, now, burial.kind, burial.reason])? > 0 {
             self.books.dead += 1;
-            self.ack(seq)?;
+            self.ack(seq, now)?;
         }
         Ok(Outcome::Done)
     }
@@ -181,11 +213,21 @@ impl<'a> Writing<'a> {
         let Some(key) = select.query_row([id], |row| row.get::<_, String>(0)).optional()? else { return Ok(Outcome::Nothing) };
         let state = self.line_up(&key)?;
         let turn = self.take_number();
-        let mut insert = self.connection.prepare_cached(
-            "INSERT INTO message (seq, id, key, state, turn, attempts, waited, pushed_at, reason, content_type, body)
-             SELECT seq, id, key, ?2, ?3, 0, 0, pushed_at, NULL, content_type, body FROM dead WHERE id = ?1",
-        )?;
-        insert.execute(params![id, state, turn])?;
+        // It may still be there, kept.
+        let mut revive = self
+            .connection
+            .prepare_cached("UPDATE message SET state = ?2, turn = ?3, attempts = 0, waited = 0 WHERE id = ?1 AND state = 3")?;
+        if revive.execute(params![id, state, turn])? > 0 {
+            self.books.kept -= 1;
+        } else {
+            let mut insert = self.connection.prepare_cached(
+                "INSERT INTO message
+                     (seq, id, key, state, turn, attempts, waited, pushed_at, reason, content_type, body, replay_of)
+                 SELECT seq, id, key, ?2, ?3, 0, 0, pushed_at, NULL, content_type, body, replay_of FROM dead WHERE id = ?1
+                 RETURNING length(body)",
+            )?;
+            self.books.bytes += past::row_bytes(insert.query_row(params![id, state, turn], |row| row.get(0))?);
+        }
         self.unearth(id)
     }
 

@@ -15,6 +15,7 @@ pub async fn message_is_delivered_as_it_was_pushed(backend: impl Backend) {
         content_type: "application/cloudevents+json; charset=utf-8".into(),
         key: PartitionKey("sha256:00ff".into()),
         body: Bytes::from_static(b"\x00\xff{\"n\":1}\r\n"),
+        replay_of: None,
     };
     queue.push(vec![pushed.clone()]).await.unwrap();
     let delivery = next(&*queue).await;

@@ -1,0 +1,168 @@
+//! Running again what went wrong: the past after a wrong rule, and dead letters by filter.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use integration_tests::house::{House, Keys, Plan, TOKEN, rule};
+use integration_tests::image::Image;
+use integration_tests::process::eventually;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tokio::process::Command;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+#[tokio::test]
+async fn what_a_wrong_rule_skipped_is_signed_by_replaying_since_then() -> Result<()> {
+    let wrong = rule("team", "teem", Keys::P256);
+    let mut house = House::start(Plan { rules: Some(wrong), ..Plan::default() }).await?;
+    let images = (0..5).map(|number| Image::oci(&format!("skipped {number}"))).collect::<Result<Vec<_>>>()?;
+    for image in &images {
+        house.push(image, "team/app", &[&image.manifest.digest[7..20]]).await?;
+    }
+    house.wait_settled(5, LIMIT).await?;
+    assert_eq!(house.daemon.metrics().await?.ended("skipped"), 5);
+
+    house.write_config(&house.config().replace("\"teem\"", "\"team\""))?;
+    house.daemon.signal(Signal::HUP)?;
+    eventually("the corrected rule to be in force", LIMIT, || async {
+        let reloads = house.daemon.metrics().await?.count("countersign_config_reloads_total", &[("result", "ok")]);
+        Ok((reloads == 1).then_some(()))
+    })
+    .await?;
+
+    let since = ["queue", "replay", "--since", "2026-01-01T00:00Z"];
+    let looked = house.run(&[&since[..], &["--dry-run", "--rule", "team"]].concat()).await?.expect_code(0)?.stdout;
+    assert!(looked.contains("would replay 5 events") && looked.contains("team/app:"), "{looked}");
+    let listed = house.run(&[&since[..], &["--dry-run", "--output", "json"]].concat()).await?.expect_code(0)?.json()?;
+    assert_eq!(listed.as_array().map(Vec::len), Some(5), "{listed}");
+    let other = house.run(&[&since[..], &["--repository", "other/**"]].concat()).await?.expect_code(0)?.stdout;
+    assert!(other.contains("replayed 0 events"), "{other}");
+    assert_eq!(house.daemon.metrics().await?.received(), 5, "looking changes nothing");
+
+    let replayed = house.run(&since).await?.expect_code(0)?.stdout;
+    assert!(replayed.contains("replayed 5 events"), "{replayed}");
+    for image in &images {
+        house.wait_signed("team/app", &image.manifest.digest, &[&image.manifest.digest[7..20]]).await?;
+    }
+    let metrics = house.wait_settled(10, LIMIT).await?;
+    assert_eq!((metrics.ended("signed"), metrics.ended("skipped")), (5, 5));
+
+    // Once more costs look-ups only; this time without the daemon, which then finds it in its queue.
+    house.daemon.terminate(LIMIT).await?;
+    let replayed = house.run(&[&since[..], &["--output", "json"]].concat()).await?.expect_code(0)?.json()?;
+    assert_eq!((replayed["events"].as_u64(), replayed["stopped_at"].as_str()), (Some(5), None), "{replayed}");
+    house.daemon.start().await?;
+    let metrics = house.wait_settled(15, LIMIT).await?;
+    assert_eq!((metrics.ended("signed"), metrics.ended("already_signed")), (5, 5));
+    let status = house.run(&["queue", "status"]).await?.expect_code(0)?.stdout;
+    assert!(status.contains("`queue replay --since` reaches back to 20"), "{status}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn rule_that_is_newer_than_its_images_does_not_sign_them_when_they_are_replayed() -> Result<()> {
+    let house = House::start(Plan { rules: Some(rule("team", "teem", Keys::P256)), ..Plan::default() }).await?;
+    let image = Image::oci("older than its rule")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    house.wait_settled(1, LIMIT).await?;
+    let created = format!("{}created = 2100-01-01T00:00:00Z\n", rule("team", "team", Keys::P256));
+    house.write_config(&house.config().replace(&rule("team", "teem", Keys::P256), &created))?;
+    house.daemon.signal(Signal::HUP)?;
+    eventually("the new rule to be in force", LIMIT, || async {
+        let reloads = house.daemon.metrics().await?.count("countersign_config_reloads_total", &[("result", "ok")]);
+        Ok((reloads == 1).then_some(()))
+    })
+    .await?;
+    house.run(&["queue", "replay", "--since", "2026-01-01"]).await?.expect_code(0)?;
+    let metrics = house.wait_settled(2, LIMIT).await?;
+    assert_eq!(metrics.ended("skipped"), 2);
+    assert!(house.signed("team/app", &image.manifest.digest).await?.is_empty());
+    let story = house.run(&["explain", &house.reference("team/app", "1.0")]).await?.stdout;
+    assert!(story.contains("pushed before the rule"), "{story}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn dead_letters_are_replayed_by_filter_at_the_rate_and_until_ctrl_c() -> Result<()> {
+    let house = House::start_quiet(None).await?;
+    // No events: each is a dead letter at once, and again when it is replayed.
+    for number in 0..30 {
+        let response = reqwest_event(&house, &format!("no event {number}")).await?;
+        ensure!(response == 202, "{response}");
+    }
+    house.wait_settled(30, LIMIT).await?;
+    let dead = async |arguments: &[&str]| -> Result<Value> {
+        house.run(&[&["queue", "dead", "--output", "json"], arguments].concat()).await?.expect_code(0)?.json()
+    };
+    assert_eq!(dead(&[]).await?.as_array().map(Vec::len), Some(30));
+    assert_eq!(dead(&["--limit", "7"]).await?.as_array().map(Vec::len), Some(7));
+    assert_eq!(dead(&["--kind", "refused"]).await?, serde_json::json!([]));
+    assert_eq!(dead(&["--older-than", "1h"]).await?, serde_json::json!([]));
+    assert_eq!(dead(&["--newer-than", "1h", "--kind", "poison"]).await?.as_array().map(Vec::len), Some(30));
+
+    let before = dead(&[]).await?;
+    let looked = house.run(&["queue", "replay", "--kind", "poison", "--dry-run"]).await?.expect_code(0)?.stdout;
+    assert!(looked.contains("would replay 30 dead letters"), "{looked}");
+    assert_eq!(dead(&[]).await?, before, "a dry run changes nothing");
+
+    let began = Instant::now();
+    let replayed = house.run(&["queue", "replay", "--all", "--rate", "20"]).await?.expect_code(0)?.stdout;
+    assert!(replayed.contains("replay: 30 dead letters"), "{replayed}");
+    // 30 in batches of 5, each of which waits a quarter of a second for the one before.
+    assert!(began.elapsed() >= Duration::from_millis(1200), "{:?}", began.elapsed());
+    house.wait_settled(30, LIMIT).await?;
+
+    let mut slow = Command::new(integration_tests::daemon::binary()?);
+    slow.args(["queue", "replay", "--all", "--rate", "60/m", "--config"]).arg(house.config_path());
+    let child = slow.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn()?;
+    let pid = Pid::from_raw(i32::try_from(child.id().expect("it runs"))?).expect("a pid");
+    // Two have been handled again: it is in the midst of it.
+    eventually("some to be replayed", LIMIT, || async {
+        let handled = house.daemon.metrics().await?.count("countersign_event_handling_seconds_count", &[]);
+        Ok((handled >= 30 + 30 + 2).then_some(()))
+    })
+    .await?;
+    kill_process(pid, Signal::INT)?;
+    let output = child.wait_with_output().await?;
+    let said = String::from_utf8(output.stdout)?;
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("to go: the same command goes on with them"), "{said}");
+    house.wait_settled(30, LIMIT).await?;
+
+    house.run(&["queue", "discard", "--all", "--kind", "poison"]).await?.expect_code(0)?;
+    assert_eq!(dead(&[]).await?, serde_json::json!([]));
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_cannot_be_meant_is_wrong_usage() -> Result<()> {
+    let house = House::start_quiet(None).await?;
+    for arguments in [
+        &["queue", "replay"][..],
+        &["queue", "replay", "--since", "yesterday"],
+        &["queue", "replay", "--since", "2026-11-20T00:00"],
+        &["queue", "replay", "--since", "2026-11-20", "--until", "2026-11-19"],
+        &["queue", "replay", "--since", "2100-01-01"],
+        &["queue", "replay", "--since", "2026-11-20", "--kind", "poison"],
+        &["queue", "replay", "--since", "2026-11-20", "--rule", "teem"],
+        &["queue", "replay", "--until", "2026-11-20"],
+        &["queue", "replay", "--all", "--rate", "0"],
+        &["queue", "replay", "--all", "--rate", "5/d"],
+        &["queue", "replay", "--rule", "teem"],
+        &["queue", "dead", "--repository", "{team"],
+        &["queue", "discard", "--older-than", "long"],
+    ] {
+        house.run(arguments).await?.expect_code(2)?;
+    }
+    house.write_config(&house.config().replacen("[queue]\n", "[queue]\nhistory = \"0s\"\n", 1))?;
+    let mut house = house;
+    house.daemon.terminate(LIMIT).await?;
+    let output = house.run(&["queue", "replay", "--since", "2026-11-20"]).await?.expect_code(2)?;
+    assert!(output.stderr.contains("nothing is kept of the past"), "{}", output.stderr);
+    Ok(())
+}
+
+async fn reqwest_event(house: &House, body: &str) -> Result<u16> {
+    Ok(house.notify(Some(TOKEN), &Value::String(body.into())).await?.as_u16())
+}
