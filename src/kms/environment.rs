@@ -16,11 +16,15 @@ impl Environment {
     /// These and no others.
     #[must_use]
     pub fn of<const N: usize>(variables: [(&str, &str); N]) -> Self {
-        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        Self::of_all(variables)
+    }
+
+    fn of_all<'a>(variables: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        let variables: Vec<_> = variables.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
         Self(Arc::new(move |asked| variables.iter().find(|(name, _)| name == asked).map(|(_, value)| value.clone())))
     }
 
-    /// An empty variable counts as none, as in the providers' own tools.
+    /// An empty variable counts as none, as in AWS's own tools.
     pub(in crate::kms) fn get(&self, name: &str) -> Option<String> {
         (self.0)(name).filter(|value| !value.is_empty())
     }

@@ -16,8 +16,8 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::{sync::Semaphore, task::JoinSet};
 
-use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey, http::Patience};
-use client::{Client, Request};
+use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
+use client::{Client, Patience, Request};
 use fault::{Class, Fault};
 pub use login::{Login, SecretSource};
 pub use reference::VaultReference;

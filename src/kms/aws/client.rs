@@ -1,11 +1,14 @@
-use std::sync::{
-    Arc,
-    atomic::{AtomicI64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
 };
 
-use ::http::{HeaderMap, StatusCode, header::DATE};
 use aws_credential_types::Credentials;
 use bytes::Bytes;
+use http::{HeaderMap, StatusCode, header::DATE};
 use jiff::{SignedDuration, Timestamp, fmt::rfc2822};
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -18,10 +21,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    kms::{
-        Error, KeyUri,
-        http::{self, Answer, Broken, LARGEST_ANSWER, Patience, redacted},
-    },
+    kms::{Error, KeyUri},
 };
 
 /// Speaks to one KMS endpoint: awsJson 1.1 over HTTP, requests signed by Signature Version 4.
@@ -34,6 +34,18 @@ pub(super) struct Client {
     clock: Clock,
     /// Seconds that the KMS's clock is ahead of ours; 0 until it complains.
     ahead: AtomicI64,
+}
+
+/// How long a KMS may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    pub(super) connect: Duration,
+    /// From the first byte sent to the last one received.
+    pub(super) attempt: Duration,
+}
+
+impl Patience {
+    pub(super) const USUAL: Self = Self { connect: Duration::from_secs(2), attempt: Duration::from_secs(5) };
 }
 
 /// An operation of the service model.
@@ -50,13 +62,29 @@ pub(super) struct Failed {
     pub(super) by_state: bool,
 }
 
+struct Answer {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Vec<u8>,
+}
+
+/// The largest honest answer is a description of a few kilobytes.
+const LARGEST_ANSWER: usize = 64 * 1024;
 /// AWS takes 5 minutes; the date in an answer is only as exact as the answer is fast.
 const LEAST_SKEW: SignedDuration = SignedDuration::from_secs(60);
 
 impl Client {
     pub(super) fn new(uri: &KeyUri, clock: Clock, environment: &Environment, patience: Patience) -> Result<Self, Error> {
         let place = Place::of(uri, environment)?;
-        let http = patience.client(&place.endpoint).build().map_err(|error| Error::Misconfigured {
+        let mut http = reqwest::Client::builder()
+            .connect_timeout(patience.connect)
+            .timeout(patience.attempt)
+            .redirect(reqwest::redirect::Policy::none())
+            .user_agent(concat!("countersign/", env!("CARGO_PKG_VERSION")));
+        if place.is_this_machine() {
+            http = http.no_proxy();
+        }
+        let http = http.build().map_err(|error| Error::Misconfigured {
             key: Arc::new(uri.clone()),
             what: format!("no connection to a KMS can be set up here: {error}"),
         })?;
@@ -108,6 +136,10 @@ impl Client {
     }
 
     async fn send(&self, credentials: &Credentials, operation: Operation, body: Bytes) -> Result<Answer, Error> {
+        let unreachable = |error: reqwest::Error| {
+            let at = self.place.endpoint.to_string();
+            Error::Unreachable { key: self.uri(), at, source: Box::new(error.without_url()) }
+        };
         let url = self.place.endpoint.as_str();
         let signed = signed_headers(credentials, &self.place.region, self.now(), url, operation.target(), &body);
         let headers = signed.map_err(|error| Error::Credentials {
@@ -115,13 +147,16 @@ impl Client {
             what: format!("a request cannot be signed with these credentials: {error}"),
         })?;
         let request = self.http.post(self.place.endpoint.clone()).headers(headers).body(body);
-        http::send(request).await.map_err(|broken| match broken {
-            Broken::Unreachable(error) => {
-                let at = self.place.endpoint.to_string();
-                Error::Unreachable { key: self.uri(), at, source: Box::new(error) }
+        let mut response = request.send().await.map_err(unreachable)?;
+        let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(unreachable)? {
+            if body.len() + chunk.len() > LARGEST_ANSWER {
+                return Err(self.bad(format!("HTTP {} with more than {LARGEST_ANSWER} bytes", status.as_u16())));
             }
-            Broken::TooLong(status) => self.bad(format!("HTTP {} with more than {LARGEST_ANSWER} bytes", status.as_u16())),
-        })
+            body.extend_from_slice(&chunk);
+        }
+        Ok(Answer { status, headers, body })
     }
 
     fn now(&self) -> Timestamp {
@@ -147,7 +182,12 @@ impl Client {
     fn failed(&self, operation: Operation, fault: Fault, credentials: &Credentials) -> Failed {
         let key = self.uri();
         let Fault { class, what, retry_after } = fault;
-        let what = redacted(what, [credentials.session_token(), Some(credentials.secret_access_key())].into_iter().flatten());
+        // A peer that repeats what it was sent shall not bring it into a log.
+        let what = [credentials.session_token(), Some(credentials.secret_access_key())]
+            .into_iter()
+            .flatten()
+            .filter(|secret| secret.len() > 3)
+            .fold(what, |what, secret| what.replace(secret, "<redacted>"));
         let (operation, region) = (operation.name(), &self.place.region);
         let error = match class {
             Class::Throttled => Error::Throttled { key, what: format!("{operation}: {what}"), retry_after },

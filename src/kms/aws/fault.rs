@@ -1,9 +1,7 @@
 use std::time::Duration;
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, StatusCode, header::RETRY_AFTER};
 use serde::Deserialize;
-
-use crate::kms::http::{one_line, retry_after};
 
 /// What an error answer of KMS says.
 #[derive(Debug)]
@@ -53,7 +51,8 @@ impl Fault {
         if let Some(id) = headers.get("x-amzn-requestid").and_then(|value| value.to_str().ok()) {
             what = format!("{what} (request {})", one_line(id, 64));
         }
-        Self { class, what, retry_after: retry_after(headers) }
+        let seconds = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        Self { class, what, retry_after: seconds.map(Duration::from_secs) }
     }
 }
 
@@ -109,6 +108,16 @@ fn classify(status: StatusCode, code: &str, message: &str) -> Class {
     }
 }
 
+/// At most so many characters, none of which ends a line or moves a cursor.
+fn one_line(text: &str, most: usize) -> String {
+    let mut line: String = text.chars().filter(|c| !c.is_control()).take(most + 1).collect();
+    if line.chars().count() > most {
+        line.pop();
+        line.push('…');
+    }
+    line
+}
+
 #[derive(Deserialize, Default)]
 struct ErrorBody {
     #[serde(rename = "__type", default)]
@@ -119,8 +128,6 @@ struct ErrorBody {
 
 #[cfg(test)]
 mod tests {
-    use http::header::RETRY_AFTER;
-
     use super::*;
 
     fn class(status: u16, body: &str) -> Class {

@@ -1,9 +1,9 @@
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use reqwest::Url;
 
 use super::{Environment, credentials};
-use crate::kms::{Error, KeyUri, http::is_loopback};
+use crate::kms::{Error, KeyUri};
 
 /// Where requests go, and for which region they are signed.
 #[derive(Debug, Clone)]
@@ -42,6 +42,10 @@ impl Place {
         };
         Ok(Self { endpoint, region })
     }
+
+    pub(super) fn is_this_machine(&self) -> bool {
+        is_loopback(&self.endpoint)
+    }
 }
 
 /// Reads an endpoint: a host with optional port, or a URL with nothing after the host. Plain http is for this machine only.
@@ -70,6 +74,12 @@ pub(crate) fn endpoint_url(text: &str) -> Result<Url, &'static str> {
         return Err("plain http is for an endpoint on this machine only: use https");
     }
     Ok(url)
+}
+
+fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }
 
 /// It becomes part of a host name, so it is held to that.

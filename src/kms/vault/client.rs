@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use secrecy::{ExposeSecret, SecretString};
@@ -13,7 +13,7 @@ use super::{
 };
 use crate::kms::{
     Environment,
-    http::{self as shared, Broken, LARGEST_ANSWER, Patience, redacted},
+    exchange::{NoAnswer, exchange, without},
 };
 
 /// Speaks to one server: JSON over HTTP, and a header for who asks.
@@ -23,6 +23,21 @@ pub(super) struct Client {
     http: reqwest::Client,
     headers: HeaderMap,
 }
+
+/// How long a server may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    pub(super) connect: Duration,
+    /// From the first byte sent to the last one received.
+    pub(super) attempt: Duration,
+}
+
+impl Patience {
+    pub(super) const USUAL: Self = Self { connect: Duration::from_secs(2), attempt: Duration::from_secs(5) };
+}
+
+/// The largest honest answer is the description of a key with very many versions.
+const LARGEST_ANSWER: usize = 256 * 1024;
 
 /// A request, good for being sent once more.
 pub(super) struct Request<'a> {
@@ -75,17 +90,14 @@ impl Client {
         if let Some(body) = &request.body {
             sent = sent.json(body);
         }
-        let answer = shared::send(sent).await.map_err(|broken| match broken {
-            Broken::Unreachable(error) => Fault::new(Class::Unreachable(Arc::new(error)), "no answer"),
-            Broken::TooLong(status) => {
-                let what = format!("HTTP {} with more than {LARGEST_ANSWER} bytes", status.as_u16());
-                Fault::new(Class::Garbled, what)
-            }
+        let answer = exchange(sent, LARGEST_ANSWER).await.map_err(|no_answer| match no_answer {
+            NoAnswer::Transport(_) => Fault::new(Class::Unreachable(no_answer), "no answer"),
+            NoAnswer::TooLong { .. } => Fault::new(Class::Garbled, no_answer.to_string()),
         })?;
         if !answer.status.is_success() {
             let fault = Fault::of(answer.status, &answer.headers, &answer.body);
             let secrets = [request.secret, token.map(Token::text)].into_iter().flatten().map(ExposeSecret::expose_secret);
-            return Err(Fault { what: redacted(fault.what, secrets), ..fault });
+            return Err(Fault { what: without(fault.what, secrets), ..fault });
         }
         serde_json::from_slice(&answer.body).map_err(|error| {
             // Not serde's own message, which can repeat what the answer held.

@@ -1,11 +1,11 @@
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, StatusCode, header::RETRY_AFTER};
 use serde::Deserialize;
 
 use crate::kms::{
     Error, KeyUri,
-    http::{one_line, retry_after},
+    exchange::{NoAnswer, one_line},
 };
 
 /// Why a request did not bring what it was for. It can be told to many who waited for the same.
@@ -24,7 +24,7 @@ pub(super) enum Class {
     /// The server is sealed, starting, changing its leader, or has a fault of its own.
     Transient,
     /// No whole answer came.
-    Unreachable(Arc<reqwest::Error>),
+    Unreachable(NoAnswer),
     /// The token is bad, past its time, or its policies deny it: the answer is the same for all of these.
     Forbidden,
     /// There is no token, and no way to one.
@@ -64,7 +64,9 @@ impl Fault {
                             of the active one, or of a balancer that knows it"
             );
         }
-        Self { class: classify(status, text), what, retry_after: retry_after(headers) }
+        // In seconds (RFC 9110 section 10.2.3); the other form, a date, is not sent.
+        let retry_after = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        Self { class: classify(status, text), what, retry_after: retry_after.map(Duration::from_secs) }
     }
 
     /// The same, with words before what it says.
@@ -188,7 +190,7 @@ mod tests {
     #[test]
     fn retry_after_is_heard() {
         let mut headers = HeaderMap::new();
-        headers.insert(http::header::RETRY_AFTER, "7".parse().unwrap());
+        headers.insert(RETRY_AFTER, "7".parse().unwrap());
         let fault = Fault::of(StatusCode::TOO_MANY_REQUESTS, &headers, b"");
         assert_eq!(fault.retry_after, Some(Duration::from_secs(7)));
     }

@@ -1,12 +1,12 @@
-use std::{fs::File, io::Read, path::Path};
+use std::{fs::File, io::Read, net::IpAddr, path::Path};
 
 use reqwest::{Certificate, Url};
 
-use super::reference::{Flavor, VaultReference, address, path, shown};
-use crate::kms::{
-    Environment,
-    http::{Patience, is_loopback},
+use super::{
+    client::Patience,
+    reference::{Flavor, VaultReference, address, path, shown},
 };
+use crate::kms::{Environment, exchange};
 
 /// Which server, and which engine on it.
 #[derive(Debug)]
@@ -74,12 +74,21 @@ impl Place {
         environment: &Environment,
         patience: Patience,
     ) -> Result<reqwest::Client, String> {
-        let mut client = patience.client(&self.address);
+        let mut client = exchange::client(patience.connect, patience.attempt);
+        if is_loopback(&self.address) {
+            client = client.no_proxy();
+        }
         if let Some((name, bundle)) = variable(reference.flavor, environment, "CACERT") {
             client = client.tls_certs_only(authorities(Path::new(&bundle)).map_err(|what| format!("{name}: {bundle} {what}"))?);
         }
         client.build().map_err(|error| format!("no connection to a server can be set up here: {error}"))
     }
+}
+
+fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }
 
 /// `VAULT_NAME` or `BAO_NAME`, and its name: first that of the flavor that the reference names.
