@@ -1,12 +1,15 @@
 //! Keys in a Transit engine, from push to verdict, beside a real OpenBao.
 
+use std::fs::File;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use integration_tests::house::{House, Keys, Plan};
 use integration_tests::image::Image;
 use integration_tests::openbao::OpenBao;
-use integration_tests::process::http_client;
+use integration_tests::process::{eventually, http_client};
 use integration_tests::verifier::{Cosign, Skopeo};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -70,6 +73,46 @@ async fn a_token_that_nobody_knows_keeps_the_daemon_from_starting_and_it_says_wh
     assert!(!log.contains(&token), "the log holds the token");
     let check = house.run(&["check", "--online"]).await?.expect_code(3)?;
     assert!(format!("{}{}", check.stdout, check.stderr).contains("VAULT_TOKEN is unknown"), "{check:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_witness_with_a_login_of_its_own_needs_no_token_from_the_environment() -> Result<()> {
+    let bao = OpenBao::start().await?;
+    let (plan, token) = plan(&bao, Keys::P256).await?;
+    let mut house = House::build(plan).await?;
+    bao.root(Method::POST, "auth/token/revoke", json!({"token": token})).await?;
+    bao.root(Method::POST, "sys/auth/approle", json!({"type": "approle"})).await?;
+    let role = json!({"token_policies": ["signer"], "token_ttl": "2s", "token_max_ttl": "4s"});
+    bao.root(Method::POST, "auth/approle/role/countersign", role).await?;
+    let role_id = bao.root(Method::GET, "auth/approle/role/countersign/role-id", Value::Null).await?;
+    let made = bao.root(Method::POST, "auth/approle/role/countersign/secret-id", json!({})).await?;
+    let secret_id = made["data"]["secret_id"].as_str().context("no secret id")?;
+    let file = house.config_path().with_file_name("secret-id");
+    File::options().write(true).create_new(true).mode(0o600).open(file)?.write_all(secret_id.as_bytes())?;
+    let login = format!(
+        "login = {{ method = \"approle\", role_id = {}, secret_id = {{ file = \"secret-id\" }} }}",
+        role_id["data"]["role_id"]
+    );
+    let witness = "[[witness]]\nname = \"release\"\n";
+    house.write_config(&house.config().replace(witness, &format!("{witness}{login}\n")))?;
+    house.daemon.start().await?;
+    // For longer than any token of the role lasts.
+    for number in 0..3 {
+        let image = Image::oci(&format!("by login {number}"))?;
+        let tag = format!("1.{number}");
+        house.push(&image, "team/app", &[&tag]).await?;
+        house.wait_signed("team/app", &image.manifest.digest, &[&tag]).await?;
+        if number < 2 {
+            let logins = |log: &str| log.matches("logged in").count();
+            let before = logins(&house.daemon.logged());
+            let daemon = &house.daemon;
+            let what = "one login more";
+            eventually(what, LIMIT, async || Ok((logins(&daemon.logged()) > before).then_some(()))).await?;
+        }
+    }
+    assert_eq!(house.wait_settled(3, LIMIT).await?.ended("dead"), 0);
+    assert!(!house.daemon.logged().contains(secret_id), "the log holds the secret id");
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use http::{HeaderValue, Method};
 use secrecy::{ExposeSecret, SecretString};
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Value, json};
 use tokio::{
     sync::{self, Notify},
@@ -48,6 +48,8 @@ pub(super) struct Token {
     /// Whether the server has said that it knows it.
     pub(super) is_known: bool,
     lease: Mutex<Option<Lease>>,
+    /// How long it lasted at first.
+    granted: Duration,
 }
 
 /// How long a token lasts; one without a lease has no end, or one that is not known.
@@ -77,7 +79,8 @@ impl Token {
     fn new(text: SecretString, is_known: bool, lease: Option<Lease>) -> Result<Self, Fault> {
         HeaderValue::from_str(text.expose_secret())
             .map_err(|_| Fault::new(Class::Credentials, "the token cannot be sent: it holds something that is no part of one"))?;
-        Ok(Self { text, is_known, lease: Mutex::new(lease) })
+        let granted = lease.map_or(Duration::ZERO, |lease| lease.time);
+        Ok(Self { text, is_known, lease: Mutex::new(lease), granted })
     }
 
     pub(super) fn header(&self) -> HeaderValue {
@@ -94,8 +97,8 @@ impl Token {
         *self.lease.lock().expect("nothing panics while it holds this")
     }
 
-    fn set_lease(&self, lease: Option<Lease>) {
-        *self.lease.lock().expect("nothing panics while it holds this") = lease;
+    fn set_lease(&self, lease: Lease) {
+        *self.lease.lock().expect("nothing panics while it holds this") = Some(lease);
     }
 
     fn is_over(&self) -> bool {
@@ -176,9 +179,10 @@ impl Session {
         let token = Token::new(text, false, None)?;
         let request = Request { method: Method::GET, path: "auth/token/lookup-self", body: None, secret: None };
         match self.client.send::<LookUpAnswer>(&request, Some(&token)).await {
-            Ok(LookUpAnswer { data }) => {
-                token.set_lease(Lease::new(data.ttl, data.renewable));
-                Ok(Token { is_known: true, ..token })
+            Ok(LookUpAnswer { data: LookUp { ttl, expire_time, renewable } }) => {
+                // In its last second a token has 0 of them left, as one without an end has.
+                let seconds = if expire_time.is_some() { ttl.max(1) } else { ttl };
+                Token::new(token.text, true, Lease::new(seconds, renewable))
             }
             Err(fault) if fault.is_forbidden() => Ok(token),
             Err(fault) => Err(fault.told("the token cannot be looked up")),
@@ -225,16 +229,16 @@ impl Session {
     }
 
     async fn extend(&self, token: &Arc<Token>) -> Result<(), Fault> {
-        let before = token.lease().map_or(Duration::ZERO, |lease| lease.time);
         if token.lease().is_some_and(|lease| lease.renewable) {
             let request = Request { method: Method::POST, path: "auth/token/renew-self", body: Some(json!({})), secret: None };
             match self.client.send::<AuthAnswer>(&request, Some(token)).await {
                 Ok(AuthAnswer { auth }) => {
-                    let lease = Lease::new(auth.lease_duration, auth.renewable);
-                    token.set_lease(lease);
-                    // Near a token's greatest age, what a renewal gives shrinks.
-                    if lease.is_none_or(|lease| lease.time >= before / 2) {
-                        return Ok(());
+                    // Near a token's greatest age, what a renewal gives shrinks, in the end to 0 seconds.
+                    if let Some(lease) = Lease::new(auth.lease_duration, auth.renewable) {
+                        token.set_lease(lease);
+                        if lease.time >= token.granted / 2 {
+                            return Ok(());
+                        }
                     }
                 }
                 Err(fault) if matches!(fault.class, Class::Forbidden | Class::Misconfigured) => {}
@@ -307,6 +311,8 @@ struct LookUpAnswer {
 struct LookUp {
     /// Seconds; 0 for a token without an end.
     ttl: u64,
+    /// `null` for a token without an end.
+    expire_time: Option<IgnoredAny>,
     /// Absent for tokens that are not.
     #[serde(default)]
     renewable: bool,

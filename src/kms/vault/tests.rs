@@ -215,6 +215,20 @@ async fn a_token_is_renewed_before_two_thirds_of_its_time_and_replaced_where_it_
 }
 
 #[tokio::test]
+async fn a_token_near_its_greatest_age_is_replaced() {
+    for left in [0, 1] {
+        let fake = Fake::start().await;
+        fake.set_lease(3, true);
+        let key = opened(&fake).await;
+        let capped = json!({"auth": {"client_token": "s.login-1-of-the-fake", "lease_duration": left, "renewable": true}});
+        fake.then([Wrong::Says(capped.to_string())]);
+        assert_eq!(fake.next_request().await, "POST /v1/auth/token/renew-self");
+        assert_eq!(fake.next_request().await, LOGIN);
+        sign(&key).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_renewal_that_fails_is_tried_again_while_the_token_lasts() {
     let fake = Fake::start().await;
     fake.set_lease(3, true);

@@ -119,9 +119,11 @@ impl Fake {
     pub(super) async fn next_request(&self) -> String {
         loop {
             let came = self.state.came.notified();
-            if let Some(request) = self.requests().into_iter().next() {
-                return request;
+            let mut requests = self.state.requests.lock().unwrap();
+            if !requests.is_empty() {
+                return requests.remove(0);
             }
+            drop(requests);
             came.await;
         }
     }
