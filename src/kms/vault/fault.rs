@@ -102,7 +102,8 @@ fn classify(status: StatusCode, text: &str) -> Class {
     const UNUSABLE: [&str; 4] =
         ["does not support signing", "soft-deleted key", "no such key version", "requested version for signing"];
     const NO_KEY: &str = "signing key not found";
-    const REQUEST: [&str; 3] = ["unsupported rsa signature algorithm", "input must be hashed", "unsupported signature algorithm"];
+    const REQUEST: [&str; 4] =
+        ["past the max TTL", "unsupported rsa signature algorithm", "input must be hashed", "unsupported signature algorithm"];
     let says = |parts: &[&str]| parts.iter().any(|part| text.contains(part));
     match status.as_u16() {
         429 => Class::Throttled,
@@ -155,6 +156,7 @@ mod tests {
             (500, "1 error occurred:\n\t* refusing to use soft-deleted key\n\n", "key_unusable", false),
             (500, "crypto/rsa: input must be hashed message", "misconfigured", false),
             (500, "unsupported rsa signature algorithm pss2", "misconfigured", false),
+            (500, "1 error occurred:\n\t* past the max TTL, cannot renew\n\n", "misconfigured", false),
             (400, "missing required field", "misconfigured", false),
             (405, "unsupported operation", "misconfigured", false),
             (503, "Vault is sealed", "transient", true),
