@@ -119,11 +119,13 @@ impl Fake {
     pub(super) async fn next_request(&self) -> String {
         loop {
             let came = self.state.came.notified();
-            let mut requests = self.state.requests.lock().unwrap();
-            if !requests.is_empty() {
-                return requests.remove(0);
+            let first = {
+                let mut requests = self.state.requests.lock().unwrap();
+                (!requests.is_empty()).then(|| requests.remove(0))
+            };
+            if let Some(request) = first {
+                return request;
             }
-            drop(requests);
             came.await;
         }
     }
