@@ -20,7 +20,9 @@ ENV CARGO_PROFILE_RELEASE_STRIP=symbols \
 # The target is named, or procedural macros would be asked to be static as well.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/target \
-    target="$(rustc --print host-tuple)" \
+    # cargo goes by dates, and what is in the cache may be younger than a source that it was not built from.
+    touch src/*.rs queue/src/*.rs \
+ && target="$(rustc --print host-tuple)" \
  && cargo build --release --locked --package countersign --target "$target" \
  && install -D --mode=0755 "/target/$target/release/countersign" /image/countersign \
  && install -D --mode=0644 /etc/ssl/certs/ca-certificates.crt /image/etc/ssl/certs/ca-certificates.crt \

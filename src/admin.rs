@@ -178,6 +178,9 @@ pub struct StoryRequest {
 pub struct Story {
     pub events: Vec<EventRecord>,
     pub signatures: Vec<SignatureRecord>,
+    /// Accepted, and not tried yet.
+    #[serde(default)]
+    pub queued: Vec<PastView>,
 }
 
 /// The routes of the administrator's API.
@@ -215,6 +218,7 @@ async fn status(State(admin): State<Admin>) -> Result<Json<QueueStatus>, Problem
 
 async fn story(State(admin): State<Admin>, Query(request): Query<StoryRequest>) -> Result<Json<Story>, Problem> {
     const NEWEST: u32 = 20;
+    let queued = past::untried(&admin, &request).await?;
     let query = StoryQuery {
         registry: request.registry.clone(),
         repository: request.repository.clone(),
@@ -227,7 +231,7 @@ async fn story(State(admin): State<Admin>, Query(request): Query<StoryRequest>) 
         Some(digest) => admin.ledger.signatures(&request.registry, &request.repository, &digest).await.map_err(unavailable)?,
         None => vec![],
     };
-    Ok(Json(Story { events, signatures }))
+    Ok(Json(Story { events, signatures, queued }))
 }
 
 async fn sign(State(admin): State<Admin>, Json(request): Json<SignRequest>) -> Result<Json<SignAnswer>, Problem> {

@@ -1,5 +1,6 @@
 //! Keys that sign without leaving their KMS.
 
+mod alibaba;
 mod aws;
 mod create;
 mod environment;
@@ -7,6 +8,7 @@ mod error;
 mod exchange;
 mod file;
 mod public_key;
+mod refresh;
 mod uri;
 mod vault;
 
@@ -32,7 +34,8 @@ pub trait SigningKey: fmt::Debug + Send + Sync {
     /// The reference as configured, for logs and metrics: `awskms:///alias/release`. Never a secret.
     fn uri(&self) -> &KeyUri;
 
-    /// What the KMS itself called the key when it was opened, for the ledger: on AWS its ARN, in Vault its path and version. An alias says nothing about old
+    /// What the KMS itself called the key when it was opened, for the ledger: on AWS its ARN, on Alibaba
+    /// Cloud its ARN and version, in Vault its path and version. An alias says nothing about old
     /// signatures once it has been moved; this does.
     fn resolved(&self) -> &str;
 
@@ -60,6 +63,7 @@ pub async fn open_in(
     match uri {
         KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path)?)),
         KeyUri::AwsKms { .. } => Ok(Arc::new(aws::AwsKey::open(uri, clock, environment).await?)),
+        KeyUri::AlibabaKms { .. } => Ok(Arc::new(alibaba::AlibabaKey::open(uri, clock, environment).await?)),
         KeyUri::Vault(_) => Ok(Arc::new(vault::VaultKey::open(uri, login, environment).await?)),
     }
 }

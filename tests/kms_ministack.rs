@@ -1,7 +1,13 @@
 //! AWS KMS keys against ministack, which checks the signature of every request and answers as AWS does.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use countersign::{
     clock::Clock,
     kms::{self, Algorithm, Environment, Error, KeyUri, SigningKey},
@@ -123,6 +129,92 @@ async fn who_may_not_sign_is_told_so() {
     let unknown = Credentials { access_key_id: "AKIAUNKNOWN000000000".into(), ..signer };
     let error = open(&kms, "alias/release", &unknown).await.unwrap_err();
     assert!(matches!(error, Error::Credentials { .. }) && error.to_string().contains("does not know"), "{error}");
+}
+
+/// A profile that takes a role with a user's keys, for as long as is said.
+fn profile(folder: &Path, role: &str, who: &Credentials, seconds: u32) -> (String, String) {
+    let (config, credentials) = (folder.join("config"), folder.join("credentials"));
+    let role = format!(
+        "[profile signer]\nregion = {REGION}\nrole_arn = {role}\nsource_profile = base\nexternal_id = images\nduration_seconds = {seconds}\n"
+    );
+    let keys = format!("[base]\naws_access_key_id = {}\naws_secret_access_key = {}\n", who.access_key_id, who.secret_access_key);
+    fs::write(&config, role).unwrap();
+    fs::write(&credentials, keys).unwrap();
+    (config.to_str().unwrap().to_owned(), credentials.to_str().unwrap().to_owned())
+}
+
+#[tokio::test]
+async fn a_role_is_taken_from_sts_by_a_profile_and_signs_on_after_its_credentials_ended() {
+    let kms = ministack().await;
+    kms.key("ECC_NIST_P256", "release").await.unwrap();
+    let who = kms.user("base", &["sts:AssumeRole"]).await.unwrap();
+    let trust = json!({
+        "Effect": "Allow", "Principal": {"AWS": "arn:aws:iam::000000000000:user/base"}, "Action": "sts:AssumeRole",
+        "Condition": {"StringEquals": {"sts:ExternalId": "images"}},
+    });
+    let role = kms.role("signer", &trust, &ALL).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("http://{}", kms.host());
+    let (config, credentials) = profile(folder.path(), &role, &who, 2);
+    let with = |profile| {
+        Environment::of([
+            ("AWS_CONFIG_FILE", &config),
+            ("AWS_SHARED_CREDENTIALS_FILE", &credentials),
+            ("AWS_PROFILE", profile),
+            ("AWS_ENDPOINT_URL_STS", &url),
+        ])
+    };
+    let uri = uri(&kms, "alias/release");
+    let error = kms::open_in(&uri, None, Clock::system(), &with("base")).await.unwrap_err();
+    assert!(matches!(error, Error::Denied { .. }), "the user itself may not: {error}");
+    let key = kms::open_in(&uri, None, Clock::system(), &with("signer")).await.unwrap();
+    // Credentials of two seconds, and ministack refuses those that ended.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(5) {
+        key.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
+    }
+
+    let (_, _) = profile(folder.path(), "arn:aws:iam::000000000000:role/nobody", &who, 900);
+    let error = kms::open_in(&uri, None, Clock::system(), &with("signer")).await.unwrap_err();
+    assert!(matches!(error, Error::Credentials { .. }) && error.to_string().contains("AccessDenied"), "{error}");
+    let mistyped = Credentials { secret_access_key: "mistyped".into(), ..who };
+    let (_, _) = profile(folder.path(), &role, &mistyped, 900);
+    let error = kms::open_in(&uri, None, Clock::system(), &with("signer")).await.unwrap_err();
+    assert!(matches!(error, Error::Credentials { .. }) && error.to_string().contains("STS at"), "{error}");
+    assert!(!format!("{error:?}").contains("mistyped"));
+}
+
+#[tokio::test]
+async fn a_pods_web_identity_is_exchanged_for_its_role() {
+    let kms = ministack().await;
+    kms.key("ECC_NIST_P256", "release").await.unwrap();
+    let provider = "oidc.eks.us-east-1.amazonaws.com/id/C1";
+    let trust = json!({
+        "Effect": "Allow", "Principal": {"Federated": format!("arn:aws:iam::000000000000:oidc-provider/{provider}")},
+        "Action": "sts:AssumeRoleWithWebIdentity",
+        "Condition": {"StringEquals": {format!("{provider}:sub"): "system:serviceaccount:countersign:countersign"}},
+    });
+    let role = kms.role("pod", &trust, &ALL).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("token");
+    let url = format!("http://{}", kms.host());
+    let environment = Environment::of([
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", file.to_str().unwrap()),
+        ("AWS_ROLE_ARN", &role),
+        ("AWS_ENDPOINT_URL_STS", &url),
+    ]);
+    let write = |subject: &str| {
+        let part = |value: serde_json::Value| BASE64_URL_SAFE_NO_PAD.encode(value.to_string());
+        let claims = json!({"iss": format!("https://{provider}"), "sub": subject, "aud": "sts.amazonaws.com"});
+        fs::write(&file, format!("{}.{}.c2ln", part(json!({"alg": "RS256"})), part(claims))).unwrap();
+    };
+    write("system:serviceaccount:countersign:countersign");
+    let uri = uri(&kms, "alias/release");
+    let key = kms::open_in(&uri, None, Clock::system(), &environment).await.unwrap();
+    key.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
+    write("system:serviceaccount:elsewhere:other");
+    let error = kms::open_in(&uri, None, Clock::system(), &environment).await.unwrap_err();
+    assert!(matches!(error, Error::Credentials { .. }) && error.to_string().contains("AccessDenied"), "{error}");
 }
 
 #[tokio::test]

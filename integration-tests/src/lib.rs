@@ -4,12 +4,14 @@
 //! - [`registry`] starts Debian's docker-registry and talks to it; [`image`] builds what is pushed there.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`verifier`] asks the judges, stock cosign and stock skopeo; [`signature`] reads what is stored, and counts.
-//! - [`postgres`] is a database server; [`ministack`] and [`openbao`] are KMSs that check their callers.
-//! - [`proxy`] makes a network that is slow or broken; [`recorder`] keeps what was said.
+//! - [`postgres`] is a database server; [`openbao`] is OpenBao, with Transit keys, policies and logins.
+//! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers, and [`alibaba`] a fake of Alibaba Cloud's that does; [`proxy`]
+//!   makes a network that is slow or broken; [`recorder`] keeps what was said.
 //!
 //! Whatever a test started is killed and reaped when the test lets go of it, and its log is printed then: `cargo test` shows
 //! that for tests that fail. `make tools` installs what is run here.
 
+pub mod alibaba;
 pub mod daemon;
 pub mod house;
 pub mod image;

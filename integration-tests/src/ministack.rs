@@ -66,6 +66,19 @@ impl Ministack {
         Ok(Credentials { access_key_id: element("AccessKeyId")?, secret_access_key: element("SecretAccessKey")? })
     }
 
+    /// A new role that may do these actions on every key, for whom the statement of its trust policy lets take it; returns its ARN.
+    pub async fn role(&self, name: &str, trust: &Value, actions: &[&str]) -> Result<String> {
+        let trust = json!({"Version": "2012-10-17", "Statement": [trust]}).to_string();
+        let create = [("Action", "CreateRole"), ("RoleName", name), ("AssumeRolePolicyDocument", trust.as_str())];
+        self.iam(&create).await?;
+        let policy = json!({"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": actions, "Resource": "*"}]});
+        let policy = policy.to_string();
+        let attach =
+            [("Action", "PutRolePolicy"), ("RoleName", name), ("PolicyName", "all"), ("PolicyDocument", policy.as_str())];
+        self.iam(&attach).await?;
+        Ok(format!("arn:aws:iam::000000000000:role/{name}"))
+    }
+
     /// A new signing key (`RSA_2048`, `ECC_NIST_P256`) with an alias; returns its id.
     pub async fn key(&self, spec: &str, alias: &str) -> Result<String> {
         let answer = self.kms("CreateKey", &json!({"KeySpec": spec, "KeyUsage": "SIGN_VERIFY"})).await?;

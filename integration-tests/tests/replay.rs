@@ -88,7 +88,7 @@ async fn dead_letters_are_replayed_by_filter_at_the_rate_and_until_ctrl_c() -> R
     let house = House::start_quiet(None).await?;
     // No events: each is a dead letter at once, and again when it is replayed.
     for number in 0..30 {
-        let response = reqwest_event(&house, &format!("no event {number}")).await?;
+        let response = send(&house, &format!("no event {number}")).await?;
         ensure!(response == 202, "{response}");
     }
     house.wait_settled(30, LIMIT).await?;
@@ -113,20 +113,7 @@ async fn dead_letters_are_replayed_by_filter_at_the_rate_and_until_ctrl_c() -> R
     assert!(began.elapsed() >= Duration::from_millis(1200), "{:?}", began.elapsed());
     house.wait_settled(30, LIMIT).await?;
 
-    let mut slow = Command::new(integration_tests::daemon::binary()?);
-    slow.args(["queue", "replay", "--all", "--rate", "60/m", "--config"]).arg(house.config_path());
-    let child = slow.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn()?;
-    let pid = Pid::from_raw(i32::try_from(child.id().expect("it runs"))?).expect("a pid");
-    // Two have been handled again: it is in the midst of it.
-    eventually("some to be replayed", LIMIT, || async {
-        let handled = house.daemon.metrics().await?.count("countersign_event_handling_seconds_count", &[]);
-        Ok((handled >= 30 + 30 + 2).then_some(()))
-    })
-    .await?;
-    kill_process(pid, Signal::INT)?;
-    let output = child.wait_with_output().await?;
-    let said = String::from_utf8(output.stdout)?;
-    assert_eq!(output.status.code(), Some(1), "{said}");
+    let said = interrupted(&house, &["queue", "replay", "--all", "--rate", "60/m"], 30 + 30 + 2).await?;
     assert!(said.contains("to go: the same command goes on with them"), "{said}");
     house.wait_settled(30, LIMIT).await?;
 
@@ -163,6 +150,41 @@ async fn what_cannot_be_meant_is_wrong_usage() -> Result<()> {
     Ok(())
 }
 
-async fn reqwest_event(house: &House, body: &str) -> Result<u16> {
+#[tokio::test]
+async fn replaying_the_past_stops_at_ctrl_c_and_says_how_to_go_on() -> Result<()> {
+    let house = House::start_quiet(None).await?;
+    for number in 0..10 {
+        let digest = Image::oci(&format!("never pushed {number}"))?.manifest.digest;
+        let status = house.notify(Some(TOKEN), &House::event(&house.registry.host(), "team/app", Some("1.0"), &digest)).await?;
+        ensure!(status == 202, "{status}");
+    }
+    house.wait_settled(10, LIMIT).await?;
+    let handled = house.daemon.metrics().await?.count("countersign_event_handling_seconds_count", &[]);
+    let replay = ["queue", "replay", "--since", "2026-01-01", "--repository", "team/**", "--rate", "60/m"];
+    let said = interrupted(&house, &replay, handled + 2).await?;
+    assert!(said.contains("stopped: go on with `countersign queue replay --since 20"), "{said}");
+    assert!(said.contains("Z --until 20") && said.contains("--repository 'team/**' --rate '60/m'`"), "{said}");
+    Ok(())
+}
+
+/// What a command says that gets a Ctrl-C once the daemon has handled so many events.
+async fn interrupted(house: &House, arguments: &[&str], handled: u64) -> Result<String> {
+    let mut command = Command::new(integration_tests::daemon::binary()?);
+    command.args(arguments).arg("--config").arg(house.config_path());
+    let child = command.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn()?;
+    let pid = Pid::from_raw(i32::try_from(child.id().expect("it runs"))?).expect("a pid");
+    eventually("some to be replayed", LIMIT, || async {
+        let so_far = house.daemon.metrics().await?.count("countersign_event_handling_seconds_count", &[]);
+        Ok((so_far >= handled).then_some(()))
+    })
+    .await?;
+    kill_process(pid, Signal::INT)?;
+    let output = child.wait_with_output().await?;
+    let said = String::from_utf8(output.stdout)?;
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    Ok(said)
+}
+
+async fn send(house: &House, body: &str) -> Result<u16> {
     Ok(house.notify(Some(TOKEN), &Value::String(body.into())).await?.as_u16())
 }

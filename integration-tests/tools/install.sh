@@ -8,6 +8,8 @@ set -euo pipefail
 MINISTACK=1.5.33
 OPENBAO=2.7.2
 HADOLINT=2.15.1
+# AWS's own signer, which ours is held against; it lives beside ministack.
+BOTOCORE=1.43.106
 CARGO_DENY=0.20.2
 CARGO_FUZZ=0.13.2
 
@@ -153,8 +155,9 @@ ministack() {
     say ministack "installing ministack $MINISTACK into its own Python environment"
     rm -rf "$tools/ministack"
     /usr/bin/python3 -m venv "$tools/ministack" || fail "python3 -m venv failed"
-    "$tools/ministack/bin/pip" install --quiet --disable-pip-version-check "ministack==$MINISTACK" cryptography ||
-        fail "pip cannot install ministack $MINISTACK"
+    "$tools/ministack/bin/pip" install --quiet --disable-pip-version-check "ministack==$MINISTACK" cryptography \
+        "botocore==$BOTOCORE" ||
+        fail "pip cannot install ministack $MINISTACK and botocore $BOTOCORE"
 }
 
 openbao() {
@@ -216,7 +219,7 @@ version_of() {
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
         postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
-        ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography; print("ministack", version("ministack"))' ;;
+        ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
         openbao) "$tools/bin/bao" version ;;
         containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
         cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;

@@ -91,6 +91,8 @@ pub struct Embedded {
 impl Embedded {
     /// Opens the queue in this folder, and makes both (the folder 0700, the files 0600) if they are not there.
     ///
+    /// A queue of an earlier version is brought up to this one.
+    ///
     /// Blocks for as long as recovering the last transactions takes, and counting the messages (0.1 s for a million).
     ///
     /// [`Error::InUse`]: another process has it, whose pid is named. [`Error::Unreadable`]: the file is no queue, or one of a

@@ -148,9 +148,9 @@ async fn drop_for_good(admin: Admin, id: String) -> Move {
 }
 
 /// All have come to their end: one that failed breaks off none of the others.
-fn gather(moves: Vec<Move>) -> Result<Json<Moved>, Problem> {
+fn gather(all: Vec<Move>) -> Result<Json<Moved>, Problem> {
     let mut moved = Moved::default();
-    for one in moves {
+    for one in all {
         match one? {
             (_, true) => moved.done += 1,
             (id, false) => moved.unknown.push(id),

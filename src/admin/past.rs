@@ -13,7 +13,7 @@ use queue::{Kept, Message};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Admin, ImageView,
+    Admin, ImageView, StoryRequest,
     select::{Filter, Selector},
     unavailable,
 };
@@ -81,6 +81,41 @@ pub(super) async fn replay(State(admin): State<Admin>, Json(query): Json<PastQue
     }
     admin.queue.push(messages).await.map_err(unavailable)?;
     Ok(Json(page))
+}
+
+/// The events of an image that were accepted and that nothing is on record of yet, oldest first: they wait in the queue, untried.
+/// Only as far as the past is kept, and of that the part in which the queued ones were pushed.
+pub(super) async fn untried(admin: &Admin, request: &StoryRequest) -> Result<Vec<PastView>, Problem> {
+    /// More would keep whoever asks waiting.
+    const MOST_PAGES: usize = 500;
+    let stats = admin.queue.stats().await.map_err(unavailable)?;
+    let Some(oldest) = stats.oldest else { return Ok(vec![]) };
+    let is_asked_for = |event: &PushEvent| {
+        event.registry == request.registry
+            && event.repository == request.repository
+            && match (&request.tag, &request.digest) {
+                (None, None) => true,
+                (tag, digest) => {
+                    (tag.is_some() && event.tag == *tag) || digest.as_ref().is_some_and(|digest| event.digest == *digest)
+                }
+            }
+    };
+    let (mut found, mut after) = (vec![], None::<String>);
+    for _ in 0..MOST_PAGES {
+        let page = admin.queue.history(oldest, Timestamp::MAX, after.as_deref(), LARGEST_PAGE).await.map_err(unavailable)?;
+        let Some(last) = page.last() else { break };
+        after = Some(last.cursor.clone());
+        for Kept { message, pushed_at, .. } in page {
+            let event = (message.content_type == event::CONTENT_TYPE).then(|| PushEvent::from_cloud_event(&message.body).ok());
+            if let Some(event) = event.flatten().filter(is_asked_for) {
+                found.push(PastView { id: message.id, accepted_at: pushed_at, image: event.into(), replayed_as: None });
+            }
+        }
+    }
+    let ids = found.iter().map(|event| event.id.clone()).collect();
+    let on_record = admin.ledger.rule_outcomes(ids).await.map_err(unavailable)?;
+    found.retain(|event| !on_record.contains_key(&event.id));
+    Ok(found)
 }
 
 /// What is shown of the events, and as many messages.

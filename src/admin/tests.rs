@@ -191,3 +191,25 @@ async fn a_named_dead_letter_that_is_not_there_is_a_negative_answer() {
         assert_eq!(format!("{ended:?}"), format!("{:?}", std::process::ExitCode::from(code.parse::<u8>().unwrap())));
     }
 }
+
+#[tokio::test]
+async fn a_story_tells_of_what_is_queued_and_untried_and_of_that_only_what_is_asked_for() {
+    let house = House::new().await;
+    let pipeline = Arc::new(house.pipeline(vec![]));
+    let router = router(admin(&house, None));
+    let digest = house.image("told");
+    let id = house.push(Some("1.0"), &digest).await;
+    house.push(Some("2.0"), &house.image("another")).await;
+    let queued = |story: &Value| -> Vec<String> {
+        story["queued"].as_array().unwrap().iter().map(|event| event["id"].as_str().unwrap().to_owned()).collect()
+    };
+    let by_tag = format!("/api/v1/story?registry={NAME}&repository=team/app&tag=1.0");
+    assert_eq!(queued(&get(&router, &by_tag).await), [id.as_str()]);
+    assert_eq!(queued(&get(&router, &format!("/api/v1/story?registry={NAME}&repository=team/app&digest={digest}")).await), [id]);
+    assert_eq!(queued(&get(&router, &format!("/api/v1/story?registry={NAME}&repository=team/app")).await).len(), 2);
+    assert!(queued(&get(&router, &format!("/api/v1/story?registry={NAME}&repository=team/other")).await).is_empty());
+    house.settle(&pipeline).await;
+    let story = get(&router, &by_tag).await;
+    assert!(queued(&story).is_empty());
+    assert_eq!(story["events"].as_array().unwrap().len(), 1);
+}

@@ -151,7 +151,10 @@ fn render(explanation: &Explanation) -> String {
         text.push_str(&format!("\n  signatures of a witness cannot be told: {error}"));
     }
     text.push_str("\n\nevents, newest first");
-    if explanation.story.events.is_empty() {
+    for event in &explanation.story.queued {
+        text.push_str(&format!("\n  {} by {}: queued, not tried yet", event.accepted_at, event.image.source));
+    }
+    if explanation.story.events.is_empty() && explanation.story.queued.is_empty() {
         text.push_str(&format!("\n  none is on record ({} are queued in all)", explanation.queued_in_all));
     }
     for record in &explanation.story.events {

@@ -134,6 +134,7 @@ fn imagined() -> Outside {
             "short" => contents("hunter2\n"),
             "spaced" => contents("hunter2 is a password\n"),
             "binary" => Ok(Contents { bytes: vec![0xff; 40], world_readable: false }),
+            "ledger_url" => contents(&format!("postgres://countersign:{SECRET}@postgres/countersign?sslmode=disable\n")),
             _ => contents(&format!("{SECRET}\n")),
         }
     };

@@ -71,8 +71,9 @@ pub(crate) static TABLE: Table = Table {
             "key",
             Kind::Text(&KEY_URI),
             "\"awskms:///alias/image-signing?region=eu-west-1\"",
-            "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, hashivault://KEY or openbao://KEY for a Transit engine of Vault or \
-             OpenBao, or file:///path/key.pem for a key on this machine.",
+            "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, alibabakms://ENDPOINT/[INSTANCE]/KEY for Alibaba Cloud KMS, \
+             hashivault://KEY or openbao://KEY for a Transit engine of Vault or OpenBao, or file:///path/key.pem for a key on this \
+             machine.",
         ),
         Key::optional(
             "login",
@@ -101,7 +102,8 @@ pub(crate) static TABLE: Table = Table {
     ],
 };
 
-static KEY_URI: Grammar = Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms|hashivault|openbao)://") };
+static KEY_URI: Grammar =
+    Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms|alibabakms|hashivault|openbao)://") };
 
 static VERIFY: Table = Table {
     title: "`verify`",
@@ -155,8 +157,9 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
 }
 
 fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
-    const LATER: [&str; 4] = ["alibabakms", "gcpkms", "azurekms", "pkcs11"];
-    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION or hashivault://NAME";
+    const LATER: [&str; 3] = ["gcpkms", "azurekms", "pkcs11"];
+    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION, alibabakms://ENDPOINT//alias/NAME or \
+                            hashivault://NAME";
     let scheme = text.split(':').next().unwrap_or_default();
     if LATER.contains(&scheme) {
         return Err(Wrong::new(format!("keys in {scheme} are not in this version"), EXAMPLES));

@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
 use crate::clock::Clock;
 use client::{Client, Operation, Patience};
-pub(super) use place::{endpoint_url, is_region, region_of_arn};
+pub(super) use place::{endpoint_url, is_loopback, is_region, region_of_arn};
 
 /// An asymmetric signing key in AWS KMS (service model `TrentService`, version 2014-11-01).
 #[derive(Debug)]

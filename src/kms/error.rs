@@ -84,8 +84,8 @@ impl Classify for Error {
             Self::Throttled { retry_after, .. } => return Verdict::Retry { after: *retry_after, throttled: true },
             Self::Unreachable { .. } | Self::Transient { .. } => return Verdict::TRANSIENT,
             Self::Denied { .. } => {
-                "allow countersign's identity to sign with this key (on AWS: kms:Sign, kms:GetPublicKey and kms:DescribeKey; in a \
-                 Vault: as the message says), then replay"
+                "allow countersign's identity to sign with this key (on AWS: kms:Sign, kms:GetPublicKey and kms:DescribeKey; on Alibaba \
+                 Cloud: kms:AsymmetricSign, kms:GetPublicKey, kms:DescribeKey and kms:ListKeyVersions; in a Vault: as the message says), then replay"
             }
             Self::Credentials { .. } => "give countersign credentials that the KMS knows, then replay",
             Self::KeyUnusable { .. } => {

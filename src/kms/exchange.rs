@@ -1,8 +1,9 @@
-//! What providers share: one request and its answer, and text for people, all within bounds.
+//! What providers share: one request and its answer, and text for people, within bounds.
 
 use std::{error::Error as _, time::Duration};
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, StatusCode, header::DATE};
+use jiff::{Timestamp, fmt::rfc2822};
 use secrecy::zeroize::Zeroizing;
 
 /// An answer that came whole.
@@ -43,6 +44,17 @@ pub(super) async fn exchange(request: reqwest::RequestBuilder, most: usize) -> R
         body.extend_from_slice(&chunk);
     }
     Ok(Answer { status, headers, body })
+}
+
+impl Answer {
+    /// The time that the other side has (RFC 9110 section 6.6.1).
+    pub(super) fn date(&self) -> Option<Timestamp> {
+        rfc2822::DateTimeParser::new().parse_timestamp(self.headers.get(DATE)?).ok()
+    }
+
+    pub(super) fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap_or_default()
+    }
 }
 
 /// At most so many characters, none of which ends a line or moves a cursor.

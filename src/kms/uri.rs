@@ -15,6 +15,20 @@ pub enum KeyUri {
         key: String,
         region: Option<String>,
     },
+    /// `alibabakms://ENDPOINT/[INSTANCE]/KEY[/versions/VERSION][?ca=FILE&role=ARN]`, as the cosign plugin of that name has it; KEY is
+    /// an id, an ARN or `alias/NAME`.
+    AlibabaKms {
+        /// As in `AwsKms`: the shared gateway of a region, or the dedicated one of an instance.
+        endpoint: String,
+        instance: Option<String>,
+        key: String,
+        /// The newest when the key is opened, if absent.
+        version: Option<String>,
+        /// PEM file with the certificate of the dedicated gateway's own authority.
+        ca: Option<PathBuf>,
+        /// A RAM role to take with the credentials that the environment gives.
+        role: Option<String>,
+    },
     /// `hashivault://KEY` or `openbao://KEY`: a key in a Transit engine.
     Vault(VaultReference),
 }
@@ -24,7 +38,7 @@ pub enum KeyUri {
 pub enum UriError {
     #[error("{0:?} has no scheme: write file:///path/key.pem or awskms:///alias/NAME?region=REGION")]
     NoScheme(String),
-    #[error("{0:?} is no key provider: this version has file://, awskms://, hashivault:// and openbao://")]
+    #[error("{0:?} is no key provider: this version has file://, awskms://, alibabakms://, hashivault:// and openbao://")]
     UnknownScheme(String),
     #[error("{uri:?}: {what}")]
     Malformed { uri: String, what: &'static str },
@@ -50,6 +64,7 @@ impl FromStr for KeyUri {
                 Ok(Self::File(rest.into()))
             }
             "awskms" => aws_kms(rest).map_err(malformed),
+            "alibabakms" => alibaba_kms(rest).map_err(malformed),
             "hashivault" => VaultReference::hashivault(rest).map(Self::Vault).map_err(malformed),
             "openbao" => VaultReference::openbao(rest).map(Self::Vault).map_err(malformed),
             other => Err(UriError::UnknownScheme(other.to_owned())),
@@ -59,10 +74,8 @@ impl FromStr for KeyUri {
 
 fn aws_kms(rest: &str) -> Result<KeyUri, &'static str> {
     let (rest, query) = rest.split_once('?').map_or((rest, None), |(rest, query)| (rest, Some(query)));
-    let after_scheme = rest.find("://").map_or(0, |at| at + 3);
-    let slash = rest[after_scheme..].find('/').map(|at| after_scheme + at);
-    let slash = slash.ok_or("no key: awskms:///alias/NAME has three slashes when no endpoint is named")?;
-    let (endpoint, key) = (&rest[..slash], &rest[slash + 1..]);
+    let (endpoint, key) =
+        endpoint_and_rest(rest).ok_or("no key: awskms:///alias/NAME has three slashes when no endpoint is named")?;
     if key.is_empty() {
         return Err("no key after the endpoint: an id, an ARN or alias/NAME");
     }
@@ -90,6 +103,48 @@ fn aws_kms(rest: &str) -> Result<KeyUri, &'static str> {
     Ok(KeyUri::AwsKms { endpoint, key: key.to_owned(), region })
 }
 
+fn alibaba_kms(rest: &str) -> Result<KeyUri, &'static str> {
+    const FORM: &str =
+        "write alibabakms://ENDPOINT/INSTANCE/alias/NAME, or with two slashes after the endpoint if there is no instance";
+    let (rest, query) = rest.split_once('?').map_or((rest, None), |(rest, query)| (rest, Some(query)));
+    let (endpoint, rest) = endpoint_and_rest(rest).ok_or(FORM)?;
+    if endpoint.is_empty() {
+        return Err("no endpoint: kms.REGION.aliyuncs.com, or INSTANCE.cryptoservice.kms.aliyuncs.com");
+    }
+    aws::endpoint_url(endpoint)?;
+    let (instance, rest) = rest.split_once('/').ok_or(FORM)?;
+    let (key, version) = rest.split_once("/versions/").map_or((rest, None), |(key, version)| (key, Some(version)));
+    let is_plain = |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)) && text.len() <= 128;
+    if !is_plain(instance) {
+        return Err(FORM);
+    }
+    // What the interface allows in a KeyId: `acs:kms:REGION:ACCOUNT:key/ID` for another account's.
+    if key.is_empty() || key.len() > 512 || !key.bytes().all(|b| b.is_ascii_alphanumeric() || b"/_-:".contains(&b)) {
+        return Err("a key is an id, an ARN or alias/NAME, of letters, digits and / _ - :");
+    }
+    if version.is_some_and(|version| version.is_empty() || !is_plain(version)) {
+        return Err("a version is an id of letters, digits and -");
+    }
+    let (mut ca, mut role) = (None, None);
+    for pair in query.into_iter().flat_map(|query| query.split('&')) {
+        match pair.split_once('=') {
+            Some(("ca", path)) if path.starts_with('/') && ca.is_none() => ca = Some(path.into()),
+            Some(("role", arn)) if arn.starts_with("acs:ram::") && role.is_none() => role = Some(arn.to_owned()),
+            _ => return Err("the parameters are ca and role, each once: ?ca=/path/ca.pem&role=acs:ram::ACCOUNT:role/NAME"),
+        }
+    }
+    let instance = (!instance.is_empty()).then(|| instance.to_owned());
+    let (endpoint, key, version) = (endpoint.to_owned(), key.to_owned(), version.map(str::to_owned));
+    Ok(KeyUri::AlibabaKms { endpoint, instance, key, version, ca, role })
+}
+
+/// Apart at the first slash that is not in a scheme.
+fn endpoint_and_rest(text: &str) -> Option<(&str, &str)> {
+    let after_scheme = text.find("://").map_or(0, |at| at + 3);
+    let slash = after_scheme + text[after_scheme..].find('/')?;
+    Some((&text[..slash], &text[slash + 1..]))
+}
+
 impl fmt::Display for KeyUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -98,6 +153,14 @@ impl fmt::Display for KeyUri {
             Self::AwsKms { endpoint, key, region } => {
                 write!(f, "awskms://{}/{key}", endpoint.as_deref().unwrap_or_default())?;
                 region.as_ref().map_or(Ok(()), |region| write!(f, "?region={region}"))
+            }
+            Self::AlibabaKms { endpoint, instance, key, version, ca, role } => {
+                write!(f, "alibabakms://{endpoint}/{}/{key}", instance.as_deref().unwrap_or_default())?;
+                version.as_ref().map_or(Ok(()), |version| write!(f, "/versions/{version}"))?;
+                let ca = ca.as_ref().map(|ca| format!("ca={}", ca.display()));
+                let role = role.as_ref().map(|role| format!("role={role}"));
+                let query: Vec<_> = [ca, role].into_iter().flatten().collect();
+                if query.is_empty() { Ok(()) } else { write!(f, "?{}", query.join("&")) }
             }
         }
     }
@@ -130,6 +193,52 @@ mod tests {
             assert_eq!(uri.to_string(), text);
         }
         assert_eq!("file:///a/key.pem".parse(), Ok(KeyUri::File("/a/key.pem".into())));
+    }
+
+    #[test]
+    fn alibaba_references_are_read_as_cosigns_plugin_has_them() {
+        let read = |text: &str| {
+            let uri: KeyUri = text.parse().unwrap();
+            assert_eq!(uri.to_string(), text);
+            let KeyUri::AlibabaKms { endpoint, instance, key, version, ca, role } = uri else { panic!("{text}") };
+            (
+                endpoint,
+                instance.unwrap_or_default(),
+                key,
+                version.unwrap_or_default(),
+                ca.unwrap_or_default(),
+                role.unwrap_or_default(),
+            )
+        };
+        let (shared, own) = ("kms.cn-hangzhou.aliyuncs.com", "kst-hzz1.cryptoservice.kms.aliyuncs.com");
+        for (text, endpoint, instance, key, version) in [
+            (format!("alibabakms://{shared}//alias/a/b"), shared, "", "alias/a/b", ""),
+            (format!("alibabakms://{shared}/kst-1/key-hzz1"), shared, "kst-1", "key-hzz1", ""),
+            (format!("alibabakms://{shared}//key-hzz1/versions/2ab1-77"), shared, "", "key-hzz1", "2ab1-77"),
+            (format!("alibabakms://{own}/kst-hzz1/alias/a/versions/v1"), own, "kst-hzz1", "alias/a", "v1"),
+            (format!("alibabakms://{shared}//acs:kms:cn-hangzhou:1:key/k"), shared, "", "acs:kms:cn-hangzhou:1:key/k", ""),
+        ] {
+            let expected =
+                (endpoint.to_owned(), instance.to_owned(), key.to_owned(), version.to_owned(), PathBuf::new(), String::new());
+            assert_eq!(read(&text), expected);
+        }
+        let (.., ca, role) = read("alibabakms://kms.cn-hangzhou.aliyuncs.com//k?ca=/a/ca.pem&role=acs:ram::1:role/signer");
+        assert_eq!((ca, role.as_str()), ("/a/ca.pem".into(), "acs:ram::1:role/signer"));
+        for (text, part) in [
+            ("alibabakms:////k", "no endpoint"),
+            ("alibabakms://kms.cn-hangzhou.aliyuncs.com", "two slashes"),
+            ("alibabakms://kms.cn-hangzhou.aliyuncs.com/k", "two slashes"),
+            ("alibabakms://kms.cn-hangzhou.aliyuncs.com//", "a key is"),
+            ("alibabakms://kms.cn-hangzhou.aliyuncs.com//k/versions/", "a version is"),
+            ("alibabakms://kms.cn-hangzhou.aliyuncs.com//k/versions/a/b", "a version is"),
+            ("alibabakms://kms.cn-hangzhou.aliyuncs.com//k?ca=ca.pem", "?ca="),
+            ("alibabakms://kms.cn-hangzhou.aliyuncs.com//k?token=hunter2", "?ca="),
+            ("alibabakms://http://kms.cn-hangzhou.aliyuncs.com//k", "plain http"),
+            ("alibabakms://me:x@kms.cn-hangzhou.aliyuncs.com//k", "password"),
+        ] {
+            let error = text.parse::<KeyUri>().unwrap_err().to_string();
+            assert!(error.contains(part), "{text}: {error:?} does not say {part:?}");
+        }
     }
 
     #[test]

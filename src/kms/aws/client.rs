@@ -8,20 +8,22 @@ use std::{
 
 use aws_credential_types::Credentials;
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode, header::DATE};
+use http::{
+    HeaderMap, StatusCode,
+    header::{CONTENT_TYPE, DATE},
+};
 use jiff::{SignedDuration, Timestamp, fmt::rfc2822};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
-    Environment,
-    credentials::{CredentialsError, Provider},
+    credentials::Provider,
     fault::{Class, Fault},
     place::Place,
-    sigv4::signed_headers,
+    sigv4::{self, Scope},
 };
 use crate::{
     clock::Clock,
-    kms::{Error, KeyUri},
+    kms::{Environment, Error, KeyUri, refresh::CredentialsError},
 };
 
 /// Speaks to one KMS endpoint: awsJson 1.1 over HTTP, requests signed by Signature Version 4.
@@ -84,11 +86,13 @@ impl Client {
         if place.is_this_machine() {
             http = http.no_proxy();
         }
-        let http = http.build().map_err(|error| Error::Misconfigured {
+        let no_connection = |error: reqwest::Error| Error::Misconfigured {
             key: Arc::new(uri.clone()),
             what: format!("no connection to a KMS can be set up here: {error}"),
-        })?;
-        let credentials = Provider::new(environment.clone());
+        };
+        let http = http.build().map_err(no_connection)?;
+        let credentials =
+            Provider::new(environment.clone(), clock.clone(), &place.region, http.clone()).map_err(no_connection)?;
         Ok(Self { uri: Arc::new(uri.clone()), place, http, credentials, clock, ahead: AtomicI64::new(0) })
     }
 
@@ -109,7 +113,7 @@ impl Client {
     /// and after the time was set by the KMS's clock.
     pub(super) async fn call<A: DeserializeOwned>(&self, operation: Operation, request: &impl Serialize) -> Result<A, Failed> {
         let body = Bytes::from(serde_json::to_vec(request).expect("the requests are plain structs of texts"));
-        let no_credentials = |error: CredentialsError| Error::Credentials { key: self.uri(), what: error.to_string() };
+        let no_credentials = |error: CredentialsError| error.of_key(self.uri());
         let mut credentials = self.credentials.current().await.map_err(no_credentials)?;
         let (mut renewed, mut time_set) = (false, false);
         loop {
@@ -141,7 +145,9 @@ impl Client {
             Error::Unreachable { key: self.uri(), at, source: Box::new(error.without_url()) }
         };
         let url = self.place.endpoint.as_str();
-        let signed = signed_headers(credentials, &self.place.region, self.now(), url, operation.target(), &body);
+        let scope = Scope { service: "kms", region: &self.place.region };
+        let plain = [(CONTENT_TYPE.as_str(), sigv4::CONTENT), (sigv4::TARGET, operation.target())];
+        let signed = sigv4::signed_headers(credentials, scope, self.now(), url, &plain, &body);
         let headers = signed.map_err(|error| Error::Credentials {
             key: self.uri(),
             what: format!("a request cannot be signed with these credentials: {error}"),

@@ -1,69 +1,102 @@
+//! Who asks AWS: the chain of places that AWS's own SDKs look for credentials in, in their order.
+//! <https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html>
+
+mod container;
+mod imds;
+mod profile;
+mod sts;
+
 use std::{
     fmt,
-    fs::File,
-    io::{self, Read},
-    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
 use aws_credential_types::Credentials;
-use secrecy::zeroize::Zeroizing;
-use tokio::sync::Mutex;
+use jiff::Timestamp;
+use serde::Deserialize;
 
-use super::Environment;
+use crate::{
+    clock::Clock,
+    kms::{
+        Environment, exchange,
+        refresh::{CredentialsError, Expiring, Kept, Source, is_sendable},
+    },
+};
+pub(super) use profile::setting_of_profile;
+use profile::{Base, Plan};
+use sts::{Identity, Sts};
 
-/// Where the credentials come from: the environment, or else a profile's static ones in the shared files.
-/// They are read once, and again when the KMS no longer takes them.
-pub(super) struct Provider {
+/// The credentials that requests are signed with, fetched anew before they expire.
+pub(super) struct Provider(Kept<Chain>);
+
+/// The environment, the profile in the shared files, a web identity, the container's endpoint, the instance's.
+/// The first that is set up at all has to provide: one that is set up wrongly, or fails, is never passed over.
+struct Chain {
     environment: Environment,
-    /// Held while they are read anew, so that many callers whose credentials expired read them once.
-    held: Mutex<Option<Credentials>>,
+    clock: Clock,
+    /// For the region that is used where nothing else names one.
+    region: String,
+    /// To STS, and wherever else a certificate is shown.
+    outside: reqwest::Client,
+    /// To this machine and its neighbours, which no proxy reaches.
+    inside: reqwest::Client,
+    hosts: Hosts,
+    /// Whether instance metadata has given credentials before.
+    has_role: AtomicBool,
 }
 
-/// Why there are no credentials. Says where they were looked for, never what was found.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum CredentialsError {
-    #[error(
-        "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give profile {profile} an \
-         aws_access_key_id and aws_secret_access_key in {}",
-        file.display()
-    )]
-    None { profile: String, file: PathBuf },
-    #[error("{one} is set without {other}")]
-    Half { one: &'static str, other: &'static str },
-    #[error("{0} cannot be used yet: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN) instead")]
-    NotYet(String),
-    #[error("the AWS credentials hold characters that cannot be sent: {0}")]
-    Unsendable(&'static str),
-    #[error("{} cannot be read: {source}", file.display())]
-    Unreadable { file: PathBuf, source: io::Error },
+/// Addresses that AWS gave to every machine.
+#[derive(Debug, Clone)]
+struct Hosts {
+    container: String,
+    instance: String,
+}
+
+impl Default for Hosts {
+    fn default() -> Self {
+        Self { container: "http://169.254.170.2".to_owned(), instance: "http://169.254.169.254".to_owned() }
+    }
 }
 
 impl Provider {
-    pub(super) fn new(environment: Environment) -> Self {
-        Self { environment, held: Mutex::new(None) }
+    /// `region` is the key's; `http` is used for STS.
+    pub(super) fn new(
+        environment: Environment,
+        clock: Clock,
+        region: &str,
+        http: reqwest::Client,
+    ) -> Result<Self, reqwest::Error> {
+        Self::at(Hosts::default(), environment, clock, region, http)
+    }
+
+    fn at(
+        hosts: Hosts,
+        environment: Environment,
+        clock: Clock,
+        region: &str,
+        outside: reqwest::Client,
+    ) -> Result<Self, reqwest::Error> {
+        let inside = exchange::client(Duration::from_secs(1), Duration::from_secs(5)).no_proxy().build()?;
+        let chain = Chain {
+            environment,
+            clock: clock.clone(),
+            region: region.to_owned(),
+            outside,
+            inside,
+            hosts,
+            has_role: AtomicBool::new(false),
+        };
+        Ok(Self(Kept::new(chain, clock)))
     }
 
     pub(super) async fn current(&self) -> Result<Credentials, CredentialsError> {
-        let mut held = self.held.lock().await;
-        if let Some(credentials) = &*held {
-            return Ok(credentials.clone());
-        }
-        let credentials = read(&self.environment)?;
-        *held = Some(credentials.clone());
-        Ok(credentials)
+        self.0.current().await
     }
 
-    /// The credentials after the KMS refused these ones as expired or unknown: read anew, unless somebody else just did.
+    /// The credentials after the KMS refused these ones as expired or unknown: fetched anew, unless somebody else just did.
     pub(super) async fn renewed(&self, refused: &Credentials) -> Result<Credentials, CredentialsError> {
-        let mut held = self.held.lock().await;
-        if let Some(credentials) = &*held
-            && !same(credentials, refused)
-        {
-            return Ok(credentials.clone());
-        }
-        let credentials = read(&self.environment)?;
-        *held = Some(credentials.clone());
-        Ok(credentials)
+        self.0.renewed(refused).await
     }
 }
 
@@ -73,255 +106,157 @@ impl fmt::Debug for Provider {
     }
 }
 
-/// The region that the profile names, if it can be read at all.
-pub(super) fn region_of_profile(environment: &Environment) -> Option<String> {
-    let files = SharedFiles::of(environment);
-    let [credentials, config] = files.read().ok()?;
-    let found = files.value(&credentials, &config, "region")?;
-    Some(found.to_owned())
+impl Expiring for Credentials {
+    fn expires(&self) -> Option<Timestamp> {
+        Timestamp::try_from(self.expiry()?).ok()
+    }
 }
 
-fn same(one: &Credentials, other: &Credentials) -> bool {
-    one.access_key_id() == other.access_key_id()
-        && one.secret_access_key() == other.secret_access_key()
-        && one.session_token() == other.session_token()
+impl Source for Chain {
+    type Credentials = Credentials;
+    type Error = CredentialsError;
+
+    async fn fetch(&self) -> Result<Credentials, CredentialsError> {
+        let (source, credentials) = self.first().await?;
+        // Those in files and variables are read again and again, and last: nothing to tell.
+        if let Some(expires) = credentials.expires() {
+            tracing::info!(source, %expires, "AWS credentials fetched");
+        }
+        Ok(credentials)
+    }
 }
 
-fn read(environment: &Environment) -> Result<Credentials, CredentialsError> {
+impl Chain {
+    async fn first(&self) -> Result<(&'static str, Credentials), CredentialsError> {
+        if let Some(credentials) = of_environment(&self.environment)? {
+            return Ok(("environment", credentials));
+        }
+        if let Some(plan) = profile::plan(&self.environment)? {
+            return Ok(("profile", self.follow(plan).await?));
+        }
+        if let Some(identity) = web_identity(&self.environment)? {
+            return Ok(("web identity", self.sts()?.with_token(&identity).await?));
+        }
+        if let Some(credentials) = self.of_container().await? {
+            return Ok(("container", credentials));
+        }
+        // Asked without being told to, so most often nobody is there.
+        match self.of_instance().await {
+            Ok(Some(credentials)) => {
+                self.has_role.store(true, Ordering::Relaxed);
+                Ok(("instance metadata", credentials))
+            }
+            Ok(None) => Err(profile::nothing_found(&self.environment, "instance metadata is switched off here")),
+            Err(error @ (CredentialsError::Unanswered { .. } | CredentialsError::Refused { .. }))
+                if !self.has_role.load(Ordering::Relaxed) =>
+            {
+                Err(profile::nothing_found(&self.environment, &error.to_string()))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes what the profile starts from, and then one role after another.
+    async fn follow(&self, plan: Plan) -> Result<Credentials, CredentialsError> {
+        let missing = |what: &str| CredentialsError::Wrong(format!("profile {} has {what}", plan.profile));
+        let mut credentials = match &plan.base {
+            Base::Keys(credentials) => credentials.clone(),
+            Base::WebIdentity(identity) => self.sts()?.with_token(identity).await?,
+            Base::Environment => of_environment(&self.environment)?
+                .ok_or_else(|| missing("credential_source = Environment, and AWS_ACCESS_KEY_ID is not set"))?,
+            Base::Container => self.of_container().await?.ok_or_else(|| {
+                missing("credential_source = EcsContainer, and AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and …_FULL_URI are not set")
+            })?,
+            Base::Instance => self
+                .of_instance()
+                .await?
+                .ok_or_else(|| missing("credential_source = Ec2InstanceMetadata, and AWS_EC2_METADATA_DISABLED is set"))?,
+        };
+        for role in &plan.roles {
+            credentials = self.sts()?.assume(role, &credentials).await?;
+        }
+        Ok(credentials)
+    }
+
+    fn sts(&self) -> Result<Sts<'_>, CredentialsError> {
+        Sts::of(&self.environment, &self.region, &self.outside, &self.clock)
+    }
+}
+
+fn of_environment(environment: &Environment) -> Result<Option<Credentials>, CredentialsError> {
     const ID: &str = "AWS_ACCESS_KEY_ID";
     const SECRET: &str = "AWS_SECRET_ACCESS_KEY";
     match (environment.get(ID), environment.get(SECRET)) {
         (Some(id), Some(secret)) => {
             let token = environment.get("AWS_SESSION_TOKEN");
-            return checked(&id, &secret, token.as_deref(), "environment");
+            checked("the environment", &id, &secret, token.as_deref(), None).map(Some)
         }
-        (Some(_), None) => return Err(CredentialsError::Half { one: ID, other: SECRET }),
-        (None, Some(_)) => return Err(CredentialsError::Half { one: SECRET, other: ID }),
-        (None, None) => {}
+        (Some(_), None) => Err(CredentialsError::Half { one: ID, other: SECRET }),
+        (None, Some(_)) => Err(CredentialsError::Half { one: SECRET, other: ID }),
+        (None, None) => Ok(None),
     }
-
-    let files = SharedFiles::of(environment);
-    let [credentials, config] = files.read()?;
-    let value = |name| files.value(&credentials, &config, name);
-    match (value("aws_access_key_id"), value("aws_secret_access_key")) {
-        (Some(id), Some(secret)) => return checked(id, secret, value("aws_session_token"), "profile"),
-        (Some(_), None) => return Err(CredentialsError::Half { one: "aws_access_key_id", other: "aws_secret_access_key" }),
-        (None, Some(_)) => return Err(CredentialsError::Half { one: "aws_secret_access_key", other: "aws_access_key_id" }),
-        (None, None) => {}
-    }
-    // What AWS's own tools would go on to: said rather than passed over.
-    for name in ["role_arn", "credential_process", "sso_session", "sso_account_id", "web_identity_token_file"] {
-        if value(name).is_some() {
-            return Err(CredentialsError::NotYet(format!("{name} of profile {}", files.profile)));
-        }
-    }
-    for name in ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"] {
-        if environment.get(name).is_some() {
-            return Err(CredentialsError::NotYet(name.to_owned()));
-        }
-    }
-    Err(CredentialsError::None { profile: files.profile, file: files.credentials })
 }
 
-fn checked(id: &str, secret: &str, token: Option<&str>, source: &'static str) -> Result<Credentials, CredentialsError> {
-    let sendable = |text: &str| text.bytes().all(|b| b.is_ascii_graphic());
-    let (id, secret, token) = (id.trim(), secret.trim(), token.map(str::trim));
-    if id.is_empty() || !sendable(id) || id.contains(['/', ',']) {
-        return Err(CredentialsError::Unsendable("the access key id"));
-    }
-    if token.is_some_and(|token| !sendable(token)) {
-        return Err(CredentialsError::Unsendable("the session token"));
-    }
-    Ok(Credentials::new(id, secret, token.map(str::to_owned), None, source))
+/// As EKS gives it to a pod whose service account has a role (IRSA).
+fn web_identity(environment: &Environment) -> Result<Option<Identity>, CredentialsError> {
+    const FILE: &str = "AWS_WEB_IDENTITY_TOKEN_FILE";
+    const ROLE: &str = "AWS_ROLE_ARN";
+    // A role alone is nothing yet: other programs' settings have it, too.
+    let Some(token_file) = environment.get(FILE) else { return Ok(None) };
+    let role = environment.get(ROLE).ok_or(CredentialsError::Half { one: FILE, other: ROLE })?;
+    Ok(Some(Identity { role, session: environment.get("AWS_ROLE_SESSION_NAME"), token_file: token_file.into() }))
 }
 
-/// AWS's files of credentials and settings, and the profile in them that counts.
-struct SharedFiles {
-    profile: String,
-    credentials: PathBuf,
-    config: PathBuf,
+/// Credentials of which every part can stand in a header.
+fn checked(
+    from: &str,
+    id: &str,
+    secret: &str,
+    token: Option<&str>,
+    expires: Option<Timestamp>,
+) -> Result<Credentials, CredentialsError> {
+    let unsendable = |what| Err(CredentialsError::Unsendable { from: from.to_owned(), what });
+    let (id, secret, token) = (id.trim(), secret.trim(), token.map(str::trim).filter(|token| !token.is_empty()));
+    if !is_sendable(id) || id.contains(['/', ',']) {
+        return unsendable("the access key id");
+    }
+    if secret.is_empty() {
+        return unsendable("the secret access key");
+    }
+    if token.is_some_and(|token| !is_sendable(token)) {
+        return unsendable("the session token");
+    }
+    Ok(Credentials::new(id, secret, token.map(str::to_owned), expires.map(Into::into), "countersign"))
 }
 
-type Text = Zeroizing<String>;
+/// What container and instance endpoints answer.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Document {
+    code: Option<String>,
+    access_key_id: Option<String>,
+    secret_access_key: Option<String>,
+    token: Option<String>,
+    expiration: Option<Timestamp>,
+}
 
-const LARGEST_FILE: u64 = 1024 * 1024;
-
-impl SharedFiles {
-    fn of(environment: &Environment) -> Self {
-        let home = PathBuf::from(environment.get("HOME").unwrap_or_default());
-        let path = |variable, name: &str| environment.get(variable).map_or_else(|| home.join(".aws").join(name), PathBuf::from);
-        Self {
-            profile: environment.get("AWS_PROFILE").unwrap_or_else(|| "default".to_owned()),
-            credentials: path("AWS_SHARED_CREDENTIALS_FILE", "credentials"),
-            config: path("AWS_CONFIG_FILE", "config"),
+impl Document {
+    fn read(from: &str, answer: &exchange::Answer) -> Result<Credentials, CredentialsError> {
+        let bad = |what: &str| CredentialsError::BadAnswer { from: from.to_owned(), what: what.to_owned() };
+        // Not serde's own message, which can repeat what the answer held.
+        let document: Self = serde_json::from_slice(&answer.body).map_err(|_| bad("what came is not the JSON of credentials"))?;
+        if let Some(code) = document.code.filter(|code| code != "Success") {
+            let what = format!("it has no credentials: {}", exchange::one_line(&code, 64));
+            return Err(CredentialsError::Refused { from: from.to_owned(), what });
         }
-    }
-
-    /// The texts of both; one that is not there is empty.
-    fn read(&self) -> Result<[Text; 2], CredentialsError> {
-        let read = |path: &PathBuf| {
-            let mut text = Text::default();
-            match File::open(path).and_then(|file| file.take(LARGEST_FILE).read_to_string(&mut text)) {
-                Ok(_) => Ok(text),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Text::default()),
-                Err(source) => Err(CredentialsError::Unreadable { file: path.clone(), source }),
-            }
+        let (Some(id), Some(secret)) = (&document.access_key_id, &document.secret_access_key) else {
+            return Err(bad("credentials without AccessKeyId or SecretAccessKey came"));
         };
-        Ok([read(&self.credentials)?, read(&self.config)?])
+        checked(from, id, secret, document.token.as_deref(), document.expiration)
     }
-
-    /// A setting of the profile: as the credentials file has it, or else the config file.
-    fn value<'a>(&self, credentials: &'a Text, config: &'a Text, name: &str) -> Option<&'a str> {
-        setting(credentials, name, |section| section == self.profile).or_else(|| {
-            setting(config, name, |section| {
-                let named = section.strip_prefix("profile").filter(|rest| rest.starts_with([' ', '\t'])).map(str::trim);
-                named.map_or(section == "default" && self.profile == "default", |named| named == self.profile)
-            })
-        })
-    }
-}
-
-/// Looks a setting up in AWS's kind of INI file (AWS SDKs and Tools Reference Guide, "Shared config and credentials files").
-fn setting<'a>(text: &'a str, name: &str, is_section: impl Fn(&str) -> bool) -> Option<&'a str> {
-    let mut inside = false;
-    let mut found = None;
-    for line in text.lines() {
-        // An indented line belongs to a nested setting, such as those of S3.
-        if line.starts_with([' ', '\t', '#', ';']) {
-            continue;
-        }
-        if let Some(section) = line.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-            inside = is_section(section.0.trim());
-        } else if inside
-            && let Some((key, value)) = line.split_once('=')
-            && key.trim().eq_ignore_ascii_case(name)
-        {
-            let comment = [" #", " ;", "\t#", "\t;"].into_iter().filter_map(|mark| value.find(mark)).min();
-            let value = comment.map_or(value, |at| &value[..at]).trim();
-            found = (!value.is_empty()).then_some(value);
-        }
-    }
-    found
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use super::*;
-
-    fn found<const N: usize>(variables: [(&str, &str); N]) -> Result<(String, String, Option<String>), String> {
-        let credentials = read(&Environment::of(variables)).map_err(|error| error.to_string())?;
-        let token = credentials.session_token().map(str::to_owned);
-        Ok((credentials.access_key_id().to_owned(), credentials.secret_access_key().to_owned(), token))
-    }
-
-    fn keys(id: &str, secret: &str, token: Option<&str>) -> (String, String, Option<String>) {
-        (id.to_owned(), secret.to_owned(), token.map(str::to_owned))
-    }
-
-    const CREDENTIALS: &str = "\
-# the shared file
-[default]
-aws_access_key_id = AKIADEFAULT
-aws_secret_access_key=se/cr+et== # ours
-s3 =
-  aws_access_key_id = nested
-
-[prod]
-aws_access_key_id\t=\tAKIAPROD
-aws_secret_access_key = prod/secret
-aws_session_token = token==
-[half]
-aws_access_key_id = AKIAHALF
-";
-    const CONFIG: &str = "\
-[default]
-region = eu-west-1
-[profile prod]
-region = sa-east-1
-aws_access_key_id = overridden
-[profile role]
-role_arn = arn:aws:iam::111122223333:role/signer
-source_profile = default
-[profile elsewhere]
-aws_access_key_id = AKIACONFIG
-aws_secret_access_key = config/secret
-[prod2]
-region = nowhere
-";
-
-    #[test]
-    fn the_environment_comes_first() {
-        let variables = [("AWS_ACCESS_KEY_ID", "AKIA"), ("AWS_SECRET_ACCESS_KEY", "secret\n"), ("AWS_SESSION_TOKEN", "token")];
-        assert_eq!(found(variables).unwrap(), keys("AKIA", "secret", Some("token")));
-        let error = found([("AWS_ACCESS_KEY_ID", "AKIA")]).unwrap_err();
-        assert!(error.contains("AWS_SECRET_ACCESS_KEY") && !error.contains("AKIA,"), "{error}");
-    }
-
-    #[test]
-    fn profiles_are_read_from_both_files() {
-        let folder = tempfile::tempdir().unwrap();
-        fs::create_dir(folder.path().join(".aws")).unwrap();
-        fs::write(folder.path().join(".aws/credentials"), CREDENTIALS).unwrap();
-        fs::write(folder.path().join(".aws/config"), CONFIG).unwrap();
-        let home = folder.path().to_str().unwrap();
-        let with = |profile: &str| found([("HOME", home), ("AWS_PROFILE", profile)]);
-        assert_eq!(found([("HOME", home)]).unwrap(), keys("AKIADEFAULT", "se/cr+et==", None));
-        assert_eq!(with("prod").unwrap(), keys("AKIAPROD", "prod/secret", Some("token==")));
-        assert_eq!(with("elsewhere").unwrap(), keys("AKIACONFIG", "config/secret", None));
-        for (profile, part) in [
-            ("half", "without aws_secret_access_key"),
-            ("role", "role_arn of profile role cannot be used yet"),
-            ("nobody", "profile nobody"),
-        ] {
-            let error = with(profile).unwrap_err();
-            assert!(error.contains(part), "{error:?} does not say {part:?}");
-        }
-        let region = |profile: &str| region_of_profile(&Environment::of([("HOME", home), ("AWS_PROFILE", profile)]));
-        assert_eq!(region("prod").as_deref(), Some("sa-east-1"));
-        assert_eq!(region("default").as_deref(), Some("eu-west-1"));
-        assert_eq!(region("prod2"), None);
-        let moved = folder.path().join("moved");
-        fs::write(&moved, "[default]\naws_access_key_id=AKIAMOVED\naws_secret_access_key=s\n").unwrap();
-        let variables = [("HOME", home), ("AWS_SHARED_CREDENTIALS_FILE", moved.to_str().unwrap())];
-        assert_eq!(found(variables).unwrap(), keys("AKIAMOVED", "s", None));
-    }
-
-    #[test]
-    fn what_is_missing_is_said_with_where_it_was_looked_for() {
-        let error = found([("HOME", "/nonexistent")]).unwrap_err();
-        assert!(error.contains("/nonexistent/.aws/credentials") && error.contains("AWS_ACCESS_KEY_ID"), "{error}");
-        let error = found([("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://169.254.170.23/")]).unwrap_err();
-        assert!(error.contains("AWS_CONTAINER_CREDENTIALS_FULL_URI cannot be used yet"), "{error}");
-    }
-
-    #[test]
-    fn what_cannot_stand_in_a_header_is_refused_and_not_repeated() {
-        let secret = ("AWS_SECRET_ACCESS_KEY", "hunter2");
-        for variables in [
-            [("AWS_ACCESS_KEY_ID", "AK\u{1}IA"), secret, ("AWS_SESSION_TOKEN", "")],
-            [("AWS_ACCESS_KEY_ID", "AKIA"), secret, ("AWS_SESSION_TOKEN", "to\nken")],
-        ] {
-            let error = found(variables).unwrap_err();
-            assert!(error.contains("cannot be sent") && !error.contains("hunter2") && !error.contains("ken\""), "{error}");
-        }
-    }
-
-    #[tokio::test]
-    async fn credentials_that_were_refused_are_read_anew_once() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("credentials");
-        let write = |id: &str| fs::write(&file, format!("[default]\naws_access_key_id={id}\naws_secret_access_key=s\n")).unwrap();
-        write("AKIA1");
-        let provider = Provider::new(Environment::of([("AWS_SHARED_CREDENTIALS_FILE", file.to_str().unwrap())]));
-        let first = provider.current().await.unwrap();
-        write("AKIA2");
-        assert_eq!(provider.current().await.unwrap().access_key_id(), "AKIA1");
-        assert_eq!(provider.renewed(&first).await.unwrap().access_key_id(), "AKIA2");
-        write("AKIA3");
-        // Somebody else was refused with the first ones, too, and need not read the file.
-        assert_eq!(provider.renewed(&first).await.unwrap().access_key_id(), "AKIA2");
-        assert!(!format!("{provider:?}").contains("AKIA"));
-    }
-}
+mod tests;
+#[cfg(test)]
+pub(super) use tests::fake;

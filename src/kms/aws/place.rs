@@ -2,8 +2,8 @@ use std::{net::IpAddr, sync::Arc};
 
 use reqwest::Url;
 
-use super::{Environment, credentials};
-use crate::kms::{Error, KeyUri};
+use super::credentials::setting_of_profile;
+use crate::kms::{Environment, Error, KeyUri};
 
 /// Where requests go, and for which region they are signed.
 #[derive(Debug, Clone)]
@@ -23,29 +23,79 @@ impl Place {
             .or_else(|| region.clone())
             .or_else(|| environment.get("AWS_REGION"))
             .or_else(|| environment.get("AWS_DEFAULT_REGION"))
-            .or_else(|| credentials::region_of_profile(environment))
+            .or_else(|| setting_of_profile(environment, "region"))
             .ok_or_else(|| misconfigured("no region is known: add ?region=REGION to it, or set AWS_REGION".to_owned()))?;
         if !is_region(&region) {
             return Err(misconfigured(format!("{region:?} is no region: add ?region=REGION to it, or correct AWS_REGION")));
         }
         let named =
             ["AWS_ENDPOINT_URL_KMS", "AWS_ENDPOINT_URL"].into_iter().find_map(|name| Some((name, environment.get(name)?)));
+        let fips = wants_fips(environment).map_err(misconfigured)?;
+        let is_public = endpoint.is_none() && named.is_none();
         let endpoint = match (endpoint, named) {
             (Some(endpoint), _) => endpoint_url(endpoint).map_err(|what| misconfigured(what.to_owned()))?,
             // The value is not repeated: it may hold a password.
             (None, Some((name, url))) => endpoint_url(&url).map_err(|what| misconfigured(format!("{name}: {what}")))?,
-            (None, None) => {
-                let domain = if region.starts_with("cn-") { "amazonaws.com.cn" } else { "amazonaws.com" };
-                let url = format!("https://kms.{region}.{domain}/");
-                url.parse().expect("a region holds nothing that a host name may not")
-            }
+            (None, None) => public("kms", &region, fips),
         };
+        if fips && !is_public {
+            return Err(misconfigured(NO_FIPS.to_owned()));
+        }
         Ok(Self { endpoint, region })
     }
 
     pub(super) fn is_this_machine(&self) -> bool {
         is_loopback(&self.endpoint)
     }
+}
+
+/// Where STS is, and for which region requests to it are signed: `AWS_REGION`, `AWS_DEFAULT_REGION`, the profile's, or else the
+/// key's. Always the region's own: the global one is in one place of the world only.
+pub(super) fn sts(environment: &Environment, region_of_key: &str) -> Result<(Url, String), String> {
+    let region = environment
+        .get("AWS_REGION")
+        .or_else(|| environment.get("AWS_DEFAULT_REGION"))
+        .or_else(|| setting_of_profile(environment, "region"))
+        .unwrap_or_else(|| region_of_key.to_owned());
+    if !is_region(&region) {
+        return Err("AWS_REGION is no region: correct it".to_owned());
+    }
+    let fips = wants_fips(environment)?;
+    let named = ["AWS_ENDPOINT_URL_STS", "AWS_ENDPOINT_URL"].into_iter().find_map(|name| Some((name, environment.get(name)?)));
+    let endpoint = match named {
+        Some(_) if fips => return Err(NO_FIPS.to_owned()),
+        Some((name, url)) => endpoint_url(&url).map_err(|what| format!("{name}: {what}"))?,
+        None => public("sts", &region, fips),
+    };
+    Ok((endpoint, region))
+}
+
+const NO_FIPS: &str =
+    "AWS_USE_FIPS_ENDPOINT is true and an endpoint is named, of which that cannot be told: remove one of the two";
+
+fn wants_fips(environment: &Environment) -> Result<bool, String> {
+    let name = "AWS_USE_FIPS_ENDPOINT";
+    let said = environment.get(name).or_else(|| setting_of_profile(environment, "use_fips_endpoint"));
+    match said.map(|value| value.to_ascii_lowercase()).as_deref() {
+        Some("true") => Ok(true),
+        Some("false") | None => Ok(false),
+        Some(_) => Err(format!("{name} (or use_fips_endpoint of the profile) is neither true nor false")),
+    }
+}
+
+/// A service's public endpoint (AWS General Reference, "Service endpoints").
+fn public(service: &str, region: &str, fips: bool) -> Url {
+    let domain = match region.split('-').next().unwrap_or_default() {
+        "cn" => "amazonaws.com.cn",
+        "eusc" => "amazonaws.eu",
+        _ if region.starts_with("us-iso-") => "c2s.ic.gov",
+        _ if region.starts_with("us-isob-") => "sc2s.sgov.gov",
+        _ => "amazonaws.com",
+    };
+    // Those for the government of the United States are FIPS endpoints under their usual name, except KMS's.
+    let fips = if fips && !(service == "sts" && region.starts_with("us-gov-")) { "-fips" } else { "" };
+    let url = format!("https://{service}{fips}.{region}.{domain}/");
+    url.parse().expect("a region holds nothing that a host name may not")
 }
 
 /// Reads an endpoint: a host with optional port, or a URL with nothing after the host. Plain http is for this machine only.
@@ -76,7 +126,7 @@ pub(crate) fn endpoint_url(text: &str) -> Result<Url, &'static str> {
     Ok(url)
 }
 
-fn is_loopback(url: &Url) -> bool {
+pub(crate) fn is_loopback(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default();
     let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
     host == "localhost" || address.is_ok_and(|address| address.is_loopback())
@@ -173,5 +223,40 @@ mod tests {
             let error = place("awskms:///alias/a", [("AWS_REGION", "eu-west-1"), ("AWS_ENDPOINT_URL", url)]).unwrap_err();
             assert!(error.contains(part) && !error.contains("hunter2"), "{url}: {error}");
         }
+    }
+
+    #[test]
+    fn partitions_and_fips_have_hosts_of_their_own() {
+        for (region, fips, kms, sts_host) in [
+            ("eu-west-1", "false", "kms.eu-west-1.amazonaws.com", "sts.eu-west-1.amazonaws.com"),
+            ("us-east-1", "true", "kms-fips.us-east-1.amazonaws.com", "sts-fips.us-east-1.amazonaws.com"),
+            ("us-gov-west-1", "TRUE", "kms-fips.us-gov-west-1.amazonaws.com", "sts.us-gov-west-1.amazonaws.com"),
+            ("cn-north-1", "", "kms.cn-north-1.amazonaws.com.cn", "sts.cn-north-1.amazonaws.com.cn"),
+            ("eusc-de-east-1", "", "kms.eusc-de-east-1.amazonaws.eu", "sts.eusc-de-east-1.amazonaws.eu"),
+            ("us-iso-east-1", "", "kms.us-iso-east-1.c2s.ic.gov", "sts.us-iso-east-1.c2s.ic.gov"),
+        ] {
+            let variables = [("AWS_REGION", region), ("AWS_USE_FIPS_ENDPOINT", fips)];
+            assert_eq!(place("awskms:///alias/a", variables).unwrap().0, format!("https://{kms}/"));
+            let (endpoint, signed_for) = sts(&Environment::of(variables), "us-east-2").unwrap();
+            assert_eq!((endpoint.to_string(), signed_for.as_str()), (format!("https://{sts_host}/"), region));
+        }
+        let both = [("AWS_REGION", "us-east-1"), ("AWS_USE_FIPS_ENDPOINT", "true"), ("AWS_ENDPOINT_URL", "https://a.example")];
+        assert!(place("awskms:///alias/a", both).unwrap_err().contains("remove one of the two"));
+        assert!(sts(&Environment::of(both), "us-east-1").unwrap_err().contains("remove one of the two"));
+        let named = [("AWS_REGION", "us-east-1"), ("AWS_USE_FIPS_ENDPOINT", "true")];
+        assert!(place("awskms://kms.internal/alias/a", named).unwrap_err().contains("remove one of the two"));
+        let unclear = [("AWS_REGION", "us-east-1"), ("AWS_USE_FIPS_ENDPOINT", "yes")];
+        assert!(place("awskms:///alias/a", unclear).unwrap_err().contains("neither true nor false"));
+    }
+
+    #[test]
+    fn sts_is_asked_in_the_region_that_is_set_or_else_in_the_keys() {
+        let (endpoint, region) = sts(&Environment::of([("AWS_DEFAULT_REGION", "eu-south-1")]), "us-east-2").unwrap();
+        assert_eq!((endpoint.as_str(), region.as_str()), ("https://sts.eu-south-1.amazonaws.com/", "eu-south-1"));
+        assert_eq!(sts(&Environment::of([]), "us-east-2").unwrap().1, "us-east-2");
+        let named = [("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:4566"), ("AWS_ENDPOINT_URL", "https://all.example")];
+        assert_eq!(sts(&Environment::of(named), "us-east-2").unwrap().0.as_str(), "http://127.0.0.1:4566/");
+        let clear = [("AWS_ENDPOINT_URL_STS", "http://sts.example")];
+        assert!(sts(&Environment::of(clear), "us-east-2").unwrap_err().contains("AWS_ENDPOINT_URL_STS: plain http"));
     }
 }

@@ -1,4 +1,4 @@
-use std::{fs::File, io::Read, net::IpAddr, path::Path};
+use std::{fs::File, io::Read, path::Path};
 
 use reqwest::{Certificate, Url};
 
@@ -6,7 +6,7 @@ use super::{
     client::Patience,
     reference::{Flavor, VaultReference, address, path, shown},
 };
-use crate::kms::{Environment, exchange};
+use crate::kms::{Environment, aws::is_loopback, exchange};
 
 /// Which server, and which engine on it.
 #[derive(Debug)]
@@ -83,12 +83,6 @@ impl Place {
         }
         client.build().map_err(|error| format!("no connection to a server can be set up here: {error}"))
     }
-}
-
-fn is_loopback(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default();
-    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }
 
 /// `VAULT_NAME` or `BAO_NAME`, and its name: first that of the flavor that the reference names.

@@ -1,0 +1,475 @@
+//! A strict gateway of Alibaba Cloud KMS, its STS and the instance's metadata, in this process. Written from the documented
+//! protocol alone, with nothing of what the client uses: it takes the request line as it came, recomputes `ACS3-HMAC-SHA256` from
+//! it with the `hmac` of another library, and holds every request to what the documentation demands.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    sync::{Arc, LazyLock, Mutex, MutexGuard},
+};
+
+use aws_lc_rs::{
+    digest::{Digest as Hashed, SHA256},
+    encoding::{AsDer, PublicKeyX509Der},
+    rsa::KeySize,
+    signature::{
+        ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair, RSA_PKCS1_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair,
+    },
+};
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::State,
+    http::{HeaderMap, HeaderName, Method, Uri},
+    response::Response,
+};
+use base64::{Engine, prelude::BASE64_STANDARD};
+use futures::{StreamExt, stream};
+use jiff::{SignedDuration, Timestamp, tz::TimeZone};
+use reqwest::Url;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tokio::net::TcpListener;
+
+/// The id and secret of the access key that it knows.
+pub const BASE: [&str; 2] = ["LTAIbase", "baseSecretOfTheTest"];
+/// The RAM role that may be taken.
+pub const ROLE: &str = "acs:ram::1111222233334444:role/aliyuncontainerregistrykmsrole";
+/// Whose OIDC tokens are taken.
+pub const PROVIDER: &str = "acs:ram::1111222233334444:oidc-provider/ack-rrsa-c1";
+/// The two versions of `key-rsa` (`alias/rsa`); `key-ec` (`alias/ec`) has the newer one.
+pub const OLD: &str = "00000000-7072-4bbc-a582-584b5bd80001";
+pub const NEW: &str = "2ab1a983-7072-4bbc-a582-584b5bd80001";
+const METADATA_TOKEN: &str = "metadata-token==";
+
+/// Where the time comes from.
+pub type Now = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
+/// What the service does with a request instead of answering it.
+#[derive(Debug, Clone)]
+pub enum Fault {
+    /// Status and code.
+    Error(u16, &'static str),
+    Throttled {
+        retry_after: u32,
+    },
+    /// A body of exactly this text, and 200.
+    Says(String),
+    /// Headers and half a body, and then the connection is gone.
+    Reset,
+    NoAnswer,
+    Endless,
+    /// Answers as this key and version.
+    As(&'static str, &'static str),
+    /// Signs with another key of the same kind.
+    WrongKey,
+}
+
+#[derive(Clone)]
+pub struct Fake {
+    pub address: String,
+    state: Arc<Mutex<Given>>,
+}
+
+/// What a test may look at and change.
+pub struct Given {
+    clock: Now,
+    pub ahead: SignedDuration,
+    pub lifetime: SignedDuration,
+    pub script: VecDeque<Fault>,
+    pub requests: Vec<String>,
+    pub parameters: Vec<BTreeMap<String, String>>,
+    pub signers: Vec<String>,
+    pub oidc_token: String,
+    /// Whom the KMS takes; everybody that it knows, if empty.
+    pub only: Option<String>,
+    /// How many versions `ListKeyVersions` pads its list with.
+    pub padding: usize,
+    pub key_state: &'static str,
+    pub usage: &'static str,
+    pub spec: Option<&'static str>,
+    /// Management operations are not here.
+    pub dedicated: bool,
+    serial: u32,
+    keys: HashMap<String, (String, Option<String>)>,
+    nonces: HashSet<String>,
+}
+
+enum Pair {
+    Rsa(RsaKeyPair),
+    Ec(EcdsaKeyPair),
+}
+
+static RSA: LazyLock<Pair> = LazyLock::new(|| {
+    let der = der(include_str!("../../tests/data/vectors/keys/rsa2048.key.pem"));
+    Pair::Rsa(RsaKeyPair::from_pkcs8(&der).expect("the file holds an RSA key"))
+});
+static EC: LazyLock<Pair> = LazyLock::new(|| {
+    let der = der(include_str!("../../tests/data/vectors/keys/p256.key.pem"));
+    Pair::Ec(EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der).expect("the file holds a P-256 key"))
+});
+/// The material of the old version.
+static FORMER: LazyLock<Pair> = LazyLock::new(|| Pair::Rsa(RsaKeyPair::generate(KeySize::Rsa2048).expect("a key can be made")));
+
+fn der(pem: &str) -> Vec<u8> {
+    let base64: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
+    BASE64_STANDARD.decode(base64).expect("PEM holds base64")
+}
+
+impl Pair {
+    fn public_pem(&self) -> String {
+        let der: PublicKeyX509Der<'_> = match self {
+            Self::Rsa(pair) => pair.public_key().as_der(),
+            Self::Ec(pair) => pair.public_key().as_der(),
+        }
+        .expect("a public key can be encoded");
+        let base64 = BASE64_STANDARD.encode(der.as_ref());
+        let lines: Vec<_> = base64.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+        format!("-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n", lines.join("\n"))
+    }
+}
+
+impl Fake {
+    /// With the clock that it goes by.
+    pub async fn start(clock: Now) -> Self {
+        let state = Arc::new(Mutex::new(Given {
+            clock,
+            ahead: SignedDuration::ZERO,
+            lifetime: SignedDuration::from_hours(1),
+            script: VecDeque::new(),
+            requests: Vec::new(),
+            parameters: Vec::new(),
+            signers: Vec::new(),
+            oidc_token: "oidc.token-1".into(),
+            only: None,
+            padding: 0,
+            key_state: "Enabled",
+            usage: "SIGN/VERIFY",
+            spec: None,
+            dedicated: false,
+            serial: 0,
+            keys: HashMap::from([(BASE[0].to_owned(), (BASE[1].to_owned(), None))]),
+            nonces: HashSet::new(),
+        }));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let app = Router::new().fallback(serve).with_state(state.clone());
+        #[expect(clippy::disallowed_methods, reason = "it ends with the test's own runtime")]
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        Self { address, state }
+    }
+
+    pub fn given(&self) -> MutexGuard<'_, Given> {
+        self.state.lock().unwrap()
+    }
+
+    pub fn then(&self, faults: impl IntoIterator<Item = Fault>) {
+        self.given().script.extend(faults);
+    }
+
+    /// What was asked for since this was asked last.
+    pub fn requests(&self) -> Vec<String> {
+        std::mem::take(&mut self.given().requests)
+    }
+}
+
+struct Refusal(u16, &'static str, String);
+
+fn refuse<T>(status: u16, code: &'static str, message: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal(status, code, message.into()))
+}
+
+async fn serve(State(state): State<Arc<Mutex<Given>>>, method: Method, uri: Uri, headers: HeaderMap, body: Bytes) -> Response {
+    let mut given = state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let header = |name: &str| headers.get(name).map_or("", |value| value.to_str().unwrap()).to_owned();
+    let mut parameters = decoded(uri.query().unwrap_or_default());
+    let action = parameters.get("Action").cloned().unwrap_or_else(|| header("x-acs-action"));
+    let asked = if action.is_empty() { format!("{method} {}", uri.path()) } else { action };
+    given.requests.push(asked.clone());
+    let fault = given.script.pop_front();
+    let date = given.now().to_zoned(TimeZone::UTC).strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+    let dated = Response::builder().header("date", date);
+    let error = |status: u16, code: &str, message: &str| {
+        json!({ "Code": code, "Message": message, "RequestId": "0A1B", "HttpStatus": status, "HostId": "kms" }).to_string()
+    };
+    match &fault {
+        Some(Fault::Error(status, code)) => {
+            return dated.status(*status).body(error(*status, code, "as the test has it").into()).unwrap();
+        }
+        Some(Fault::Throttled { retry_after }) => {
+            let text = error(429, "Rejected.Throttling", "QPS Limit Exceeded");
+            return dated.status(429).header("retry-after", *retry_after).body(text.into()).unwrap();
+        }
+        Some(Fault::Says(text)) => return dated.body(text.clone().into()).unwrap(),
+        Some(Fault::Reset) => {
+            let half = stream::iter([Ok(Bytes::from_static(b"{\"KeyId\":"))]);
+            return dated.body(Body::from_stream(half.chain(stream::once(async { Err(std::io::Error::other("cut")) })))).unwrap();
+        }
+        Some(Fault::NoAnswer) => {
+            drop(given);
+            panic!("the connection is dropped");
+        }
+        Some(Fault::Endless) => {
+            let spaces = stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::from(vec![b' '; 16 * 1024])));
+            return dated.body(Body::from_stream(spaces)).unwrap();
+        }
+        Some(Fault::As(..) | Fault::WrongKey) | None => {}
+    }
+    if asked.starts_with("PUT ") || asked.starts_with("GET ") {
+        let (status, text) = given.metadata(&asked, &header);
+        return dated.status(status).body(text.into()).unwrap();
+    }
+    assert_eq!((method, uri.path()), (Method::POST, "/"));
+    assert_eq!(header("accept"), "application/json", "the default is XML");
+    let answer = if asked == "AssumeRoleWithOIDC" {
+        assert!(header("authorization").is_empty(), "this is never signed");
+        assert_eq!((parameters["Version"].as_str(), parameters["Format"].as_str()), ("2015-04-01", "JSON"));
+        assert!(!parameters["Timestamp"].is_empty());
+        parameters.extend(decoded(std::str::from_utf8(&body).unwrap()));
+        given.oidc(&parameters)
+    } else {
+        assert!(body.is_empty());
+        given.authenticate(&header, &headers, &parameters).and_then(|signer| {
+            given.signers.push(signer.clone());
+            given.parameters.push(parameters.clone());
+            match (header("x-acs-version").as_str(), asked.as_str()) {
+                ("2015-04-01", "AssumeRole") => given.assume_role(&parameters),
+                ("2016-01-20", _) => match &given.only {
+                    Some(only) if *only != signer => {
+                        refuse(404, "InvalidAccessKeyId.NotFound", "Specified access key is not found.")
+                    }
+                    _ => given.kms(&asked, &parameters, fault.as_ref()),
+                },
+                other => panic!("{other:?}"),
+            }
+        })
+    };
+    match answer {
+        Ok(answer) => dated.body(answer.to_string().into()).unwrap(),
+        Err(Refusal(status, code, message)) => dated.status(status).body(error(status, code, &message).into()).unwrap(),
+    }
+}
+
+fn decoded(query: &str) -> BTreeMap<String, String> {
+    let mut url = Url::parse("http://query/").expect("it is a constant");
+    url.set_query(Some(query));
+    url.query_pairs().into_owned().collect()
+}
+
+impl Given {
+    fn now(&self) -> Timestamp {
+        (self.clock)() + self.ahead
+    }
+
+    fn issue(&mut self) -> Value {
+        self.serial += 1;
+        let n = self.serial;
+        let (id, secret, token) = (format!("STS.{n}"), format!("issuedSecret{n}"), format!("issuedToken{n}=="));
+        self.keys.insert(id.clone(), (secret.clone(), Some(token.clone())));
+        let expires = (self.now() + self.lifetime).strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        json!({ "AccessKeyId": id, "AccessKeySecret": secret, "SecurityToken": token, "Expiration": expires })
+    }
+
+    fn metadata(&mut self, asked: &str, header: &dyn Fn(&str) -> String) -> (u16, String) {
+        let roles = "GET /latest/meta-data/ram/security-credentials/";
+        match asked {
+            "PUT /latest/api/token" => {
+                let seconds: u32 = header("x-aliyun-ecs-metadata-token-ttl-seconds").parse().unwrap();
+                assert!((1..=21_600).contains(&seconds));
+                (200, METADATA_TOKEN.to_owned())
+            }
+            _ if header("x-aliyun-ecs-metadata-token") != METADATA_TOKEN => (403, String::new()),
+            _ if asked == roles => (200, "signer-role".to_owned()),
+            _ if asked.strip_prefix(roles) == Some("signer-role") => {
+                let mut document = self.issue();
+                document["Code"] = "Success".into();
+                (200, document.to_string())
+            }
+            _ => (404, "<html>".to_owned()),
+        }
+    }
+
+    fn oidc(&mut self, parameters: &BTreeMap<String, String>) -> Result<Value, Refusal> {
+        self.parameters.push(parameters.clone());
+        if parameters["OIDCToken"] != self.oidc_token {
+            let message = format!("This JWT token is out of date: {}", parameters["OIDCToken"]);
+            return refuse(400, "AuthenticationFail.OIDCToken.Expired", message);
+        }
+        if (parameters["RoleArn"].as_str(), parameters["OIDCProviderArn"].as_str()) != (ROLE, PROVIDER) {
+            return refuse(404, "EntityNotExist.Role", "The role does not exist.");
+        }
+        Ok(json!({ "RequestId": "0A1B", "Credentials": self.issue() }))
+    }
+
+    fn assume_role(&mut self, parameters: &BTreeMap<String, String>) -> Result<Value, Refusal> {
+        if parameters["RoleArn"] != ROLE {
+            return refuse(403, "NoPermission", "You are not authorized to do this action.");
+        }
+        let name = &parameters["RoleSessionName"];
+        assert!((2..=64).contains(&name.len()));
+        Ok(json!({ "RequestId": "0A1B", "AssumedRoleUser": { "Arn": "x" }, "Credentials": self.issue() }))
+    }
+
+    fn kms(&self, action: &str, parameters: &BTreeMap<String, String>, fault: Option<&Fault>) -> Result<Value, Refusal> {
+        if self.dedicated && !matches!(action, "AsymmetricSign" | "GetPublicKey") {
+            return refuse(400, "UnsupportedOperation", "This operation is not supported.");
+        }
+        let asked = &parameters["KeyId"];
+        let id = asked.rsplit(':').next().unwrap().trim_start_matches("key/");
+        let (id, pair, spec) = match id {
+            "alias/rsa" | "key-rsa" => ("key-rsa", &*RSA, "RSA_2048"),
+            "alias/ec" | "key-ec" => ("key-ec", &*EC, "EC_P256"),
+            _ if id.starts_with("alias/") => return refuse(404, "Forbidden.AliasNotFound", "The specified Alias is not found."),
+            _ => return refuse(404, "Forbidden.KeyNotFound", "The specified Key is not found."),
+        };
+        let arn = format!("acs:kms:cn-hangzhou:1111222233334444:key/{id}");
+        let names: &[&str] = match action {
+            "DescribeKey" => &["KeyId"],
+            "GetPublicKey" => &["KeyId", "KeyVersionId"],
+            "AsymmetricSign" => &["Algorithm", "Digest", "KeyId", "KeyVersionId"],
+            "ListKeyVersions" => &["KeyId", "PageNumber", "PageSize"],
+            _ => return refuse(400, "InvalidAction", action),
+        };
+        assert!(parameters.keys().eq(names), "{parameters:?}");
+        match action {
+            "DescribeKey" => Ok(json!({ "RequestId": "0A1B", "KeyMetadata": {
+                "KeyId": if let Some(Fault::As(id, _)) = fault { id } else { id },
+                "Arn": arn, "KeyState": self.key_state, "KeyUsage": self.usage, "KeySpec": self.spec.unwrap_or(spec),
+                "DKMSInstanceId": "kst-1", "Origin": "Aliyun_KMS", "ProtectionLevel": "SOFTWARE",
+                "DeleteDate": if self.key_state == "PendingDeletion" { "2027-01-15T08:00:00Z" } else { "" },
+            }})),
+            "ListKeyVersions" => {
+                let (page, size): (usize, usize) =
+                    (parameters["PageNumber"].parse().unwrap(), parameters["PageSize"].parse().unwrap());
+                assert!((1..=100).contains(&size) && page >= 1);
+                // The newest is neither the first nor the last.
+                let padding = (0..self.padding).map(|n| (format!("older-{n}"), "2024-01-01T00:00:00Z".to_owned()));
+                let mut all = vec![
+                    (OLD.to_owned(), "2025-03-01T00:00:00Z".to_owned()),
+                    (NEW.to_owned(), "2026-03-01T00:00:00Z".to_owned()),
+                ];
+                all.splice(1..1, padding.clone().take(self.padding / 2));
+                all.extend(padding.skip(self.padding / 2));
+                let total = all.len();
+                let versions: Vec<_> = all
+                    .into_iter()
+                    .skip((page - 1) * size)
+                    .take(size)
+                    .map(|(version, date)| json!({ "KeyId": id, "KeyVersionId": version, "CreationDate": date }))
+                    .collect();
+                Ok(
+                    json!({ "KeyVersions": { "KeyVersion": versions }, "TotalCount": total, "PageNumber": page, "PageSize": size }),
+                )
+            }
+            _ => {
+                let version = parameters["KeyVersionId"].as_str();
+                let pair = match (id, version) {
+                    (_, NEW) => pair,
+                    ("key-rsa", OLD) => &*FORMER,
+                    _ => return refuse(404, "Forbidden.KeyVersionNotFound", "The specified KeyVersion is not found."),
+                };
+                match self.key_state {
+                    "Enabled" => {}
+                    "Disabled" => {
+                        return refuse(409, "Rejected.Disabled", "The request was rejected because the key is disabled.");
+                    }
+                    "PendingDeletion" => return refuse(409, "Rejected.PendingDeletion", "The key state is pending deletion."),
+                    _ => return refuse(409, "Rejected.PendingImport", "The key state is pending import."),
+                }
+                let (id, version) = if let Some(Fault::As(id, version)) = fault { (*id, *version) } else { (id, version) };
+                if action == "GetPublicKey" {
+                    return Ok(
+                        json!({ "KeyId": id, "KeyVersionId": version, "PublicKey": pair.public_pem(), "RequestId": "0A1B" }),
+                    );
+                }
+                let Ok(digest) = <[u8; 32]>::try_from(BASE64_STANDARD.decode(&parameters["Digest"]).unwrap()) else {
+                    return refuse(400, "InvalidParameter", "The specified parameter Digest is not valid.");
+                };
+                let pair = if matches!(fault, Some(Fault::WrongKey)) { &*FORMER } else { pair };
+                let value = sign(pair, &parameters["Algorithm"], &digest)?;
+                Ok(json!({ "KeyId": id, "KeyVersionId": version, "Value": BASE64_STANDARD.encode(value), "RequestId": "0A1B" }))
+            }
+        }
+    }
+
+    /// `ACS3-HMAC-SHA256` as its documentation has it. Returns who signed.
+    fn authenticate(
+        &mut self,
+        header: &dyn Fn(&str) -> String,
+        headers: &HeaderMap,
+        parameters: &BTreeMap<String, String>,
+    ) -> Result<String, Refusal> {
+        use hmac::{Hmac, Mac};
+        let authorization = header("authorization");
+        let Some(fields) = authorization.strip_prefix("ACS3-HMAC-SHA256 ") else {
+            return refuse(400, "MissingAccessKeyId", "AccessKeyId is mandatory for this action.");
+        };
+        let field = |name: &str| fields.split(',').find_map(|field| field.strip_prefix(name)?.strip_prefix('=')).unwrap();
+        let id = field("Credential").to_owned();
+        let Some((secret, token)) = self.keys.get(&id) else {
+            return refuse(404, "InvalidAccessKeyId.NotFound", "Specified access key is not found.");
+        };
+        if token.as_deref().unwrap_or_default() != header("x-acs-security-token") {
+            return refuse(
+                400,
+                "InvalidSecurityToken.MismatchWithAccessKey",
+                "Specified SecurityToken mismatch with the AccessKey.",
+            );
+        }
+        // Every x-acs- header and the host have to be signed.
+        let mut needed: Vec<_> = headers.keys().map(HeaderName::as_str).filter(|name| name.starts_with("x-acs-")).collect();
+        needed.extend(["host"].iter().chain(headers.contains_key("content-type").then_some(&"content-type")));
+        needed.sort_unstable();
+        assert_eq!(field("SignedHeaders"), needed.join(";"));
+        for name in ["x-acs-action", "x-acs-version", "x-acs-date", "x-acs-signature-nonce", "x-acs-content-sha256"] {
+            assert!(needed.contains(&name), "{name} is missing");
+        }
+        let hash = |text: &[u8]| hex::encode(Sha256::digest(text));
+        assert_eq!(header("x-acs-content-sha256"), hash(b""), "the body is empty");
+        let escape = |text: &str| -> String {
+            let kept = |c: char| c.is_ascii_alphanumeric() || "-_.~".contains(c);
+            let mut buffer = [0; 4];
+            text.chars()
+                .map(|c| match c {
+                    c if kept(c) => c.to_string(),
+                    c => c.encode_utf8(&mut buffer).bytes().map(|byte| format!("%{byte:02X}")).collect::<Vec<_>>().concat(),
+                })
+                .collect()
+        };
+        let query: Vec<_> = parameters.iter().map(|(name, value)| format!("{}={}", escape(name), escape(value))).collect();
+        let lines: Vec<_> = needed.iter().map(|name| format!("{name}:{}\n", header(name).trim())).collect();
+        let canonical = format!("POST\n/\n{}\n{}\n{}\n{}", query.join("&"), lines.concat(), needed.join(";"), hash(b""));
+        let to_sign = format!("ACS3-HMAC-SHA256\n{}", hash(canonical.as_bytes()));
+        let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).unwrap();
+        mac.update(to_sign.as_bytes());
+        if field("Signature") != hex::encode(mac.finalize().into_bytes()) {
+            let message = format!(
+                "Specified signature does not match our calculation. server StringToSign is [{to_sign}] server CanonicalRequest is [{canonical}]"
+            );
+            return refuse(400, "SignatureDoesNotMatch", message);
+        }
+        let signed_at: Timestamp = header("x-acs-date").parse().unwrap();
+        if self.now().duration_since(signed_at).abs() > SignedDuration::from_mins(15) {
+            return refuse(400, "InvalidTimeStamp.Expired", "Specified time stamp or date value is expired.");
+        }
+        if !self.nonces.insert(header("x-acs-signature-nonce")) {
+            return refuse(400, "SignatureNonceUsed", "Specified signature nonce was used already.");
+        }
+        Ok(id)
+    }
+}
+
+fn sign(pair: &Pair, algorithm: &str, digest: &[u8; 32]) -> Result<Vec<u8>, Refusal> {
+    let hashed = Hashed::import_less_safe(digest, &SHA256).expect("it is 32 bytes");
+    let padding: &'static dyn RsaEncoding = match (algorithm, pair) {
+        ("RSA_PSS_SHA_256", Pair::Rsa(_)) => &RSA_PSS_SHA256,
+        ("RSA_PKCS1_SHA_256", Pair::Rsa(_)) => &RSA_PKCS1_SHA256,
+        ("ECDSA_SHA_256", Pair::Ec(pair)) => {
+            return Ok(pair.sign_digest(&hashed).unwrap().as_ref().to_vec());
+        }
+        _ => return refuse(400, "InvalidParameter", "The specified parameter Algorithm is not valid."),
+    };
+    let Pair::Rsa(pair) = pair else { unreachable!("the algorithms of EC keys are above") };
+    let mut signature = vec![0; pair.public_modulus_len()];
+    pair.sign_digest(padding, &hashed, &mut signature).unwrap();
+    Ok(signature)
+}
