@@ -110,6 +110,7 @@ fn witness_settings(config: &Config, witness: &config::Witness) -> anyhow::Resul
         name: witness.name.clone(),
         description: witness.description.clone(),
         key: witness.key.clone(),
+        login: witness.login.clone(),
         verify,
         rate: witness.rate.map(|rate| Rate { per_second: rate.per_second, burst: rate.burst }),
         pin: Some(pin),
@@ -137,7 +138,7 @@ pub async fn public_key(config: &Config, witness: &config::Witness, clock: &Cloc
     match known {
         Some(key) => Ok(key),
         // Not pinned from here: only the daemon decides which key it saw first.
-        None => Ok(crate::kms::open(&settings.key, clock.clone()).await?.public_key().clone()),
+        None => Ok(crate::kms::open(&settings.key, settings.login.as_ref(), clock.clone()).await?.public_key().clone()),
     }
 }
 

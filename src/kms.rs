@@ -10,6 +10,7 @@ mod file;
 mod public_key;
 mod refresh;
 mod uri;
+mod vault;
 
 use std::{fmt, str::FromStr, sync::Arc};
 
@@ -24,6 +25,8 @@ pub use file::generate;
 pub(crate) use file::public_key_of_file;
 pub use public_key::{KeySpec, PublicKey, PublicKeyError, VerifyError};
 pub use uri::{KeyUri, UriError};
+pub(crate) use vault::path as vault_path;
+pub use vault::{Login, SecretSource, VaultReference};
 
 /// One asymmetric key that signs without leaving its KMS.
 #[async_trait]
@@ -32,7 +35,7 @@ pub trait SigningKey: fmt::Debug + Send + Sync {
     fn uri(&self) -> &KeyUri;
 
     /// What the KMS itself called the key when it was opened, for the ledger: on AWS its ARN, on Alibaba
-    /// Cloud its ARN and version. An alias says nothing about old
+    /// Cloud its ARN and version, in Vault its path and version. An alias says nothing about old
     /// signatures once it has been moved; this does.
     fn resolved(&self) -> &str;
 
@@ -45,17 +48,23 @@ pub trait SigningKey: fmt::Debug + Send + Sync {
     async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, Error>;
 }
 
-/// Opens a key: finds it, and reads its public half once.
-pub async fn open(uri: &KeyUri, clock: Clock) -> Result<Arc<dyn SigningKey>, Error> {
-    open_in(uri, clock, &Environment::system()).await
+/// Opens a key: finds it, and reads its public half once. `login` says who asks, where that does not come from the environment.
+pub async fn open(uri: &KeyUri, login: Option<&Login>, clock: Clock) -> Result<Arc<dyn SigningKey>, Error> {
+    open_in(uri, login, clock, &Environment::system()).await
 }
 
 /// The same, with the environment variables that its provider looks at said by the caller.
-pub async fn open_in(uri: &KeyUri, clock: Clock, environment: &Environment) -> Result<Arc<dyn SigningKey>, Error> {
+pub async fn open_in(
+    uri: &KeyUri,
+    login: Option<&Login>,
+    clock: Clock,
+    environment: &Environment,
+) -> Result<Arc<dyn SigningKey>, Error> {
     match uri {
         KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path)?)),
         KeyUri::AwsKms { .. } => Ok(Arc::new(aws::AwsKey::open(uri, clock, environment).await?)),
         KeyUri::AlibabaKms { .. } => Ok(Arc::new(alibaba::AlibabaKey::open(uri, clock, environment).await?)),
+        KeyUri::Vault(_) => Ok(Arc::new(vault::VaultKey::open(uri, login, environment).await?)),
     }
 }
 

@@ -247,6 +247,7 @@ mod tests {
             name: "release".into(),
             description: String::new(),
             key: "awskms:///alias/never-asked?region=eu-west-1".parse::<KeyUri>().unwrap(),
+            login: None,
             verify: vec![TrustedKeySettings {
                 pem: String::from_utf8(vector("keys", &format!("{name}.pub.pem"))).unwrap(),
                 until: until.map(|until| until.parse().unwrap()),
@@ -333,6 +334,7 @@ mod tests {
             name: "release".into(),
             description: String::new(),
             key: format!("file://{}", file.display()).parse().unwrap(),
+            login: None,
             verify: vec![],
             rate: None,
             pin: None,

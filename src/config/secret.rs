@@ -8,6 +8,8 @@ use std::{
 use secrecy::{ExposeSecret as _, SecretString};
 use toml::de::DeValue;
 
+use crate::kms::SecretSource;
+
 use super::{
     outside::Unreadable,
     report::{Wrong, cut},
@@ -101,6 +103,15 @@ pub(crate) static REFERENCE: Table = Table {
 
 /// Reads a secret from where the configuration says that it is. Nothing of what was written or read is ever reported.
 pub(crate) fn read(value: &Value<'_>) -> Option<Secret> {
+    read_with_source(value).map(|(secret, _)| secret)
+}
+
+/// Where a secret is, for who reads it anew each time; that it can be read now is checked.
+pub(crate) fn source(value: &Value<'_>) -> Option<SecretSource> {
+    read_with_source(value).map(|(_, source)| source)
+}
+
+fn read_with_source(value: &Value<'_>) -> Option<(Secret, SecretSource)> {
     let name = value.key.name;
     match value.toml.get_ref() {
         DeValue::String(text) => {
@@ -111,13 +122,13 @@ pub(crate) fn read(value: &Value<'_>) -> Option<Secret> {
             let message = format!("`{name}` stands in the configuration file itself");
             let help = format!("keep it in a file of its own: {name} = {{ file = \"/run/secrets/{name}\" }}");
             value.report.warning(value.span.clone(), message, help);
-            Some(Secret::new(text.as_ref().to_owned()))
+            Some((Secret::new(text.as_ref().to_owned()), SecretSource::Given(text.as_ref().into())))
         }
         DeValue::Table(_) => {
             let section = value.section(&REFERENCE)?;
             match (section.value("file"), section.value("env")) {
-                (Some(file), None) => from_file(&file),
-                (None, Some(env)) => from_env(&env),
+                (Some(file), None) => from_file(&file).map(|(secret, path)| (secret, SecretSource::File(path))),
+                (None, Some(env)) => from_env(&env).map(|(secret, name)| (secret, SecretSource::Variable(name))),
                 (Some(_), Some(second)) => second
                     .wrong(Wrong::new(format!("`{name}` is in a file or in a variable, not in both"), "remove one of the two")),
                 (None, None) if section.is_empty() => value.wrong(Wrong::new(
@@ -131,7 +142,7 @@ pub(crate) fn read(value: &Value<'_>) -> Option<Secret> {
     }
 }
 
-fn from_file(value: &Value<'_>) -> Option<Secret> {
+fn from_file(value: &Value<'_>) -> Option<(Secret, PathBuf)> {
     let path = value.path()?;
     let shown = cut(&path.display().to_string());
     let contents = match value.report.outside.read(&path, LARGEST) {
@@ -157,18 +168,21 @@ fn from_file(value: &Value<'_>) -> Option<Secret> {
     let Ok(text) = String::from_utf8(contents.bytes) else {
         return value.wrong(Wrong::new(format!("{shown} is no text"), "the file holds the secret as UTF-8 text"));
     };
-    whole(value, text.trim_end_matches(['\r', '\n']).to_owned(), &shown).map(|secret| secret.in_place(Place::File(path)))
+    let secret = whole(value, text.trim_end_matches(['\r', '\n']).to_owned(), &shown)?;
+    Some((secret.in_place(Place::File(path.clone())), path))
 }
 
-fn from_env(value: &Value<'_>) -> Option<Secret> {
+fn from_env(value: &Value<'_>) -> Option<(Secret, String)> {
     let variable = value.text()?;
     let shown = cut(&variable);
     if shown.is_empty() {
         return value.wrong(Wrong::new("`env` names no environment variable", "write its name: { env = \"PASSWORD\" }"));
     }
     match value.report.outside.env(&variable) {
-        Some(text) => whole(value, text, &format!("the environment variable {shown}"))
-            .map(|secret| secret.in_place(Place::Variable(variable))),
+        Some(text) => {
+            let secret = whole(value, text, &format!("the environment variable {shown}"))?;
+            Some((secret.in_place(Place::Variable(variable.clone())), variable))
+        }
         None => value.wrong(Wrong::new(
             format!("the environment variable {shown} is not set, or is no text"),
             "set it where countersign is started, or keep the secret in a file: { file = \"…\" }",
@@ -181,6 +195,6 @@ fn whole(value: &Value<'_>, text: String, what: &str) -> Option<Secret> {
     if text.is_empty() { empty(value, what) } else { Some(Secret::new(text)) }
 }
 
-fn empty(value: &Value<'_>, what: &str) -> Option<Secret> {
+fn empty<T>(value: &Value<'_>, what: &str) -> Option<T> {
     value.wrong(Wrong::new(format!("{what} is empty"), "an empty secret protects nothing: fill it in"))
 }

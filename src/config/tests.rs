@@ -1,7 +1,7 @@
 use std::{fmt::Write as _, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 use crate::{
-    kms::Algorithm,
+    kms::{Algorithm, Login, SecretSource},
     rule::{SignatureType, Trigger},
     signature::Format,
 };
@@ -77,6 +77,26 @@ until = 2027-03-01T00:00:00+01:00
 key = "leaked.pub.pem"
 revoked = 2026-12-24 03:00Z
 reason = "found in a build log"
+
+[[witness]]
+name = "vault"
+key = "openbao://release?version=3&address=https://bao.internal:8200"
+login = { method = "approle", path = "auth/teams/ci/", role_id = "59d6d1ca", secret_id = { file = "secret-id" } }
+
+[[witness]]
+name = "pod"
+key = "hashivault://release"
+login = { method = "kubernetes", role = "countersign" }
+
+[[witness]]
+name = "ci"
+key = "hashivault://release"
+login = { method = "jwt", role = "countersign", jwt = { env = "TOKEN" } }
+
+[[witness]]
+name = "agent"
+key = "hashivault://release"
+login = { method = "token", token = { file = "/run/agent/token" } }
 
 [[rule]]
 name = "production"
@@ -202,12 +222,21 @@ fn every_key_is_read_into_what_the_code_needs() {
     assert!(matches!(&sources[1].auth, SourceAuth::Basic(login) if login.username == "hub"));
     assert_eq!(sources[1].registry, hub.name);
 
-    let [witness] = witnesses.as_slice() else { panic!("{witnesses:?}") };
+    let [witness, vault, pod, ci, agent] = witnesses.as_slice() else { panic!("{witnesses:?}") };
     assert_eq!(witness.key.to_string(), "awskms:///alias/image-signing?region=eu-west-1");
     assert_eq!(witness.rate, Some(Rate { per_second: 100, burst: 100 }));
     assert_eq!(witness.verify[0].until, Some("2027-02-28T23:00:00Z".parse().unwrap()));
     assert_eq!(witness.verify[1].revoked, Some("2026-12-24T03:00:00Z".parse().unwrap()));
     assert_eq!(witness.place.to_string(), "countersign.toml:49:1");
+    assert_eq!(witness.login, None);
+    assert_eq!(vault.key.to_string(), "openbao://release?address=https://bao.internal:8200&version=3");
+    let jwt = |path: &str, jwt| Some(Login::Jwt { path: path.to_owned(), role: "countersign".to_owned(), jwt });
+    let (secret_id, role_id) = (SecretSource::File("/etc/countersign/secret-id".into()), "59d6d1ca".to_owned());
+    assert_eq!(vault.login, Some(Login::AppRole { path: "teams/ci".to_owned(), role_id, secret_id: Some(secret_id) }));
+    let service_account = SecretSource::File("/var/run/secrets/kubernetes.io/serviceaccount/token".into());
+    assert_eq!(pod.login, jwt("kubernetes", service_account));
+    assert_eq!(ci.login, jwt("jwt", SecretSource::Variable("TOKEN".to_owned())));
+    assert_eq!(agent.login, Some(Login::Token { token: SecretSource::File("/run/agent/token".into()) }));
 
     let [rule] = rules.as_slice() else { panic!("{rules:?}") };
     assert_eq!(rule.registry.as_ref(), Some(&ours.name));
@@ -239,7 +268,7 @@ fn a_rule_and_a_key_that_do_not_fit_are_told_apart_with_the_cure() {
     let wrong = check_rule_against_key(rsa, "ECC_NIST_P256").unwrap_err();
     assert_eq!(
         wrong,
-        "countersign.toml:65:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
+        "countersign.toml:85:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
          is ECC_NIST_P256: write algorithm = \"ECDSA_SHA_256\""
     );
     assert!(check_rule_against_key(&ecdsa, "RSA_4096").unwrap_err().ends_with("write algorithm = \"RSA_PKCS1_SHA_256\""));
@@ -358,5 +387,5 @@ fn every_example_is_a_configuration_without_warnings() {
         assert!(!config.rules.is_empty());
         read += 1;
     }
-    assert_eq!(read, 4);
+    assert_eq!(read, 5);
 }

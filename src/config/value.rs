@@ -5,6 +5,8 @@ use std::{borrow::Cow, path::PathBuf, time::Duration};
 use jiff::Timestamp;
 use toml::{Spanned, de::DeValue};
 
+use crate::kms::SecretSource;
+
 use super::{
     Secret,
     reader::Section,
@@ -201,6 +203,12 @@ impl<'a> Value<'a> {
     pub(crate) fn secret(&self) -> Option<Secret> {
         debug_assert!(matches!(self.kind, Kind::Secret), "{} is declared as something else", self.key.name);
         secret::read(self)
+    }
+
+    /// Where a secret is that is read anew each time it is needed; that it can be read now is checked.
+    pub(crate) fn secret_source(&self) -> Option<SecretSource> {
+        debug_assert!(matches!(self.kind, Kind::Secret), "{} is declared as something else", self.key.name);
+        secret::source(self)
     }
 
     /// A URL, and whether it stands in the file itself: if not, nothing of it is to be shown. Of one that does, this shows

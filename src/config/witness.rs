@@ -2,7 +2,9 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
-use crate::kms::{KeyUri, UriError};
+use crate::kms::{KeyUri, Login, UriError};
+
+mod login;
 
 use super::{
     names::{self, PLAIN},
@@ -20,6 +22,8 @@ pub struct Witness {
     pub description: String,
     /// The key that signs.
     pub key: KeyUri,
+    /// Who asks a Vault or an OpenBao; None: whom the environment's token belongs to.
+    pub login: Option<Login>,
     /// PEM (SPKI): what the key's public half must be. None: what it is when it is first opened.
     pub public_key: Option<PathBuf>,
     /// Further public keys whose signatures count.
@@ -67,8 +71,15 @@ pub(crate) static TABLE: Table = Table {
             "key",
             Kind::Text(&KEY_URI),
             "\"awskms:///alias/image-signing?region=eu-west-1\"",
-            "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, alibabakms://ENDPOINT/[INSTANCE]/KEY for Alibaba Cloud KMS, or \
-             file:///path/key.pem for a key on this machine.",
+            "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, alibabakms://ENDPOINT/[INSTANCE]/KEY for Alibaba Cloud KMS, \
+             hashivault://KEY or openbao://KEY for a Transit engine of Vault or OpenBao, or file:///path/key.pem for a key on this \
+             machine.",
+        ),
+        Key::optional(
+            "login",
+            Kind::Table(&login::TABLE),
+            "{ method = \"kubernetes\", role = \"countersign\" }",
+            "How a Vault or an OpenBao is told who asks. If absent, by VAULT_TOKEN, BAO_TOKEN or ~/.vault-token.",
         ),
         Key::optional(
             "public_key",
@@ -91,7 +102,8 @@ pub(crate) static TABLE: Table = Table {
     ],
 };
 
-static KEY_URI: Grammar = Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms|alibabakms)://") };
+static KEY_URI: Grammar =
+    Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms|alibabakms|hashivault|openbao)://") };
 
 static VERIFY: Table = Table {
     title: "`verify`",
@@ -122,6 +134,13 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
     let name = section.value("name").and_then(|value| value.parse(names::plain));
     let description = section.value("description").map(|value| value.text());
     let key = section.value("key").and_then(|value| value.parse(key_uri));
+    let login = section.value("login").map(|value| value.table().as_ref().and_then(login::read));
+    if let (Some(key), Some(at)) = (&key, section.written("login"))
+        && !matches!(key, KeyUri::Vault(_))
+    {
+        let help = "remove it: other keys take what they need from the environment".to_owned();
+        section.report.error(at, "`login` is for hashivault:// and openbao:// keys", help);
+    }
     let public_key = section.value("public_key").map(|value| value.readable_file());
     let verify = section.value("verify").map(|value| value.each_table(former_key));
     let rate = section.value("rate").map(|value| value.table().as_ref().and_then(rate));
@@ -129,6 +148,7 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
         name: name?,
         description: description.unwrap_or_else(|| Some(String::new()))?,
         key: key?,
+        login: optional(login)?,
         public_key: optional(public_key)?,
         verify: verify.unwrap_or_else(|| Some(Vec::new()))?,
         rate: optional(rate)?,
@@ -137,8 +157,9 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
 }
 
 fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
-    const LATER: [&str; 4] = ["hashivault", "gcpkms", "azurekms", "pkcs11"];
-    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION or alibabakms://ENDPOINT//alias/NAME";
+    const LATER: [&str; 3] = ["gcpkms", "azurekms", "pkcs11"];
+    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION, alibabakms://ENDPOINT//alias/NAME or \
+                            hashivault://NAME";
     let scheme = text.split(':').next().unwrap_or_default();
     if LATER.contains(&scheme) {
         return Err(Wrong::new(format!("keys in {scheme} are not in this version"), EXAMPLES));
@@ -150,9 +171,10 @@ fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
         }
         UriError::NoScheme(_) => Wrong::new(format!("\"{shown}\" is no key's URI: it has no scheme"), EXAMPLES),
         UriError::UnknownScheme(_) => Wrong::new(format!("\"{shown}\" names no key provider"), EXAMPLES),
-        UriError::Secret => {
-            Wrong::new("`key` holds a user or password", "remove it: credentials come from the environment or an AWS profile")
-        }
+        UriError::Secret => Wrong::new(
+            "`key` holds a user or password",
+            "remove it: credentials come from the environment, an AWS profile or `login`",
+        ),
         UriError::Malformed { what, .. } => Wrong::new(format!("\"{shown}\" is no key's URI"), what),
     })
 }

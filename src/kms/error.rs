@@ -85,19 +85,22 @@ impl Classify for Error {
             Self::Unreachable { .. } | Self::Transient { .. } => return Verdict::TRANSIENT,
             Self::Denied { .. } => {
                 "allow countersign's identity to sign with this key (on AWS: kms:Sign, kms:GetPublicKey and kms:DescribeKey; on Alibaba \
-                 Cloud: kms:AsymmetricSign, kms:GetPublicKey, kms:DescribeKey and kms:ListKeyVersions), then replay"
+                 Cloud: kms:AsymmetricSign, kms:GetPublicKey, kms:DescribeKey and kms:ListKeyVersions; in a Vault: as the message says), then replay"
             }
             Self::Credentials { .. } => "give countersign credentials that the KMS knows, then replay",
             Self::KeyUnusable { .. } => {
-                "enable the key, or cancel its deletion, or name an asymmetric signing key in the witness, then replay"
+                "enable the key, cancel its deletion, let its version sign again, or name an asymmetric signing key in the witness, then \
+                 replay"
             }
-            Self::NotFound { .. } => "correct the key's name, region and account in the witness's `key`, then replay",
+            Self::NotFound { .. } => {
+                "correct the key's name, region and account (in a Vault: mount and namespace) in the witness's `key`, then replay"
+            }
             Self::Misconfigured { .. } => "correct the witness's `key` as the message says, then replay",
             Self::BadResponse { .. } => {
                 "check that the endpoint is the KMS, and that nothing between changes its answers, then replay"
             }
             Self::BadSignature { .. } => {
-                "check which key the reference names now and that the endpoint is a KMS which signs digests as AWS does; then \
+                "check which key the reference names now and that the endpoint is a KMS which signs digests as they are; then \
                  restart, which reads the public key again, and replay"
             }
             Self::KeyChanged { .. } => {

@@ -1,4 +1,4 @@
-//! What providers of credentials share: one request and its answer, and text for people, within bounds.
+//! What providers share: one request and its answer, and text for people, within bounds.
 
 use std::{error::Error as _, time::Duration};
 

@@ -1,6 +1,6 @@
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use super::aws;
+use super::{aws, vault::VaultReference};
 
 /// Where a key is: a URI as cosign's users know them. It names a key and never holds a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -29,6 +29,8 @@ pub enum KeyUri {
         /// A RAM role to take with the credentials that the environment gives.
         role: Option<String>,
     },
+    /// `hashivault://KEY` or `openbao://KEY`: a key in a Transit engine.
+    Vault(VaultReference),
 }
 
 /// Why a text is no key reference.
@@ -36,12 +38,12 @@ pub enum KeyUri {
 pub enum UriError {
     #[error("{0:?} has no scheme: write file:///path/key.pem or awskms:///alias/NAME?region=REGION")]
     NoScheme(String),
-    #[error("{0:?} is no key provider: this version has file://, awskms:// and alibabakms://")]
+    #[error("{0:?} is no key provider: this version has file://, awskms://, alibabakms://, hashivault:// and openbao://")]
     UnknownScheme(String),
     #[error("{uri:?}: {what}")]
     Malformed { uri: String, what: &'static str },
     /// Its text is not repeated: it may hold a password.
-    #[error("the endpoint in a key reference holds a user name or password: credentials come from the environment")]
+    #[error("the server in a key reference stands behind a user name or password: who asks is said elsewhere")]
     Secret,
 }
 
@@ -50,6 +52,9 @@ impl FromStr for KeyUri {
 
     fn from_str(text: &str) -> Result<Self, UriError> {
         let (scheme, rest) = text.split_once("://").ok_or_else(|| UriError::NoScheme(text.to_owned()))?;
+        if scheme != "file" && rest.contains('@') {
+            return Err(UriError::Secret);
+        }
         let malformed = |what| UriError::Malformed { uri: text.to_owned(), what };
         match scheme {
             "file" => {
@@ -58,18 +63,10 @@ impl FromStr for KeyUri {
                 }
                 Ok(Self::File(rest.into()))
             }
-            "awskms" => {
-                if rest.contains('@') {
-                    return Err(UriError::Secret);
-                }
-                aws_kms(rest).map_err(malformed)
-            }
-            "alibabakms" => {
-                if rest.contains('@') {
-                    return Err(UriError::Secret);
-                }
-                alibaba_kms(rest).map_err(malformed)
-            }
+            "awskms" => aws_kms(rest).map_err(malformed),
+            "alibabakms" => alibaba_kms(rest).map_err(malformed),
+            "hashivault" => VaultReference::hashivault(rest).map(Self::Vault).map_err(malformed),
+            "openbao" => VaultReference::openbao(rest).map(Self::Vault).map_err(malformed),
             other => Err(UriError::UnknownScheme(other.to_owned())),
         }
     }
@@ -152,6 +149,7 @@ impl fmt::Display for KeyUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => write!(f, "file://{}", path.display()),
+            Self::Vault(reference) => reference.fmt(f),
             Self::AwsKms { endpoint, key, region } => {
                 write!(f, "awskms://{}/{key}", endpoint.as_deref().unwrap_or_default())?;
                 region.as_ref().map_or(Ok(()), |region| write!(f, "?region={region}"))

@@ -105,7 +105,7 @@ impl House {
             let path = folder.path().join(format!("{name}.pem"));
             kms::generate(KeySpec::EcP256, &path).unwrap();
             let uri = KeyUri::File(path);
-            let honest = kms::open(&uri, clock.clone()).await.unwrap();
+            let honest = kms::open(&uri, None, clock.clone()).await.unwrap();
             let key = Arc::new(Key {
                 honest,
                 script: Mutex::default(),
@@ -113,8 +113,15 @@ impl House {
                 slow: Mutex::default(),
                 calls: AtomicU32::new(0),
             });
-            let settings =
-                WitnessSettings { name: name.into(), description: String::new(), key: uri, verify: vec![], rate, pin: None };
+            let settings = WitnessSettings {
+                name: name.into(),
+                description: String::new(),
+                key: uri,
+                login: None,
+                verify: vec![],
+                rate,
+                pin: None,
+            };
             let witness = Witness::from_key(&settings, key.clone(), clock.clone()).unwrap();
             witnesses.insert(name.to_owned(), Arc::new(witness));
             key

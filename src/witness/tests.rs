@@ -25,7 +25,15 @@ fn generated(folder: &TempDir, name: &str) -> (KeyUri, PublicKey) {
 }
 
 fn settings(key: KeyUri) -> WitnessSettings {
-    WitnessSettings { name: "release".into(), description: "Signs it all".into(), key, verify: vec![], rate: None, pin: None }
+    WitnessSettings {
+        name: "release".into(),
+        description: "Signs it all".into(),
+        key,
+        login: None,
+        verify: vec![],
+        rate: None,
+        pin: None,
+    }
 }
 
 fn trusted(key: &PublicKey) -> TrustedKeySettings {
@@ -67,7 +75,7 @@ impl SigningKey for Scripted {
 
 async fn scripted(folder: &TempDir, script: Vec<Result<RawSignature, kms::Error>>) -> (Witness, Arc<Scripted>) {
     let (uri, _) = generated(folder, &format!("scripted-{}", fastrand::u64(..)));
-    let honest = kms::open(&uri, clock().0).await.unwrap();
+    let honest = kms::open(&uri, None, clock().0).await.unwrap();
     let key = Arc::new(Scripted { honest, script: Mutex::new(script.into()), calls: Mutex::new(0) });
     (Witness::from_key(&settings(uri), key.clone(), clock().0).unwrap(), key)
 }
@@ -100,7 +108,7 @@ async fn an_algorithm_that_the_key_has_not_is_refused_without_asking_the_kms() {
 async fn a_wrong_signature_is_asked_for_once_more_and_never_returned() {
     let folder = tempfile::tempdir().unwrap();
     let (uri, _) = generated(&folder, "other.pem");
-    let other = kms::open(&uri, clock().0).await.unwrap();
+    let other = kms::open(&uri, None, clock().0).await.unwrap();
     let wrong = other.sign(Algorithm::EcdsaSha256, &DIGEST).await.unwrap();
 
     let (witness, key) = scripted(&folder, vec![Ok(wrong.clone())]).await;

@@ -260,6 +260,7 @@ async fn a_signature_that_does_not_verify_is_asked_for_once_more_and_then_refuse
         name: "release".into(),
         description: String::new(),
         key: scene.uri("/alias/rsa"),
+        login: None,
         verify: vec![],
         rate: None,
         pin: None,

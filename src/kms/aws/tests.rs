@@ -66,6 +66,7 @@ impl Scene {
             name: "release".into(),
             description: String::new(),
             key: self.uri(key),
+            login: None,
             verify: vec![],
             rate: None,
             pin: None,
