@@ -2,11 +2,13 @@
 
 mod daemon;
 
-use std::{collections::HashMap, fs, path::Path, sync::Arc};
+use std::{collections::HashMap, fs, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc};
 
 use anyhow::{Context as _, anyhow};
 use futures::future::join_all;
-use queue::{Embedded, Options};
+use queue::{Amqp, Embedded, Options, Queue, amqp};
+use secrecy::ExposeSecret as _;
+use tokio_util::task::TaskTracker;
 use tracing::{error, warn};
 
 use crate::{
@@ -32,8 +34,7 @@ pub use daemon::serve;
 /// The state folder: queue, ledger, socket, pinned keys.
 #[must_use]
 pub fn state_folder(config: &Config) -> &Path {
-    let Backend::Embedded { path } = &config.queue.backend;
-    path
+    config.queue.backend.path()
 }
 
 /// The client of a configured registry.
@@ -245,10 +246,48 @@ fn patience(config: &Config) -> Patience {
     Patience { first: retry.first, longest: retry.longest, give_up: retry.give_up }
 }
 
-fn open_queue(config: &Config, clock: &Clock) -> anyhow::Result<Embedded> {
+/// Tasks of the queue run on `tracker`.
+async fn open_queue(config: &Config, clock: &Clock, tracker: &TaskTracker) -> anyhow::Result<Arc<dyn Queue>> {
     let clock = clock.clone();
-    let config::Queue { history, history_size: history_bytes, .. } = config.queue;
-    Ok(Embedded::open(state_folder(config), Options { history, history_bytes, ..Options::new(move || clock.now()) })?)
+    let now = move || clock.now();
+    match &config.queue.backend {
+        Backend::Embedded { path } => {
+            let config::Queue { history, history_size: history_bytes, .. } = config.queue;
+            Ok(Arc::new(Embedded::open(path, Options { history, history_bytes, ..Options::new(now) })?))
+        }
+        Backend::Amqp(amqp) => {
+            // The socket and the ledger are in it; the embedded queue makes its own.
+            let folder = fs::DirBuilder::new().recursive(true).mode(0o700).create(&amqp.path);
+            folder.with_context(|| format!("{}: cannot be created", amqp.path.display()))?;
+            let brokers = amqp.clone();
+            let options = amqp::Options {
+                prefix: amqp.prefix.clone(),
+                partitions: amqp.partitions,
+                window: u16::try_from(config.queue.in_flight).unwrap_or(u16::MAX).max(128),
+                ..amqp::Options::new(move || access(&brokers), replica_name(), now)
+            };
+            Ok(Arc::new(Amqp::open(options, tracker).await?))
+        }
+    }
+}
+
+/// How the brokers are reached now.
+fn access(brokers: &config::Amqp) -> Result<amqp::Access, String> {
+    let read = |path: &Path| fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
+    let urls = brokers.url.again()?;
+    let identity = brokers.tls.identity.as_ref();
+    Ok(amqp::Access {
+        urls: urls.expose_secret().split([',', ' ', '\n']).filter(|url| !url.is_empty()).map(Into::into).collect(),
+        ca: brokers.tls.ca.as_deref().map(read).transpose()?,
+        identity: identity.map(|(certificate, key)| Ok::<_, String>((read(certificate)?, key.again()?))).transpose()?,
+    })
+}
+
+/// This process, as the other replicas and an administrator know it: `HOST-PID`.
+fn replica_name() -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = if host.trim().is_empty() { "countersign" } else { host.trim() };
+    format!("{host}-{}", std::process::id())
 }
 
 /// A database that cannot be reached for now is a warning; one that will not have us as things stand is an error.
@@ -272,7 +311,7 @@ pub async fn client(config: &Config, clock: &Clock, signing: bool) -> anyhow::Re
     if let Some(client) = Client::daemon(state_folder(config)).await? {
         return Ok(client);
     }
-    let queue = open_queue(config, clock)?;
+    let queue = open_queue(config, clock, &TaskTracker::new()).await?;
     let ledger = open_ledger(config, clock).await?;
     let pipeline = if signing {
         let metrics = Metrics::new();
@@ -285,13 +324,7 @@ pub async fn client(config: &Config, clock: &Clock, signing: bool) -> anyhow::Re
     } else {
         None
     };
-    Ok(Client::Here(admin::router(Admin {
-        queue: Arc::new(queue),
-        ledger,
-        pipeline,
-        rules: Arc::new(rules(config)?),
-        clock: clock.clone(),
-    })))
+    Ok(Client::Here(admin::router(Admin { queue, ledger, pipeline, rules: Arc::new(rules(config)?), clock: clock.clone() })))
 }
 
 /// Signs a probe with a witness: 32 bytes that are no image's payload.

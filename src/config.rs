@@ -36,7 +36,7 @@ pub use self::{
     ledger::Ledger,
     log::{Log, LogFormat},
     problem::{Place, Problem, Problems, Severity, in_full},
-    queue::{Backend, Queue, Retry},
+    queue::{Amqp, Backend, Queue, Retry},
     registry::{Login, Registry},
     rule::{Rule, check_rule_against_key},
     schema::schema,

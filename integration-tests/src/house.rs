@@ -52,6 +52,8 @@ pub struct Plan {
     pub key_uri: Option<String>,
     /// The `[[rule]]` tables, or what there is to be of them; `None` for the one of the default.
     pub rules: Option<String>,
+    /// Further lines of `[queue]`.
+    pub queue: String,
     pub registry: Options,
     /// What `[ledger] url` is, as it stands in the file: a text in quotes, or where the secret is.
     pub ledger: Option<String>,
@@ -60,7 +62,15 @@ pub struct Plan {
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { keys: Keys::P256, key_uri: None, rules: None, registry: Options::default(), ledger: None, environment: Vec::new() }
+        Self {
+            keys: Keys::P256,
+            key_uri: None,
+            rules: None,
+            queue: String::new(),
+            registry: Options::default(),
+            ledger: None,
+            environment: Vec::new(),
+        }
     }
 }
 
@@ -127,12 +137,12 @@ impl House {
 
     /// The configuration as the plan has it, for a test to write another.
     pub fn config(&self) -> String {
-        let Plan { keys, key_uri, rules, registry: options, ledger, .. } = &self.plan;
+        let Plan { keys, key_uri, rules, queue, registry: options, ledger, .. } = &self.plan;
         let (port, folder, host, url) = (self.port, self.folder.path().display(), self.registry.host(), &self.registry_url);
         let key = key_uri.clone().unwrap_or_else(|| format!("file://{folder}/release.key.pem"));
         let mut config = format!(
             "[server]\nlisten = \"127.0.0.1:{port}\"\n\n\
-             [queue]\npath = \"{folder}/state\"\nretry = {{ first = \"100ms\", longest = \"2s\", give_up = \"1h\" }}\n\n\
+             [queue]\npath = \"{folder}/state\"\nretry = {{ first = \"100ms\", longest = \"2s\", give_up = \"1h\" }}\n{queue}\n\
              [[registry]]\nname = \"{host}\"\nurl = \"{url}\"\n",
         );
         if options.login {

@@ -117,15 +117,20 @@ pub fn scratch() -> Result<TempDir> {
 /// A port of 127.0.0.1 that nobody listens on, and that stays free while a server is down to be started again: it is below
 /// the range from which the system takes the ports of outgoing connections.
 pub fn free_port() -> Result<u16> {
+    free_ports(1)
+}
+
+/// The first of so many in a row.
+pub fn free_ports(many: u16) -> Result<u16> {
     const FIRST: u16 = 10_000;
     const COUNT: u16 = 20_000;
     static NEXT: AtomicU16 = AtomicU16::new(0);
     // Test processes that run beside this one begin elsewhere.
     let start = u32::from(FIRST) + std::process::id().wrapping_mul(97) % u32::from(COUNT);
     for _ in 0..COUNT {
-        let step = u32::from(NEXT.fetch_add(1, Ordering::Relaxed));
+        let step = u32::from(NEXT.fetch_add(many, Ordering::Relaxed));
         let port = u16::try_from(u32::from(FIRST) + (start + step) % u32::from(COUNT))?;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        if (port..port + many).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
             return Ok(port);
         }
     }

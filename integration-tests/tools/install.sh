@@ -108,6 +108,18 @@ docker_registry() {
     wrap docker-registry '"$here/docker-registry/usr/bin/docker-registry"'
 }
 
+rabbitmq() {
+    # Installed, so that it finds its Erlang; and kept from being started, which Debian's packages do.
+    local deny=/usr/sbin/policy-rc.d made=
+    if [ ! -e $deny ]; then
+        printf '#!/bin/sh\nexit 101\n' | as_root tee $deny > /dev/null
+        as_root chmod +x $deny
+        made=yes
+    fi
+    debian_packages rabbitmq-server
+    [ -z "$made" ] || as_root rm $deny
+}
+
 cosign2() {
     unpack trixie cosign-2 cosign
     wrap cosign2 '"$here/cosign-2/usr/bin/cosign"'
@@ -215,6 +227,7 @@ build() {
 version_of() {
     case $1 in
         docker-registry) "$tools/bin/docker-registry" --version && cat "$tools/docker-registry/VERSION" ;;
+        rabbitmq) [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && echo "rabbitmq-server $(dpkg-query -W -f '${Version}' rabbitmq-server)" ;;
         cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
@@ -227,7 +240,7 @@ version_of() {
 }
 
 wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack openbao postgresql hadolint cargo-deny)
+[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack openbao postgresql rabbitmq hadolint cargo-deny)
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
@@ -236,10 +249,10 @@ for tool in "${wanted[@]}"; do
         *:) ;;
         "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | hadolint:* | containers:*) continue ;;
+        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | hadolint:* | containers:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | rabbitmq | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"

@@ -10,6 +10,7 @@
 //!
 //! `tests/contract.rs` holds every backend to this.
 
+pub mod amqp;
 mod delivery;
 mod embedded;
 
@@ -19,6 +20,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
 
+pub use amqp::Amqp;
 pub use delivery::{Delivery, Settle};
 pub use embedded::{Embedded, Options};
 
@@ -102,6 +104,8 @@ pub struct Stats {
     pub oldest: Option<Timestamp>,
     /// How far back [`Queue::history`] reaches; `None` if this queue was told to keep nothing.
     pub history: Option<History>,
+    /// The same by partition, where the backend has several.
+    pub partitions: Vec<Partition>,
 }
 
 /// What is kept of the past.
@@ -111,6 +115,18 @@ pub struct History {
     pub oldest: Option<Timestamp>,
     /// How many are kept, as exactly as the backend knows. Those that are still queued are among them.
     pub messages: u64,
+}
+
+/// What is in one partition.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Partition {
+    pub name: String,
+    /// The replica that has messages of it now.
+    pub holder: Option<String>,
+    pub ready: u64,
+    pub in_flight: u64,
+    /// When the oldest message that its holder has was pushed.
+    pub oldest: Option<Timestamp>,
 }
 
 impl Stats {
@@ -142,6 +158,21 @@ pub enum Error {
         #[source]
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
+    /// Something on the broker is not as we declare it, and was left as it is. Nothing works until an administrator has decided.
+    #[error(
+        "the {kind} {name} is on the broker already with {}: move its messages away and delete it, or give this queue \
+         another prefix",
+        argument.as_ref().map_or_else(|| "other arguments".to_owned(), |argument| format!("another `{argument}`"))
+    )]
+    Mismatch {
+        /// `queue` or `exchange`.
+        kind: &'static str,
+        name: String,
+        /// The argument that is another, if the broker said which.
+        argument: Option<String>,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A message with this id is in the queue already, or kept of the past: it was not pushed again.
     #[error("a message with id {0} is in the queue already, or was not long ago")]
     Duplicate(String),
@@ -156,7 +187,8 @@ pub enum Error {
 /// A backend.
 #[async_trait]
 pub trait Queue: Send + Sync + fmt::Debug {
-    /// Returns once all the messages would survive a crash. All of them are kept, or none.
+    /// Returns once all the messages would survive a crash. After an error none of them may be relied on: a backend on one disk
+    /// keeps all or none, one with a broker may have kept some, and the caller pushes them again.
     async fn push(&self, messages: Vec<Message>) -> Result<(), Error>;
 
     /// Waits for the next delivery; cancel-safe. `None` after [`Queue::close`].

@@ -1,5 +1,6 @@
 //! Every backend keeps what the crate and its trait promise: one suite, run on each.
 
+mod broker;
 mod contract {
     pub mod suite;
 }
@@ -7,10 +8,12 @@ mod contract {
 use std::{path::Path, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use broker::{Broker, Vhost};
 use contract::suite::{self, Backend};
-use countersign_queue::{Embedded, Options, Queue};
+use countersign_queue::{Amqp, Embedded, Options, Queue};
 use jiff::Timestamp;
 use tempfile::TempDir;
+use tokio_util::task::TaskTracker;
 
 struct EmbeddedBackend {
     folder: TempDir,
@@ -48,3 +51,48 @@ fn open(folder: &Path, history: Duration) -> Arc<dyn Queue> {
 }
 
 suite::hold_to_the_contract!(embedded, EmbeddedBackend);
+suite::hold_to_the_past!(embedded_past, EmbeddedBackend);
+
+/// On a real RabbitMQ, in a virtual host of its own.
+struct AmqpBackend {
+    queue: Option<Arc<dyn Queue>>,
+    tracker: TaskTracker,
+    vhost: Vhost,
+}
+
+impl AmqpBackend {
+    async fn open(&mut self) {
+        self.tracker = TaskTracker::new();
+        let queue = Amqp::open(self.vhost.options("replica"), &self.tracker).await.unwrap();
+        queue.probe().await.unwrap();
+        self.queue = Some(Arc::new(queue));
+    }
+}
+
+#[async_trait]
+impl Backend for AmqpBackend {
+    async fn keeping(_: Duration) -> Self {
+        unreachable!("this backend keeps no past yet")
+    }
+
+    async fn fresh() -> Self {
+        let vhost = Broker::shared().await.vhost().await;
+        let mut backend = Self { queue: None, tracker: TaskTracker::new(), vhost };
+        backend.open().await;
+        backend
+    }
+
+    fn queue(&self) -> Arc<dyn Queue> {
+        Arc::clone(self.queue.as_ref().unwrap())
+    }
+
+    async fn restart(&mut self) -> Arc<dyn Queue> {
+        self.queue = None;
+        self.tracker.close();
+        self.tracker.wait().await;
+        self.open().await;
+        self.queue()
+    }
+}
+
+suite::hold_to_the_contract!(amqp, AmqpBackend);

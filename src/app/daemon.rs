@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use axum::{Router, routing::get};
 use futures::future::ready;
 use queue::Queue;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::BoxError;
 use tracing::{error, info, warn};
 
@@ -32,7 +32,8 @@ const REFUSED: &[(&str, &str)] = &[("http_refused", "Requests that were turned a
 pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Result<ExitCode> {
     let clock = Clock::system();
     let mut lifecycle = Lifecycle::install(config.server.grace)?;
-    let queue: Arc<dyn Queue> = Arc::new(open_queue(&config, &clock)?);
+    // They run until the process ends: the metrics and the socket ask the queue to the last. What is in hand is waited for below.
+    let queue = open_queue(&config, &clock, &TaskTracker::new()).await?;
     let ledger = open_ledger(&config, &clock).await?;
     let metrics = Metrics::new();
     let Some(opened) = lifecycle.unless_stopped(setup(&config, &clock, &metrics)).await else {

@@ -37,7 +37,7 @@ static URL: Grammar = Grammar { noun: "a URL in quotes", pattern: Some("^(sqlite
 pub(crate) fn read(section: &Section<'_>, backend: Option<&Backend>) -> Option<Ledger> {
     match section.value("url") {
         Some(value) => url(&value),
-        None => backend.map(|Backend::Embedded { path }| Ledger::Sqlite { path: path.join("ledger.db") }),
+        None => backend.map(|backend| Ledger::Sqlite { path: backend.path().join("ledger.db") }),
     }
 }
 

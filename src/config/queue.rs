@@ -1,8 +1,13 @@
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use super::{
-    reader::Section,
-    shape::{Choice, Key, Kind, Table, Word},
+    reader::{Section, optional},
+    report::{Wrong, cut},
+    secret::Secret,
+    shape::{Choice, Grammar, Key, Kind, Table, Word},
 };
 
 /// Where push events wait.
@@ -23,6 +28,38 @@ pub struct Queue {
 pub enum Backend {
     /// A folder of this machine, which also holds the daemon's socket.
     Embedded { path: PathBuf },
+    /// RabbitMQ.
+    Amqp(Box<Amqp>),
+}
+
+impl Backend {
+    /// The folder of what this process keeps on this machine: the daemon's socket, pinned keys, a SQLite ledger.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Embedded { path } => path,
+            Self::Amqp(amqp) => &amqp.path,
+        }
+    }
+}
+
+/// The brokers, and how they are used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Amqp {
+    pub path: PathBuf,
+    /// One URL or several, with commas between: they hold the password.
+    pub url: Secret,
+    pub prefix: String,
+    pub partitions: u16,
+    pub tls: Tls,
+}
+
+/// How `amqps://` is checked; the system's roots and no client certificate, if nothing is said.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tls {
+    pub ca: Option<PathBuf>,
+    /// The client certificate and its key.
+    pub identity: Option<(PathBuf, Secret)>,
 }
 
 /// When an event that failed is tried again. `first` ≤ `longest` ≤ `give_up`.
@@ -46,7 +83,8 @@ pub(crate) static TABLE: Table = Table {
             "path",
             Kind::Path,
             "\"/var/lib/countersign\"",
-            "The folder that holds the events, the ledger and the daemon's socket. One process uses it at a time.",
+            "The folder that holds the events (if the backend is embedded), the ledger and the daemon's socket. One process uses \
+             it at a time.",
         ),
         Key::defaulted("in_flight", Kind::Count { least: 1, most: 4096 }, "32", "How many events are handled at once."),
         Key::defaulted(
@@ -70,13 +108,53 @@ pub(crate) static TABLE: Table = Table {
             "What the embedded queue may take on disk before the oldest of those are forgotten early. An event takes about \
              2 KiB.",
         ),
-        Key::later("url"),
-        Key::later("partitions"),
+        Key::optional(
+            "url",
+            Kind::Secret,
+            "{ file = \"/run/secrets/amqp-url\" }",
+            "The brokers, if the backend is amqp: amqp://USER:PASSWORD@HOST:5672/VHOST, or amqps:// for TLS. Several with commas \
+             between are tried in turn. A file is read again at each connect, so that a password can be rotated.",
+        ),
+        Key::defaulted(
+            "partitions",
+            Kind::Count { least: 1, most: 64 },
+            "8",
+            "Partitions on the broker: at most so many replicas work at once. The same in all replicas.",
+        ),
+        Key::defaulted("prefix", Kind::Text(&PREFIX), "\"countersign\"", "What all names on the broker begin with."),
+        Key::optional("tls", Kind::Table(&TLS), "{ ca = \"tls/broker-ca.pem\" }", "How a broker's certificate is checked."),
     ],
 };
 
-static BACKEND: Choice =
-    Choice { words: &[Word { text: "embedded", doc: "A folder on this machine; no server is needed." }], later: &["amqp"] };
+static BACKEND: Choice = Choice {
+    words: &[
+        Word { text: "embedded", doc: "A folder on this machine; no server is needed." },
+        Word { text: "amqp", doc: "RabbitMQ, for any number of replicas." },
+    ],
+    later: &[],
+};
+
+static PREFIX: Grammar = Grammar { noun: "a name in quotes", pattern: Some("^[A-Za-z0-9._-]{1,64}$") };
+
+static TLS: Table = Table {
+    title: "`tls`",
+    doc: "How a broker's certificate is checked, and our own.",
+    keys: &[
+        Key::optional(
+            "ca",
+            Kind::Path,
+            "\"tls/broker-ca.pem\"",
+            "A PEM file: the certificates that the broker's may lead to. The system's, if absent.",
+        ),
+        Key::optional(
+            "certificate",
+            Kind::Path,
+            "\"tls/client.pem\"",
+            "A PEM file: the client certificate, if the broker wants one.",
+        ),
+        Key::optional("key", Kind::Secret, "{ file = \"tls/client.key\" }", "The client certificate's private key, as PEM."),
+    ],
+};
 
 static RETRY: Table = Table {
     title: "`retry`",
@@ -99,14 +177,78 @@ static RETRY: Table = Table {
 };
 
 pub(crate) fn read(section: &Section<'_>) -> Option<Queue> {
-    let backend = section.value("backend").and_then(|value| value.choice([()]));
+    let backend = section.value("backend").and_then(|value| value.choice([Kept::Here, Kept::ByBroker]));
     let path = section.value("path").and_then(|value| value.path());
     let in_flight = section.value("in_flight").and_then(|value| value.count());
     let retry = section.value("retry").and_then(|value| value.table()).as_ref().and_then(retry);
     let history = section.value("history").and_then(|value| value.duration());
     let history_size = section.value("history_size").and_then(|value| value.size());
-    let backend = backend.and(path).map(|path| Backend::Embedded { path });
-    Some(Queue { backend: backend?, in_flight: in_flight?, retry: retry?, history: history?, history_size: history_size? })
+    let amqp = amqp(section);
+    let backend = match backend? {
+        Kept::Here => Backend::Embedded { path: path? },
+        Kept::ByBroker => {
+            let (url, rest) = amqp?;
+            let Some(url) = url else {
+                section.report.error(
+                    section.value_span("backend"),
+                    "the backend \"amqp\" needs `url`",
+                    "write url = { file = \"…\" }; the file holds amqp://USER:PASSWORD@HOST:5672/VHOST".to_owned(),
+                );
+                return None;
+            };
+            Backend::Amqp(Box::new(Amqp { path: path?, url, ..rest }))
+        }
+    };
+    Some(Queue { backend, in_flight: in_flight?, retry: retry?, history: history?, history_size: history_size? })
+}
+
+/// What the word says.
+#[derive(Clone, Copy)]
+enum Kept {
+    Here,
+    ByBroker,
+}
+
+/// The URL, if there is one, and everything else but the path.
+fn amqp(section: &Section<'_>) -> Option<(Option<Secret>, Amqp)> {
+    let url = optional(section.value("url").map(|value| value.secret()));
+    let prefix = section.value("prefix").and_then(|value| value.parse(prefix));
+    let partitions = section.value("partitions").and_then(|value| value.count());
+    let tls = optional(section.value("tls").map(|value| value.table().as_ref().and_then(tls)));
+    let rest = Amqp {
+        path: PathBuf::new(),
+        url: Secret::new(String::new()),
+        prefix: prefix?,
+        partitions: partitions?,
+        tls: tls?.unwrap_or_default(),
+    };
+    Some((url?, rest))
+}
+
+fn tls(section: &Section<'_>) -> Option<Tls> {
+    let ca = optional(section.value("ca").map(|value| value.readable_file()));
+    let certificate = optional(section.value("certificate").map(|value| value.readable_file()));
+    let key = optional(section.value("key").map(|value| value.secret()));
+    let identity = match (certificate?, key?) {
+        (Some(certificate), Some(key)) => Some((certificate, key)),
+        (None, None) => None,
+        (certificate, _) => {
+            let (there, missing) = if certificate.is_some() { ("certificate", "key") } else { ("key", "certificate") };
+            let message = format!("`{there}` of the client needs `{missing}`");
+            section.report.error(section.value_span(there), message, format!("write `{missing}` as well, or remove `{there}`"));
+            return None;
+        }
+    };
+    Some(Tls { ca: ca?, identity })
+}
+
+fn prefix(text: &str) -> Result<String, Wrong> {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    if (1..=64).contains(&text.len()) && text.bytes().all(fits) {
+        return Ok(text.to_owned());
+    }
+    let help = "letters, digits, dots, dashes and underscores, 64 at most: \"countersign\"";
+    Err(Wrong::new(format!("\"{}\" cannot begin names on a broker", cut(text)), help))
 }
 
 fn retry(section: &Section<'_>) -> Option<Retry> {

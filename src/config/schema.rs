@@ -134,10 +134,17 @@ mod tests {
             );
             keys.push(path.to_owned());
         });
-        for key in [".server.grace", ".server.tls.key.file", ".queue.retry.give_up", ".witness.verify.until", ".rule.exclude"] {
+        for key in [
+            ".server.grace",
+            ".server.tls.key.file",
+            ".queue.retry.give_up",
+            ".queue.tls.key.file",
+            ".witness.verify.until",
+            ".rule.exclude",
+        ] {
             assert!(keys.iter().any(|path| path == key), "{key}");
         }
-        for later in [".policy", ".queue.url", ".source.hmac"] {
+        for later in [".policy", ".source.hmac"] {
             assert!(!keys.iter().any(|path| path == later), "{later}");
         }
     }

@@ -1,4 +1,9 @@
-use std::{fmt, path::PathBuf};
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Read as _},
+    path::PathBuf,
+};
 
 use secrecy::{ExposeSecret as _, SecretString};
 use toml::de::DeValue;
@@ -13,21 +18,76 @@ use super::{
 };
 
 /// A password, token or private key from the configuration. It is wiped when dropped, and `Debug` prints `<redacted>`.
+///
+/// Two are equal if they stand in the same place, whatever is there now; or, if they are written out, if they are the same.
 #[derive(Clone)]
-pub struct Secret(SecretString);
+pub struct Secret {
+    text: SecretString,
+    place: Place,
+}
+
+/// Where a secret is.
+#[derive(Clone, PartialEq, Eq)]
+enum Place {
+    Configuration,
+    File(PathBuf),
+    Variable(String),
+}
+
+/// Far above any password, token or private key.
+const LARGEST: u64 = 64 << 10;
 
 impl Secret {
     #[must_use]
     pub fn new(text: String) -> Self {
-        Self(text.into())
+        Self { text: text.into(), place: Place::Configuration }
     }
 
     /// The secret itself, for the one place that sends or compares it.
     #[must_use]
     pub fn expose(&self) -> &str {
-        self.0.expose_secret()
+        self.text.expose_secret()
+    }
+
+    /// As it is by now: a secret in a file may have been rotated.
+    ///
+    /// # Errors
+    /// What is wrong, without anything of the secret.
+    pub fn again(&self) -> Result<SecretString, String> {
+        let Place::File(path) = &self.place else { return Ok(self.text.clone()) };
+        let read = || {
+            let mut text = String::new();
+            File::open(path)?.take(LARGEST).read_to_string(&mut text)?;
+            Ok(text)
+        };
+        let text = read().map_err(|error: io::Error| format!("{}: {error}", path.display()))?;
+        match text.trim_end_matches(['\r', '\n']) {
+            "" => Err(format!("{} is empty", path.display())),
+            secret => Ok(secret.to_owned().into()),
+        }
+    }
+
+    /// Where it is, for who reads it anew each time.
+    pub(crate) fn source(self) -> SecretSource {
+        match self.place {
+            Place::Configuration => SecretSource::Given(self.text),
+            Place::File(path) => SecretSource::File(path),
+            Place::Variable(name) => SecretSource::Variable(name),
+        }
+    }
+
+    fn in_place(self, place: Place) -> Self {
+        Self { place, ..self }
     }
 }
+
+impl PartialEq for Secret {
+    fn eq(&self, other: &Self) -> bool {
+        self.place == other.place && (self.place != Place::Configuration || self.expose() == other.expose())
+    }
+}
+
+impl Eq for Secret {}
 
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -52,15 +112,6 @@ pub(crate) static REFERENCE: Table = Table {
 
 /// Reads a secret from where the configuration says that it is. Nothing of what was written or read is ever reported.
 pub(crate) fn read(value: &Value<'_>) -> Option<Secret> {
-    read_with_source(value).map(|(secret, _)| secret)
-}
-
-/// Where a secret is, for who reads it anew each time; that it can be read now is checked.
-pub(crate) fn source(value: &Value<'_>) -> Option<SecretSource> {
-    read_with_source(value).map(|(_, source)| source)
-}
-
-fn read_with_source(value: &Value<'_>) -> Option<(Secret, SecretSource)> {
     let name = value.key.name;
     match value.toml.get_ref() {
         DeValue::String(text) => {
@@ -71,13 +122,13 @@ fn read_with_source(value: &Value<'_>) -> Option<(Secret, SecretSource)> {
             let message = format!("`{name}` stands in the configuration file itself");
             let help = format!("keep it in a file of its own: {name} = {{ file = \"/run/secrets/{name}\" }}");
             value.report.warning(value.span.clone(), message, help);
-            Some((Secret::new(text.as_ref().to_owned()), SecretSource::Given(text.as_ref().into())))
+            Some(Secret::new(text.as_ref().to_owned()))
         }
         DeValue::Table(_) => {
             let section = value.section(&REFERENCE)?;
             match (section.value("file"), section.value("env")) {
-                (Some(file), None) => from_file(&file).map(|(secret, path)| (secret, SecretSource::File(path))),
-                (None, Some(env)) => from_env(&env).map(|(secret, name)| (secret, SecretSource::Variable(name))),
+                (Some(file), None) => from_file(&file),
+                (None, Some(env)) => from_env(&env),
                 (Some(_), Some(second)) => second
                     .wrong(Wrong::new(format!("`{name}` is in a file or in a variable, not in both"), "remove one of the two")),
                 (None, None) if section.is_empty() => value.wrong(Wrong::new(
@@ -91,9 +142,7 @@ fn read_with_source(value: &Value<'_>) -> Option<(Secret, SecretSource)> {
     }
 }
 
-fn from_file(value: &Value<'_>) -> Option<(Secret, PathBuf)> {
-    // Far above any password, token or private key.
-    const LARGEST: u64 = 64 << 10;
+fn from_file(value: &Value<'_>) -> Option<Secret> {
     let path = value.path()?;
     let shown = cut(&path.display().to_string());
     let contents = match value.report.outside.read(&path, LARGEST) {
@@ -119,17 +168,18 @@ fn from_file(value: &Value<'_>) -> Option<(Secret, PathBuf)> {
     let Ok(text) = String::from_utf8(contents.bytes) else {
         return value.wrong(Wrong::new(format!("{shown} is no text"), "the file holds the secret as UTF-8 text"));
     };
-    whole(value, text.trim_end_matches(['\r', '\n']).to_owned(), &shown).map(|secret| (secret, path))
+    whole(value, text.trim_end_matches(['\r', '\n']).to_owned(), &shown).map(|secret| secret.in_place(Place::File(path)))
 }
 
-fn from_env(value: &Value<'_>) -> Option<(Secret, String)> {
+fn from_env(value: &Value<'_>) -> Option<Secret> {
     let variable = value.text()?;
     let shown = cut(&variable);
     if shown.is_empty() {
         return value.wrong(Wrong::new("`env` names no environment variable", "write its name: { env = \"PASSWORD\" }"));
     }
     match value.report.outside.env(&variable) {
-        Some(text) => whole(value, text, &format!("the environment variable {shown}")).map(|secret| (secret, variable.clone())),
+        Some(text) => whole(value, text, &format!("the environment variable {shown}"))
+            .map(|secret| secret.in_place(Place::Variable(variable))),
         None => value.wrong(Wrong::new(
             format!("the environment variable {shown} is not set, or is no text"),
             "set it where countersign is started, or keep the secret in a file: { file = \"…\" }",
@@ -142,6 +192,6 @@ fn whole(value: &Value<'_>, text: String, what: &str) -> Option<Secret> {
     if text.is_empty() { empty(value, what) } else { Some(Secret::new(text)) }
 }
 
-fn empty<T>(value: &Value<'_>, what: &str) -> Option<T> {
+fn empty(value: &Value<'_>, what: &str) -> Option<Secret> {
     value.wrong(Wrong::new(format!("{what} is empty"), "an empty secret protects nothing: fill it in"))
 }

@@ -391,6 +391,7 @@ impl Worker {
             dead: books.dead.unsigned_abs(),
             oldest: self.store.oldest()?,
             history: self.store.reach(self.now())?,
+            partitions: vec![],
         })
     }
 

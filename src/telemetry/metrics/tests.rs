@@ -110,6 +110,7 @@ fn check_histogram(name: &str, family: &Exposed) {
 
 fn snapshot() -> Snapshot {
     let queue = queue::Stats {
+        partitions: vec![],
         pushed_total: 24,
         discarded_total: 1,
         ready: 3,

@@ -1,0 +1,202 @@
+//! Debian's RabbitMQ, on 127.0.0.1, in a folder of its own, beside others of its kind.
+//!
+//! The packaged wrapper listens on all addresses and shares a daemon (epmd) with every other Erlang program; so the inner
+//! script is run, with both moved to 127.0.0.1 and ports of this broker's.
+
+use std::{fs, net::TcpStream, os::unix::fs::PermissionsExt as _, path::Path, process::Command, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::process::{Process, free_ports, scratch};
+
+/// Where Debian's package has it.
+const SERVER: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
+const READY: Duration = Duration::from_secs(60);
+
+/// A running broker. Dropped, it is killed, and its folder removed.
+#[derive(Debug)]
+pub struct RabbitMq {
+    port: u16,
+    folder: TempDir,
+    /// None while it is stopped.
+    server: Option<Server>,
+    http: reqwest::Client,
+    /// Lines for its configuration.
+    extra: String,
+}
+
+#[derive(Debug)]
+struct Server {
+    broker: Process,
+    /// Finds Erlang nodes by name; RabbitMQ does not start without one.
+    names: Process,
+}
+
+impl RabbitMq {
+    /// Starts one with nothing in it, and waits until it is ready (some seconds).
+    pub async fn start() -> Result<Self> {
+        Self::start_with("").await
+    }
+
+    /// The same, with further lines in its configuration; `{tls}` in them is a free port.
+    pub async fn start_with(extra: &str) -> Result<Self> {
+        ensure!(Path::new(SERVER).exists(), "{SERVER} is missing: run `make tools`");
+        let port = free_ports(5)?;
+        let extra = extra.replace("{tls}", &(port + 3).to_string());
+        let limit = Duration::from_secs(20);
+        // A connection that is kept belongs to the runtime of the test that made it.
+        let http =
+            reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).connect_timeout(limit).timeout(limit).build()?;
+        let mut broker = Self { port, folder: scratch()?, server: None, http, extra };
+        broker.start_again().await?;
+        Ok(broker)
+    }
+
+    /// `amqp://guest:guest@127.0.0.1:PORT`
+    pub fn url(&self) -> String {
+        format!("amqp://guest:guest@{}", self.host())
+    }
+
+    /// `127.0.0.1:PORT`
+    pub fn host(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// The port that the configuration of [`RabbitMq::start_with`] may use for TLS.
+    pub fn tls_port(&self) -> u16 {
+        self.port + 3
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Starts it on the data that it has, and waits until it is ready.
+    pub async fn start_again(&mut self) -> Result<()> {
+        if self.server.is_none() {
+            self.spawn()?;
+        }
+        let mut server = self.server.take().context("just started")?;
+        // It listens for clients last.
+        let is_ready = async || {
+            self.manage("GET", "/api/health/checks/alarms", None).await.is_ok() && TcpStream::connect(self.host()).is_ok()
+        };
+        let ready = server.broker.wait_ready(READY, is_ready).await;
+        self.server = Some(server);
+        ready
+    }
+
+    fn spawn(&mut self) -> Result<()> {
+        let (folder, port) = (self.folder.path(), self.port);
+        fs::create_dir_all(folder.join("mnesia"))?;
+        let configuration = format!(
+            "listeners.tcp.1 = 127.0.0.1:{port}\n\
+             management.tcp.ip = 127.0.0.1\n\
+             management.tcp.port = {}\n\
+             log.file = false\n\
+             log.console = true\n\
+             log.console.level = warning\n\
+             {}\n",
+            port + 1,
+            self.extra,
+        );
+        fs::write(folder.join("rabbitmq.conf"), configuration)?;
+        fs::write(folder.join("enabled_plugins"), "[rabbitmq_management,rabbitmq_auth_mechanism_ssl].\n")?;
+        // Erlang refuses one that others may read.
+        let cookie = folder.join(".erlang.cookie");
+        if !cookie.exists() {
+            fs::write(&cookie, format!("{:016x}", fastrand::u64(..)))?;
+            fs::set_permissions(&cookie, fs::Permissions::from_mode(0o400))?;
+        }
+        let names_port = (port + 4).to_string();
+        let mut names = Command::new("epmd");
+        names.args(["-address", "127.0.0.1", "-port", &names_port]).env_remove("ERL_EPMD_PORT");
+        let mut broker = Command::new(SERVER);
+        broker
+            .env("HOME", folder)
+            .env("RABBITMQ_NODENAME", format!("test{port}@localhost"))
+            .env("RABBITMQ_MNESIA_BASE", folder.join("mnesia"))
+            .env("RABBITMQ_LOG_BASE", folder.join("log"))
+            .env("RABBITMQ_CONFIG_FILE", folder.join("rabbitmq.conf"))
+            .env("RABBITMQ_ENABLED_PLUGINS_FILE", folder.join("enabled_plugins"))
+            .env("RABBITMQ_DIST_PORT", (port + 2).to_string())
+            .env("ERL_EPMD_PORT", &names_port)
+            .env("ERL_EPMD_ADDRESS", "127.0.0.1")
+            // The script becomes the broker, instead of watching over it: signals are meant for that.
+            .env("RABBITMQ_ALLOW_INPUT", "true")
+            .env("RABBITMQ_SERVER_START_ARGS", "-noshell -noinput")
+            // Two cores are shared with the test: schedulers that spin take them.
+            .env(
+                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
+                "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none +sbwtdcpu none +sbwtdio none",
+            );
+        let log = folder.join("broker.log");
+        self.server = Some(Server {
+            names: Process::start("epmd", &mut names, &folder.join("epmd.log"))?,
+            broker: Process::start("rabbitmq", &mut broker, &log)?,
+        });
+        Ok(())
+    }
+
+    /// Stops it in order (some seconds). [`RabbitMq::start_again`] brings it back.
+    pub async fn stop(&mut self) -> Result<()> {
+        let Some(mut server) = self.server.take() else { return Ok(()) };
+        server.broker.signal(Signal::TERM)?;
+        server.broker.wait(Duration::from_secs(60)).await?;
+        server.names.kill()
+    }
+
+    /// kill -9. [`RabbitMq::start_again`] brings it back.
+    pub fn kill(&mut self) -> Result<()> {
+        let Some(server) = self.server.take() else { return Ok(()) };
+        server.broker.kill()?;
+        server.names.kill()
+    }
+
+    /// Stops it in its tracks, its connections open, until it is told to go on.
+    pub fn freeze(&self, frozen: bool) -> Result<()> {
+        let server = self.server.as_ref().context("it does not run")?;
+        server.broker.signal(if frozen { Signal::STOP } else { Signal::CONT })
+    }
+
+    /// Takes its data away while it is stopped.
+    pub fn lose_disk(&self) -> Result<()> {
+        ensure!(self.server.is_none(), "it runs");
+        Ok(fs::remove_dir_all(self.folder.path().join("mnesia"))?)
+    }
+
+    /// Asks the management API; the answer, if it is JSON.
+    pub async fn manage(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
+        let url = format!("http://127.0.0.1:{}{path}", self.port + 1);
+        let mut request = self.http.request(method.parse()?, url).basic_auth("guest", Some("guest"));
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let answer = request.send().await?;
+        let (status, text) = (answer.status(), answer.text().await?);
+        ensure!(status.is_success(), "{method} {path}: {status}: {text}");
+        Ok(serde_json::from_str(&text).unwrap_or(Value::Null))
+    }
+
+    /// From now on the broker has too little disk, or no longer: it takes no messages then.
+    pub async fn disk_alarm(&self, on: bool) -> Result<()> {
+        let limit = if on { "mem_relative, 10000.0" } else { "mem_relative, 0.00001" };
+        self.evaluate(&format!("rabbit_disk_monitor:set_disk_free_limit({{{limit}}}).")).await
+    }
+
+    /// Has an Erlang expression evaluated in the broker.
+    async fn evaluate(&self, expression: &str) -> Result<()> {
+        let output = tokio::process::Command::new("/usr/lib/rabbitmq/bin/rabbitmqctl")
+            .args(["--node", &format!("test{}@localhost", self.port), "eval", expression])
+            .env("HOME", self.folder.path())
+            .env("ERL_EPMD_PORT", (self.port + 4).to_string())
+            .env("ERL_EPMD_ADDRESS", "127.0.0.1")
+            .output()
+            .await?;
+        ensure!(output.status.success(), "rabbitmqctl: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+}

@@ -1,0 +1,260 @@
+//! The queue on RabbitMQ, for any number of replicas.
+//!
+//! Messages are spread over partitions by their key; each partition is a quorum queue with a single active consumer, so one
+//! replica at a time has its messages, and in that replica equal keys take turns. What a push was answered has been
+//! confirmed by the broker, and what was not confirmed was not accepted. A retry waits in a delay queue on the broker, a
+//! dead letter lies in a queue of its own. `topology.rs` has every queue and flag with its reason.
+//!
+//! At least once: a message that is published again (for a retry, a burial, a replay) is acked only when its copy is
+//! confirmed, so a crash in between leaves both. Whoever pulls has to be idempotent.
+//!
+//! Connections end for many reasons; each time, everything is begun anew in the background, and meanwhile pushes are refused
+//! with [`Error::Unavailable`] and pulls wait. What was in hand then is delivered again, perhaps to another replica, whatever
+//! is done with it here; if it comes here again, what was decided is carried out without asking anybody.
+
+mod connect;
+mod dead;
+mod envelope;
+mod inbox;
+mod session;
+mod settle;
+mod stats;
+mod supervisor;
+mod topology;
+mod wire;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use async_trait::async_trait;
+use futures::future::join_all;
+use jiff::Timestamp;
+use tokio::sync::{mpsc, watch};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::TaskTracker,
+};
+
+pub use self::connect::Access;
+use self::{
+    dead::Graveyard,
+    envelope::Envelope,
+    inbox::Inbox,
+    session::Session,
+    settle::{Chore, Hand, Settlement},
+    topology::Topology,
+};
+use crate::{DeadLetter, Delivery, Error, Kept, Message, Queue, Stats};
+
+/// Id, key and content type travel in headers, which share one frame.
+const HEADERS: usize = 16 * 1024;
+
+/// How an [`Amqp`] queue is to run.
+#[derive(Clone)]
+pub struct Options {
+    /// Asked at each connect.
+    pub access: Arc<dyn Fn() -> Result<Access, String> + Send + Sync>,
+    /// What all names on the broker begin with.
+    pub prefix: String,
+    /// Partitions: at most so many replicas work at once. The same in all replicas.
+    pub partitions: u16,
+    /// Messages of one partition that may be unsettled here.
+    pub window: u16,
+    /// The name of this process, for the others: unique among them.
+    pub replica: String,
+    /// What time it is: stamps pushes and burials.
+    pub now: Arc<dyn Fn() -> Timestamp + Send + Sync>,
+}
+
+impl Options {
+    /// The defaults, with the given brokers, name and source of time.
+    #[must_use]
+    pub fn new(
+        access: impl Fn() -> Result<Access, String> + Send + Sync + 'static,
+        replica: impl Into<String>,
+        now: impl Fn() -> Timestamp + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            access: Arc::new(access),
+            prefix: "countersign".to_owned(),
+            partitions: 8,
+            window: 128,
+            replica: replica.into(),
+            now: Arc::new(now),
+        }
+    }
+}
+
+impl fmt::Debug for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Options")
+            .field("prefix", &self.prefix)
+            .field("partitions", &self.partitions)
+            .field("window", &self.window)
+            .field("replica", &self.replica)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The queue on a broker.
+///
+/// Dropping it and every [`Delivery`] of it ends its tasks and its connections.
+#[derive(Debug)]
+pub struct Amqp {
+    core: Arc<Core>,
+    _stop: DropGuard,
+}
+
+#[derive(Debug)]
+struct Core {
+    options: Options,
+    topology: Topology,
+    inbox: Inbox,
+    /// The connection there is; none while there is none.
+    session: watch::Sender<Option<Arc<Session>>>,
+    /// Why there is none.
+    trouble: Mutex<Option<String>>,
+    /// For the supervisor to do.
+    chores: mpsc::UnboundedSender<Chore>,
+    /// What was decided of messages whose connection broke before the broker heard it, by their ids.
+    unwritten: Mutex<HashMap<String, Settlement>>,
+    graveyard: Graveyard,
+    /// When what this replica handed back was pushed, for as long as it waits.
+    waiting: Mutex<HashMap<String, Timestamp>>,
+    others: Mutex<HashMap<String, stats::Report>>,
+}
+
+impl Amqp {
+    /// Connects, and declares what is not there. All tasks run on `tracker`.
+    ///
+    /// If no broker can be reached the queue is opened all the same, and goes on trying: until then pushes are refused.
+    ///
+    /// [`Error::Mismatch`]: the broker has something of ours with other arguments.
+    pub async fn open(options: Options, tracker: &TaskTracker) -> Result<Self, Error> {
+        let stop = CancellationToken::new();
+        let (chores, inbox) = mpsc::unbounded_channel();
+        let topology = Topology::new(&options.prefix, options.partitions);
+        let core = Arc::new(Core {
+            inbox: Inbox::new(options.window.into()),
+            options,
+            topology,
+            session: watch::Sender::new(None),
+            trouble: Mutex::default(),
+            chores,
+            unwritten: Mutex::default(),
+            graveyard: Graveyard::default(),
+            waiting: Mutex::default(),
+            others: Mutex::default(),
+        });
+        let (opened, first) = tokio::sync::oneshot::channel();
+        tracker.spawn(supervisor::run(Arc::clone(&core), inbox, stop.clone(), tracker.clone(), opened));
+        let queue = Self { core, _stop: stop.drop_guard() };
+        match first.await {
+            Ok(Err(error @ Error::Mismatch { .. })) => Err(error),
+            Ok(_) => Ok(queue),
+            Err(_) => Err(Error::Died),
+        }
+    }
+}
+
+#[async_trait]
+impl Queue for Amqp {
+    /// After an error, and when it was cancelled, some of the messages may have been kept. An id that is there already is not
+    /// looked for.
+    async fn push(&self, messages: Vec<Message>) -> Result<(), Error> {
+        if self.core.inbox.is_closed() {
+            return Err(Error::Closed);
+        }
+        if messages.is_empty() {
+            return Ok(());
+        }
+        let session = self.core.session()?;
+        let (now, layout) = (self.core.now(), self.core.topology.layout());
+        let exchange = self.core.topology.accept();
+        let pushes = messages.into_iter().map(|message| {
+            let route = layout.route(&message.key);
+            let envelope = Envelope::new(message, now);
+            let (session, exchange) = (&session, &exchange);
+            async move {
+                let message = &envelope.message;
+                if message.id.len() + message.key.0.len() + message.content_type.len() > HEADERS {
+                    let what = "id, key and content type of a message have more than 16 KiB".to_owned();
+                    return Err(Error::Unavailable { what, source: None });
+                }
+                session.publish(exchange, &route, envelope.properties(), &message.body).await
+            }
+        });
+        join_all(pushes).await.into_iter().collect()
+    }
+
+    async fn pull(&self) -> Result<Option<Delivery>, Error> {
+        let Some(held) = self.core.inbox.take().await else { return Ok(None) };
+        let Envelope { message, pushed_at, attempts, waited, .. } = held.envelope.clone();
+        let hand = Hand::new(Arc::clone(&self.core), held);
+        Ok(Some(Delivery::new(message, pushed_at, attempts, waited, Box::new(hand))))
+    }
+
+    async fn stats(&self) -> Result<Stats, Error> {
+        stats::read(&self.core).await
+    }
+
+    async fn dead_letters(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
+        self.core.graveyard.list(&self.core, after, limit).await
+    }
+
+    async fn replay(&self, id: &str) -> Result<bool, Error> {
+        self.core.graveyard.replay(&self.core, id).await
+    }
+
+    async fn discard(&self, id: &str) -> Result<bool, Error> {
+        self.core.graveyard.discard(&self.core, id).await
+    }
+
+    /// Nothing is kept that could be asked for.
+    async fn history(&self, _: Timestamp, _: Timestamp, _: Option<&str>, _: usize) -> Result<Vec<Kept>, Error> {
+        Ok(vec![])
+    }
+
+    async fn probe(&self) -> Result<(), Error> {
+        let session = self.core.session()?;
+        let properties = lapin::BasicProperties::default().with_delivery_mode(2);
+        session.publish("", &self.core.topology.probe(), properties, b"probe").await
+    }
+
+    async fn close(&self) {
+        if self.core.inbox.is_closed() {
+            return;
+        }
+        self.core.inbox.close();
+        let (done, closed) = tokio::sync::oneshot::channel();
+        if self.core.chores.send(Chore::Close(done)).is_ok() {
+            // Or there is nobody who could consume.
+            let _ = closed.await;
+        }
+    }
+}
+
+impl Core {
+    fn now(&self) -> Timestamp {
+        (self.options.now)()
+    }
+
+    /// The connection, if there is one that works.
+    fn session(&self) -> Result<Arc<Session>, Error> {
+        match &*self.session.borrow() {
+            Some(session) if !session.is_over() => Ok(Arc::clone(session)),
+            _ => {
+                let trouble = lock(&self.trouble).clone();
+                let what = trouble.unwrap_or_else(|| "there is no connection to the broker".to_owned());
+                Err(Error::Unavailable { what, source: None })
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics while it holds the lock")
+}

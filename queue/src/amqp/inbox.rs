@@ -1,0 +1,262 @@
+//! What the broker has delivered to this process: whose turn it is, and what is in hand.
+//!
+//! A partition's messages come to one replica only, so it is enough that equal keys take turns in here.
+
+use std::{
+    collections::{HashMap, VecDeque, hash_map::Entry},
+    mem,
+    sync::{Mutex, MutexGuard},
+};
+
+use jiff::Timestamp;
+use lapin::Acker;
+use tokio::sync::{Notify, Semaphore};
+
+use super::envelope::Envelope;
+use crate::PartitionKey;
+
+/// A delivery of the broker's, unsettled.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub envelope: Envelope,
+    /// Where it comes from: [`super::session::Source`].
+    pub source: usize,
+    /// Not the first time that the broker delivers it.
+    pub redelivered: bool,
+    pub acker: Acker,
+    /// The connection that it came by: only there can it be settled.
+    pub session: u64,
+}
+
+impl Held {
+    fn key(&self) -> &PartitionKey {
+        &self.envelope.message.key
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Inbox {
+    inner: Mutex<Inner>,
+    /// About one permit for each key in `turns`: waiting for it is waiting for a message, first come, first served.
+    arrivals: Semaphore,
+    /// Told whenever the last message is out of hand.
+    empty: Notify,
+    /// Messages of one source that are held at most: the consumer's prefetch.
+    window: usize,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    lines: HashMap<PartitionKey, Line>,
+    /// Keys that have a message waiting and none in hand, once each.
+    turns: VecDeque<PartitionKey>,
+    /// Unsettled messages by source, in hand or not.
+    unsettled: HashMap<usize, usize>,
+    in_hand: usize,
+    waiting: usize,
+    closed: bool,
+}
+
+#[derive(Debug, Default)]
+struct Line {
+    in_hand: Option<InHand>,
+    waiting: VecDeque<Held>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct InHand {
+    pushed_at: Timestamp,
+    source: usize,
+}
+
+/// How many, and how old.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Level {
+    pub waiting: u64,
+    pub in_hand: u64,
+    pub oldest: Option<Timestamp>,
+}
+
+impl Level {
+    fn add(&mut self, waiting: bool, pushed_at: Timestamp) {
+        *if waiting { &mut self.waiting } else { &mut self.in_hand } += 1;
+        self.oldest = Some(self.oldest.map_or(pushed_at, |oldest| oldest.min(pushed_at)));
+    }
+}
+
+impl Inbox {
+    pub fn new(window: usize) -> Self {
+        Self { inner: Mutex::default(), arrivals: Semaphore::new(0), empty: Notify::new(), window }
+    }
+
+    /// Puts a message in line. What is returned is to be moved behind others on the broker: one busy key has filled most of
+    /// what its partition may have unsettled, and keeps the others from coming.
+    pub fn arrive(&self, held: Held) -> Vec<Held> {
+        let mut inner = self.lock();
+        let (key, source) = (held.key().clone(), held.source);
+        *inner.unsettled.entry(source).or_default() += 1;
+        inner.waiting += 1;
+        let is_full = inner.unsettled[&source] >= self.window;
+        let line = inner.lines.entry(key.clone()).or_default();
+        let takes_turn = line.in_hand.is_none() && line.waiting.is_empty();
+        line.waiting.push_back(held);
+        let moved: Vec<Held> = if is_full && line.waiting.len() > self.window * 3 / 4 {
+            line.waiting.split_off(self.window / 4).into()
+        } else {
+            vec![]
+        };
+        if takes_turn {
+            inner.turns.push_back(key);
+            self.arrivals.add_permits(1);
+        }
+        inner.waiting -= moved.len();
+        for held in &moved {
+            inner.forget(held.source);
+        }
+        moved
+    }
+
+    /// Waits for a message; cancel-safe. `None` after [`Inbox::close`].
+    pub async fn take(&self) -> Option<Held> {
+        loop {
+            self.arrivals.acquire().await.ok()?.forget();
+            let mut inner = self.lock();
+            if inner.closed {
+                return None;
+            }
+            // Whoever was in line may have gone with its connection.
+            let Some(key) = inner.turns.pop_front() else { continue };
+            let Some(line) = inner.lines.get_mut(&key) else { continue };
+            let Some(held) = line.waiting.pop_front() else { continue };
+            line.in_hand = Some(InHand { pushed_at: held.envelope.pushed_at, source: held.source });
+            inner.waiting -= 1;
+            inner.in_hand += 1;
+            return Some(held);
+        }
+    }
+
+    /// The message of this key that was in hand is no longer: the next one may be.
+    pub fn settled(&self, key: &PartitionKey) {
+        let mut inner = self.lock();
+        if let Some(source) = inner.let_go(key) {
+            inner.forget(source);
+        }
+        self.next_turn(&mut inner, key);
+    }
+
+    /// Puts a message that was in hand back, before the others of its key. It is returned if the broker has to have it back.
+    pub fn give_back(&self, held: Held, session: Option<u64>) -> Option<Held> {
+        let mut inner = self.lock();
+        let key = held.key().clone();
+        let source = inner.let_go(&key);
+        let mut returned = None;
+        if inner.closed || session != Some(held.session) {
+            if let Some(source) = source {
+                inner.forget(source);
+            }
+            returned = Some(held);
+        } else {
+            inner.waiting += 1;
+            inner.lines.entry(key.clone()).or_default().waiting.push_front(held);
+        }
+        self.next_turn(&mut inner, &key);
+        returned
+    }
+
+    fn next_turn(&self, inner: &mut Inner, key: &PartitionKey) {
+        if let Entry::Occupied(line) = inner.lines.entry(key.clone()) {
+            if line.get().waiting.is_empty() {
+                line.remove();
+            } else {
+                inner.turns.push_back(key.clone());
+                self.arrivals.add_permits(1);
+            }
+        }
+        if inner.in_hand == 0 {
+            self.empty.notify_waiters();
+        }
+    }
+
+    /// Forgets everything that is not in hand: the broker delivers it again, to whoever is there. For the end of a connection.
+    pub fn take_all(&self) -> Vec<Held> {
+        let mut inner = self.lock();
+        inner.turns.clear();
+        inner.waiting = 0;
+        let waiting: Vec<Held> = inner.lines.values_mut().flat_map(|line| mem::take(&mut line.waiting)).collect();
+        inner.lines.retain(|_, line| line.in_hand.is_some());
+        for held in &waiting {
+            inner.forget(held.source);
+        }
+        waiting
+    }
+
+    /// What is in hand comes from sources that no longer are.
+    pub fn lose_sources(&self) {
+        self.lock().unsettled.clear();
+    }
+
+    /// No message is handed out any more.
+    pub fn close(&self) {
+        self.lock().closed = true;
+        self.arrivals.close();
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
+    /// Waits until nothing is in hand.
+    pub async fn empty(&self) {
+        loop {
+            let empty = self.empty.notified();
+            if self.lock().in_hand == 0 {
+                return;
+            }
+            empty.await;
+        }
+    }
+
+    /// Of everything.
+    pub fn level(&self) -> Level {
+        let mut all = Level::default();
+        self.each(|_, waiting, pushed_at| all.add(waiting, pushed_at));
+        all
+    }
+
+    /// By source.
+    pub fn levels(&self) -> HashMap<usize, Level> {
+        let mut levels: HashMap<usize, Level> = HashMap::new();
+        self.each(|source, waiting, pushed_at| levels.entry(source).or_default().add(waiting, pushed_at));
+        levels
+    }
+
+    fn each(&self, mut see: impl FnMut(usize, bool, Timestamp)) {
+        for line in self.lock().lines.values() {
+            if let Some(in_hand) = line.in_hand {
+                see(in_hand.source, false, in_hand.pushed_at);
+            }
+            for held in &line.waiting {
+                see(held.source, true, held.envelope.pushed_at);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("nothing panics while it holds the inbox")
+    }
+}
+
+impl Inner {
+    /// The source of what was in hand.
+    fn let_go(&mut self, key: &PartitionKey) -> Option<usize> {
+        let in_hand = self.lines.get_mut(key)?.in_hand.take()?;
+        self.in_hand -= 1;
+        Some(in_hand.source)
+    }
+
+    fn forget(&mut self, source: usize) {
+        if let Some(unsettled) = self.unsettled.get_mut(&source) {
+            *unsettled = unsettled.saturating_sub(1);
+        }
+    }
+}

@@ -1,0 +1,384 @@
+//! One life of the connections to the broker. Whatever goes wrong ends it as a whole, and a new one begins.
+//!
+//! Two connections: the broker stops reading from one that publishes while memory or disk are short
+//! (`connection.blocked`), and acks must go through all the same.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use futures::{StreamExt as _, stream::SelectAll};
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection, Consumer, Event,
+    options::{BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions},
+    types::FieldTable,
+};
+use tokio::{
+    sync::{Notify, watch},
+    time::timeout,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    connect::{self, Address},
+    topology::Topology,
+};
+use crate::Error;
+
+/// How long the broker may take to confirm a message, or to answer.
+const LIMIT: Duration = Duration::from_secs(10);
+
+pub(super) struct Session {
+    pub number: u64,
+    publishing: Connection,
+    consuming: Connection,
+    publish: Channel,
+    pub consume: Channel,
+    /// Cancelled when anything is wrong, and at the end.
+    cut: CancellationToken,
+    /// Why the broker takes no messages.
+    blocked: watch::Sender<Option<String>>,
+    sources: Mutex<Sources>,
+    /// The receiver has to look at the sources again.
+    changed: Notify,
+    reported: AtomicBool,
+    /// Consumers end because we want it.
+    closing: AtomicBool,
+}
+
+/// A queue that is consumed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// A partition of the layout in force, or of one that is drained: its routing key and its queue.
+    Partition { route: String, queue: String },
+    /// What came back to a layout that is gone.
+    Stray,
+}
+
+#[derive(Default)]
+struct Sources {
+    /// Their places are the numbers that deliveries are known by.
+    all: Vec<Source>,
+    consumers: SelectAll<Numbered>,
+}
+
+/// A consumer's deliveries with its source's number.
+type Numbered = futures::stream::BoxStream<'static, (usize, Option<lapin::Result<lapin::message::Delivery>>)>;
+
+impl Session {
+    /// Connects to one broker and declares everything.
+    pub async fn open(
+        number: u64,
+        address: &Address,
+        name: &str,
+        topology: &Topology,
+        tracker: &TaskTracker,
+    ) -> Result<Arc<Self>, Error> {
+        let cut = CancellationToken::new();
+        // Whatever was begun ends with an error in here.
+        let guard = cut.clone().drop_guard();
+        let opening = async {
+            let consuming = connect::open(address, name, tracker, &cut).await?;
+            let publishing = connect::open(address, name, tracker, &cut).await?;
+            let open = |error| unavailable("the broker opened no channel", error);
+            let consume = consuming.create_channel().await.map_err(open)?;
+            let publish = publishing.create_channel().await.map_err(open)?;
+            publish.confirm_select(ConfirmSelectOptions { nowait: false }).await.map_err(open)?;
+            super::topology::declare(&consume, topology).await?;
+            Ok((consuming, publishing, consume, publish))
+        };
+        let late = || Error::Unavailable { what: format!("{} does not answer", address.shown()), source: None };
+        let (consuming, publishing, consume, publish) = timeout(2 * LIMIT, opening).await.map_err(|_| late())??;
+        guard.disarm();
+        let session = Arc::new(Self {
+            number,
+            publishing,
+            consuming,
+            publish,
+            consume,
+            cut,
+            blocked: watch::Sender::new(None),
+            sources: Mutex::default(),
+            changed: Notify::new(),
+            reported: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+        });
+        for events in [session.publishing.events_listener().boxed(), session.consuming.events_listener().boxed()] {
+            tracker.spawn(watch_events(Arc::clone(&session), events));
+        }
+        Ok(session)
+    }
+
+    /// Begins to consume a queue; at most `window` of its messages are unsettled here.
+    pub async fn consume(&self, source: Source, queue: &str, window: u16) -> Result<(), Error> {
+        let number = {
+            let mut sources = self.sources();
+            sources.all.push(source);
+            sources.all.len() - 1
+        };
+        let consuming = async {
+            // Of each consumer that is begun after it.
+            self.consume.basic_qos(window, BasicQosOptions { global: false }).await?;
+            let options = BasicConsumeOptions {
+                // Not meant for quorum queues.
+                no_local: false,
+                // A message is gone when it was handled, not when it was sent.
+                no_ack: false,
+                // Others stand by.
+                exclusive: false,
+                nowait: false,
+            };
+            self.consume.basic_consume(queue.into(), tag(number).into(), options, FieldTable::default()).await
+        };
+        let consumer: Consumer = self.asked(consuming).await?;
+        let deliveries = consumer.map(move |delivery| (number, Some(delivery)));
+        // Its end is something to hear of.
+        let end = futures::stream::once(async move { (number, None) });
+        self.sources().consumers.push(deliveries.chain(end).boxed());
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// Ends all consumers; what was delivered stays.
+    pub async fn consume_no_more(&self) -> Result<(), Error> {
+        self.closing.store(true, Ordering::Relaxed);
+        let sources = self.sources().all.len();
+        for number in 0..sources {
+            let options = lapin::options::BasicCancelOptions { nowait: false };
+            self.asked(self.consume.basic_cancel(tag(number).into(), options)).await?;
+        }
+        Ok(())
+    }
+
+    pub fn source(&self, number: usize) -> Option<Source> {
+        self.sources().all.get(number).cloned()
+    }
+
+    pub fn all_sources(&self) -> Vec<Source> {
+        self.sources().all.clone()
+    }
+
+    /// Hands over what has arrived, for ever. Ends when a consumer does.
+    pub async fn receive(&self, mut take: impl FnMut(usize, lapin::message::Delivery)) {
+        loop {
+            let changed = self.changed.notified();
+            let ended = futures::future::poll_fn(|context| self.poll_arrived(context, &mut take));
+            tokio::select! {
+                () = changed => {}
+                () = ended => return,
+            }
+        }
+    }
+
+    /// Hands over what has arrived by now.
+    pub fn gather(&self, mut take: impl FnMut(usize, lapin::message::Delivery)) {
+        let _ = self.poll_arrived(&mut Context::from_waker(Waker::noop()), &mut take);
+        // The receiver was the one to be woken.
+        self.changed.notify_one();
+    }
+
+    fn poll_arrived(&self, context: &mut Context<'_>, take: &mut impl FnMut(usize, lapin::message::Delivery)) -> Poll<()> {
+        let (mut arrived, mut end) = (Vec::new(), Poll::Pending);
+        let mut sources = self.sources();
+        // Without consumers there is nothing to wait for.
+        while let Poll::Ready(Some((number, delivery))) = sources.consumers.poll_next_unpin(context) {
+            match delivery {
+                Some(Ok(delivery)) => arrived.push((number, delivery)),
+                Some(Err(error)) => {
+                    self.fail(&unavailable("a consumer ended", error));
+                    end = Poll::Ready(());
+                }
+                None if self.is_closing() => {}
+                None => {
+                    let what = format!("the broker ended the consumer of {:?}", sources.all.get(number));
+                    self.fail(&Error::Unavailable { what, source: None });
+                    end = Poll::Ready(());
+                }
+            }
+        }
+        // Whoever takes them looks at the sources.
+        drop(sources);
+        for (number, delivery) in arrived {
+            take(number, delivery);
+        }
+        end
+    }
+
+    /// Has a message kept: returns once the broker has confirmed it.
+    pub async fn publish(&self, exchange: &str, route: &str, properties: BasicProperties, body: &[u8]) -> Result<(), Error> {
+        let options = BasicPublishOptions {
+            // What no queue takes comes back to us, and is not lost.
+            mandatory: true,
+            // RabbitMQ knows it no more.
+            immediate: false,
+        };
+        let confirmed = async {
+            let confirm = self.publish.basic_publish(exchange.into(), route.into(), options, body, properties).await?;
+            confirm.await
+        };
+        let mut blocked = self.blocked.subscribe();
+        let confirmation = tokio::select! {
+            biased;
+            Ok(reason) = blocked.wait_for(Option::is_some) => {
+                let what = format!("the broker takes no messages: {}", reason.as_deref().unwrap_or_default());
+                return Err(Error::Unavailable { what, source: None });
+            }
+            confirmation = self.asked(confirmed) => confirmation?,
+        };
+        match confirmation {
+            Confirmation::Ack(None) => Ok(()),
+            Confirmation::Ack(Some(returned)) | Confirmation::Nack(Some(returned)) => {
+                let what = format!("no queue takes messages of {exchange} for \"{route}\": {}", returned.reply_text);
+                let error = Error::Unavailable { what, source: None };
+                // Someone has deleted it. The next session declares it again.
+                self.fail(&error);
+                Err(error)
+            }
+            Confirmation::Nack(None) => {
+                let what = format!("the broker refused a message of {exchange} for \"{route}\": is a length limit reached?");
+                Err(Error::Unavailable { what, source: None })
+            }
+            Confirmation::NotRequested => {
+                Err(Error::Unavailable { what: "the broker confirms nothing".to_owned(), source: None })
+            }
+        }
+    }
+
+    /// Sends what may be lost.
+    pub async fn tell(&self, exchange: &str, from: &str, body: &[u8]) -> Result<(), Error> {
+        if self.blocked().is_some() {
+            return Ok(());
+        }
+        let properties = BasicProperties::default().with_app_id(from.into());
+        let options = BasicPublishOptions { mandatory: false, immediate: false };
+        self.asked(async {
+            self.publish.basic_publish(exchange.into(), "".into(), options, body, properties).await?.await.map(drop)
+        })
+        .await
+    }
+
+    /// Messages that are ready in a queue, and its consumers.
+    pub async fn depth(&self, queue: &str) -> Result<(u64, u32), Error> {
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let queue = self.asked(self.consume.queue_declare(queue.into(), options, FieldTable::default())).await?;
+        Ok((queue.message_count().into(), queue.consumer_count()))
+    }
+
+    /// A channel of its own, for what may fail without harm to others.
+    pub async fn channel(&self) -> Result<Channel, Error> {
+        self.asked(self.consuming.create_channel()).await
+    }
+
+    /// Waits for an answer of the broker's, for as long as the session lives and not too long.
+    pub async fn asked<T>(&self, answer: impl Future<Output = lapin::Result<T>>) -> Result<T, Error> {
+        tokio::select! {
+            biased;
+            answer = timeout(LIMIT, answer) => match answer {
+                Ok(Ok(answer)) => Ok(answer),
+                Ok(Err(error)) => {
+                    let error = unavailable("the broker ended the connection or a channel", error);
+                    self.fail(&error);
+                    Err(error)
+                }
+                Err(_) => {
+                    let what = format!("the broker has not answered for {} s", LIMIT.as_secs());
+                    let error = Error::Unavailable { what, source: None };
+                    self.fail(&error);
+                    Err(error)
+                }
+            },
+            () = self.cut.cancelled() => Err(lost()),
+        }
+    }
+
+    /// Whether messages are taken now.
+    pub fn blocked(&self) -> Option<String> {
+        self.blocked.borrow().clone()
+    }
+
+    /// Ends the session: something is wrong.
+    pub fn fail(&self, error: &Error) {
+        if !self.cut.is_cancelled() && !self.reported.swap(true, Ordering::Relaxed) {
+            tracing::warn!(error = error as &dyn std::error::Error, "the connection to the broker is given up");
+        }
+        self.cut.cancel();
+    }
+
+    pub async fn failed(&self) {
+        self.cut.cancelled().await;
+    }
+
+    /// Nothing is consumed any more.
+    pub fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.cut.is_cancelled()
+    }
+
+    /// Says goodbye, and lets go of the sockets.
+    pub async fn end(&self) {
+        self.reported.store(true, Ordering::Relaxed);
+        if !self.cut.is_cancelled() {
+            let goodbye = async {
+                let _ = self.publishing.close(200, "OK".into()).await;
+                let _ = self.consuming.close(200, "OK".into()).await;
+            };
+            // It makes no difference to what was agreed.
+            let _ = timeout(Duration::from_secs(2), goodbye).await;
+        }
+        self.cut.cancel();
+        self.sources().consumers.clear();
+    }
+
+    fn sources(&self) -> MutexGuard<'_, Sources> {
+        self.sources.lock().expect("nothing panics while it holds the sources")
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("number", &self.number).finish_non_exhaustive()
+    }
+}
+
+async fn watch_events(session: Arc<Session>, mut events: futures::stream::BoxStream<'static, Event>) {
+    loop {
+        let event = tokio::select! {
+            () = session.cut.cancelled() => return,
+            event = events.next() => event,
+        };
+        match event {
+            Some(Event::ConnectionBlocked(reason)) => {
+                tracing::warn!(reason, "the broker takes no messages");
+                session.blocked.send_replace(Some(reason));
+            }
+            Some(Event::ConnectionUnblocked) => {
+                tracing::info!("the broker takes messages again");
+                session.blocked.send_replace(None);
+            }
+            Some(Event::Error(error)) => return session.fail(&unavailable("the connection broke", error)),
+            Some(_) => {}
+            None => return session.fail(&lost()),
+        }
+    }
+}
+
+fn tag(source: usize) -> String {
+    format!("countersign-{source}")
+}
+
+pub(super) fn unavailable(what: impl Into<String>, source: lapin::Error) -> Error {
+    Error::Unavailable { what: what.into(), source: Some(Box::new(source)) }
+}
+
+pub(super) fn lost() -> Error {
+    Error::Unavailable { what: "there is no connection to the broker".to_owned(), source: None }
+}

@@ -1,0 +1,246 @@
+//! What is in the queue, counted on the broker, here, and by the other replicas.
+//!
+//! The broker knows what is ready in its queues and what waits; what it has delivered is known to whoever has it. So each
+//! replica tells the others every two seconds what it holds. What one process does is counted exactly as soon as it is done;
+//! what others hold is as old as their last report.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{StreamExt as _, future::join_all};
+use jiff::Timestamp;
+use lapin::{
+    options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
+use tokio::time::Instant;
+
+use super::{
+    Core,
+    envelope::Envelope,
+    lock,
+    session::{Session, Source},
+    supervisor,
+};
+use crate::{Error, Partition, Stats};
+
+/// How often the replicas tell each other how they are.
+pub(super) const BEAT: Duration = Duration::from_secs(2);
+/// A replica that was silent for so long is gone.
+const SILENCE: Duration = Duration::from_secs(7);
+/// Retries whose time of push is remembered, at most.
+const WAITING: usize = 50_000;
+/// The longest report that is read, in bytes.
+const REPORT: usize = 64 * 1024;
+
+/// What a replica holds.
+#[derive(Clone, Debug)]
+pub(super) struct Report {
+    at: Instant,
+    partitions: Vec<Partition>,
+    dead: u64,
+    oldest: Option<Timestamp>,
+}
+
+pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
+    let session = core.session()?;
+    let delays = async {
+        let delays: Vec<_> = core.topology.delays().collect();
+        join_all(delays.iter().map(|queue| session.depth(queue))).await.into_iter().collect::<Result<Vec<_>, _>>()
+    };
+    let (history, discarded) = (core.topology.history(), core.topology.discarded());
+    let (delays, pushed, discarded) = tokio::try_join!(delays, session.depth(&history), session.depth(&discarded))?;
+
+    let partitions: Vec<(String, String)> = session.all_sources().into_iter().filter_map(partition).collect();
+    let depths = join_all(partitions.iter().map(|(_, queue)| session.depth(queue))).await;
+    let stray = session.depth(&core.topology.stray()).await?.0;
+    // The broker sends deliveries and answers in order on this channel: whatever was out of a queue when it was counted is
+    // here now.
+    let dead = session.depth(&core.topology.dead()).await?.0;
+    session.gather(|source, delivery| supervisor::arrive(core, &session, source, delivery));
+
+    let own = own_partitions(core, &session);
+    let mut stats = Stats {
+        pushed_total: pushed.0,
+        discarded_total: discarded.0,
+        ready: stray,
+        waiting: delays.iter().map(|(depth, _)| depth).sum(),
+        in_flight: 0,
+        dead: dead + core.graveyard.held(),
+        oldest: core.oldest(),
+        history: None,
+        partitions: vec![],
+    };
+    let others = core.others();
+    for report in &others {
+        stats.dead += report.dead;
+        stats.oldest = older(stats.oldest, report.oldest);
+    }
+    for ((route, _), depth) in partitions.into_iter().zip(depths) {
+        let mut partition = Partition { name: route.clone(), ready: depth?.0, ..Partition::default() };
+        let held = others.iter().flat_map(|report| &report.partitions).chain(&own).filter(|held| held.name == route);
+        for held in held {
+            partition.ready += held.ready;
+            partition.in_flight += held.in_flight;
+            partition.oldest = older(partition.oldest, held.oldest);
+            partition.holder.clone_from(&held.holder);
+        }
+        stats.ready += partition.ready;
+        stats.in_flight += partition.in_flight;
+        stats.partitions.push(partition);
+    }
+    // What is in hand from a connection that is gone has no partition any more.
+    let in_hand = core.inbox.level().in_hand;
+    let with_partition: u64 = own.iter().map(|held| held.in_flight).sum();
+    stats.in_flight += in_hand.saturating_sub(with_partition);
+    Ok(stats)
+}
+
+fn partition(source: Source) -> Option<(String, String)> {
+    match source {
+        Source::Partition { route, queue } => Some((route, queue)),
+        Source::Stray => None,
+    }
+}
+
+fn own_partitions(core: &Core, session: &Session) -> Vec<Partition> {
+    let held = core.inbox.levels().into_iter().filter_map(|(source, level)| {
+        let (name, _) = session.source(source).and_then(partition)?;
+        Some(Partition {
+            name,
+            holder: Some(core.options.replica.clone()),
+            ready: level.waiting,
+            in_flight: level.in_hand,
+            oldest: level.oldest,
+        })
+    });
+    held.collect()
+}
+
+fn older(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestamp> {
+    [one, other].into_iter().flatten().min()
+}
+
+/// Tells the other replicas what this one holds.
+pub(super) async fn report(core: Arc<Core>, session: Arc<Session>) {
+    core.graveyard.tidy(&core).await;
+    let mut text = format!("dead {}\n", core.graveyard.held());
+    let shown = |time: Option<Timestamp>| time.map_or(0, |time| i64::try_from(time.as_nanosecond()).unwrap_or(i64::MAX));
+    text.push_str(&format!("oldest {}\n", shown(core.oldest())));
+    for held in own_partitions(&core, &session) {
+        text.push_str(&format!("{} {} {} {}\n", held.name, held.ready, held.in_flight, shown(held.oldest)));
+    }
+    // The next one is soon.
+    let _ = session.tell(&core.topology.replicas(), &core.options.replica, text.as_bytes()).await;
+}
+
+/// Hears the other replicas.
+pub(super) async fn listen(core: &Arc<Core>, session: &Arc<Session>) {
+    let listening = async {
+        let channel = session.channel().await?;
+        // Ours alone, and gone with us. The newest of a few reports is what matters.
+        let options = QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(1000));
+        let queue = session.asked(channel.queue_declare("".into(), options, arguments)).await?.name().clone();
+        let exchange = core.topology.replicas();
+        let bound = channel.queue_bind(
+            queue.clone(),
+            exchange.as_str().into(),
+            "".into(),
+            QueueBindOptions::default(),
+            FieldTable::default(),
+        );
+        session.asked(bound).await?;
+        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+        let consumer = session.asked(channel.basic_consume(queue, "reports".into(), options, FieldTable::default())).await?;
+        Ok::<_, Error>((channel, consumer))
+    };
+    if let Ok((_channel, mut reports)) = listening.await {
+        while let Some(Ok(delivery)) = reports.next().await {
+            let replica = delivery.properties.app_id().as_ref().map(ToString::to_string).unwrap_or_default();
+            if replica != core.options.replica
+                && delivery.data.len() <= REPORT
+                && let Ok(text) = str::from_utf8(&delivery.data)
+            {
+                let report = parse(&replica, text);
+                lock(&core.others).insert(replica, report);
+            }
+        }
+    }
+    // Whatever ended it ends the session as well.
+    futures::future::pending::<()>().await;
+}
+
+/// Tolerant: another version may say more.
+fn parse(replica: &str, text: &str) -> Report {
+    let mut report = Report { at: Instant::now(), partitions: vec![], dead: 0, oldest: None };
+    let time = |word: &str| {
+        word.parse().ok().filter(|time| *time > 0).and_then(|time: i64| Timestamp::from_nanosecond(time.into()).ok())
+    };
+    for line in text.lines() {
+        match line.split(' ').collect::<Vec<_>>()[..] {
+            ["dead", number] => report.dead = number.parse().unwrap_or_default(),
+            ["oldest", at] => report.oldest = time(at),
+            [name, ready, in_flight, oldest] => report.partitions.push(Partition {
+                name: name.to_owned(),
+                holder: Some(replica.to_owned()),
+                ready: ready.parse().unwrap_or_default(),
+                in_flight: in_flight.parse().unwrap_or_default(),
+                oldest: time(oldest),
+            }),
+            _ => {}
+        }
+    }
+    report
+}
+
+impl Core {
+    fn others(&self) -> Vec<Report> {
+        let mut others = lock(&self.others);
+        others.retain(|_, report| report.at.elapsed() < SILENCE);
+        others.values().cloned().collect()
+    }
+
+    /// When the oldest message was pushed that this replica holds, or handed back to wait. What waits from before a restart is
+    /// not known until it comes again.
+    fn oldest(&self) -> Option<Timestamp> {
+        older(self.inbox.level().oldest, lock(&self.waiting).values().min().copied())
+    }
+
+    pub(super) fn note_waiting(&self, envelope: &Envelope) {
+        let mut waiting = lock(&self.waiting);
+        if waiting.len() < WAITING {
+            waiting.insert(envelope.message.id.clone(), envelope.pushed_at);
+        }
+    }
+
+    pub(super) fn no_longer_waiting(&self, envelope: &Envelope) {
+        lock(&self.waiting).remove(&envelope.message.id);
+    }
+
+    /// Reports are of replicas that are connected to the same broker as we were.
+    pub(super) fn forget_others(&self) {
+        lock(&self.others).clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn report_of_another_version_is_read_as_far_as_it_goes() {
+        let report = parse("b", "dead 3\nwhatever\noldest 0\n8.1 2 1 1000\n8.2 x y z\nnew thing here and there\n");
+        assert_eq!((report.dead, report.oldest), (3, None));
+        let [one, other] = &report.partitions[..] else { panic!("{report:?}") };
+        assert_eq!((one.name.as_str(), one.ready, one.in_flight), ("8.1", 2, 1));
+        assert_eq!(one.oldest, Timestamp::from_nanosecond(1000).ok());
+        assert_eq!((other.ready, other.in_flight, other.oldest), (0, 0, None));
+    }
+
+    #[test]
+    fn oldest_is_the_least() {
+        let at = |second| Timestamp::from_second(second).ok();
+        assert_eq!([older(at(1), at(2)), older(None, at(2)), older(None, None)], [at(1), at(2), None]);
+    }
+}

@@ -1,0 +1,262 @@
+//! Keeps a connection, and does everything that happens on it unasked.
+
+use std::{error::Error as StdError, sync::Arc, time::Duration};
+
+use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use lapin::message::Delivery;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, interval},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    Core, connect,
+    envelope::Envelope,
+    inbox::Held,
+    lock,
+    session::{Session, Source},
+    settle::Chore,
+    stats,
+};
+use crate::Error;
+
+/// The wait after the first failure; it doubles with each further one.
+const FIRST: Duration = Duration::from_millis(200);
+const LONGEST: Duration = Duration::from_secs(10);
+/// A connection that held for so long was a good one.
+const GOOD: Duration = Duration::from_secs(30);
+
+type Running = FuturesUnordered<BoxFuture<'static, ()>>;
+
+/// Until `stop` is cancelled and nothing is in hand. `opened` is told how the first attempt went.
+pub(super) async fn run(
+    core: Arc<Core>,
+    mut chores: mpsc::UnboundedReceiver<Chore>,
+    stop: CancellationToken,
+    tracker: TaskTracker,
+    opened: oneshot::Sender<Result<(), Error>>,
+) {
+    let mut opened = Some(opened);
+    let mut failures = 0;
+    let mut running = Running::new();
+    for number in 1.. {
+        let began = Instant::now();
+        let connected = tokio::select! {
+            connected = connect(&core, number, &tracker) => connected,
+            () = stop.cancelled() => return,
+        };
+        match connected {
+            Ok(session) => {
+                *lock(&core.trouble) = None;
+                core.session.send_replace(Some(Arc::clone(&session)));
+                if let Some(opened) = opened.take() {
+                    let _ = opened.send(Ok(()));
+                } else {
+                    tracing::info!("connected to the broker");
+                }
+                let over = live(&core, &session, &mut chores, &mut running, &stop).await;
+                core.session.send_replace(None);
+                session.end().await;
+                drop(core.inbox.take_all());
+                core.inbox.lose_sources();
+                core.graveyard.forget().await;
+                core.forget_others();
+                if over {
+                    return;
+                }
+            }
+            Err(error) => {
+                let trouble = explain(&error);
+                if lock(&core.trouble).replace(trouble.clone()).as_ref() != Some(&trouble) {
+                    tracing::warn!(error = &error as &dyn StdError, "no connection to the broker, trying on");
+                }
+                if let Some(opened) = opened.take() {
+                    let fatal = matches!(error, Error::Mismatch { .. });
+                    let _ = opened.send(Err(error));
+                    if fatal {
+                        return;
+                    }
+                }
+            }
+        }
+        failures = if began.elapsed() > GOOD { 0 } else { failures + 1 };
+        let pause = FIRST.saturating_mul(1 << (failures - i32::from(failures > 0)).min(10)).min(LONGEST);
+        // All replicas lost their broker at the same moment.
+        let pause = tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0));
+        if !idle(&core, &mut chores, &mut running, &stop, pause).await {
+            return;
+        }
+    }
+}
+
+/// The brokers in turn, each time beginning with another.
+async fn connect(core: &Core, number: u64, tracker: &TaskTracker) -> Result<Arc<Session>, Error> {
+    let access = (core.options.access)().map_err(|what| Error::Unavailable { what, source: None })?;
+    let mut addresses = connect::addresses(&access)?;
+    let first = usize::try_from(number - 1).unwrap_or_default() % addresses.len();
+    addresses.rotate_left(first);
+    let mut last = None;
+    for address in &addresses {
+        match Session::open(number, address, &core.options.replica, &core.topology, tracker).await {
+            Ok(session) => match begin(core, &session).await {
+                Ok(()) => return Ok(session),
+                Err(error) => {
+                    session.end().await;
+                    last = Some(error);
+                }
+            },
+            // Another broker of the cluster says the same.
+            Err(error @ Error::Mismatch { .. }) => return Err(error),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.unwrap_or_else(super::session::lost))
+}
+
+async fn begin(core: &Core, session: &Session) -> Result<(), Error> {
+    if core.inbox.is_closed() {
+        return Ok(());
+    }
+    session.consume(Source::Stray, &core.topology.stray(), core.options.window).await?;
+    for (route, queue) in core.topology.layout().queues() {
+        let queue = queue.name;
+        session.consume(Source::Partition { route, queue: queue.clone() }, &queue, core.options.window).await?;
+    }
+    Ok(())
+}
+
+/// As long as the connection holds. True if it is the end of all.
+async fn live(
+    core: &Arc<Core>,
+    session: &Arc<Session>,
+    chores: &mut mpsc::UnboundedReceiver<Chore>,
+    running: &mut Running,
+    stop: &CancellationToken,
+) -> bool {
+    let receive = session.receive(|source, delivery| arrive(core, session, source, delivery));
+    let mut beat = interval(stats::BEAT);
+    let reports = stats::listen(core, session);
+    tokio::pin!(receive, reports);
+    let mut receiving = true;
+    let finished = async {
+        stop.cancelled().await;
+        core.inbox.close();
+        core.inbox.empty().await;
+    };
+    tokio::pin!(finished);
+    loop {
+        tokio::select! {
+            () = session.failed() => return false,
+            () = &mut receive, if receiving => receiving = false,
+            task = chores.recv() => {
+                if let Some(task) = task {
+                    start(core, Some(session), task, running);
+                }
+            }
+            Some(()) = running.next(), if !running.is_empty() => {}
+            _ = beat.tick() => running.push(Box::pin(stats::report(Arc::clone(core), Arc::clone(session)))),
+            () = &mut reports => {}
+            () = &mut finished => {
+                if !session.is_closing() {
+                    close(core, session).await;
+                }
+                chores.close();
+                while let Some(task) = chores.recv().await {
+                    start(core, Some(session), task, running);
+                }
+                while running.next().await.is_some() {}
+                return true;
+            }
+        }
+    }
+}
+
+/// A pause without a connection. False if it is the end of all.
+async fn idle(
+    core: &Arc<Core>,
+    chores: &mut mpsc::UnboundedReceiver<Chore>,
+    running: &mut Running,
+    stop: &CancellationToken,
+    pause: impl Future<Output = ()>,
+) -> bool {
+    tokio::pin!(pause);
+    loop {
+        tokio::select! {
+            () = &mut pause => return true,
+            () = stop.cancelled() => return false,
+            task = chores.recv() => {
+                if let Some(task) = task {
+                    start(core, None, task, running);
+                }
+            }
+            Some(()) = running.next(), if !running.is_empty() => {}
+        }
+    }
+}
+
+fn start(core: &Arc<Core>, session: Option<&Arc<Session>>, task: Chore, running: &mut Running) {
+    let core = Arc::clone(core);
+    match task {
+        Chore::Settle(held, settlement, reply) => {
+            running.push(Box::pin(async move { core.settle(held, settlement, reply).await }));
+        }
+        Chore::Close(done) => {
+            let session = session.cloned();
+            running.push(Box::pin(async move {
+                if let Some(session) = session {
+                    close(&core, &session).await;
+                }
+                // They may have gone away.
+                let _ = done.send(());
+            }));
+        }
+        task => running.push(Box::pin(async move { core.chore(task).await })),
+    }
+}
+
+/// Lets the other replicas have everything that is not in hand.
+async fn close(core: &Arc<Core>, session: &Arc<Session>) {
+    if session.consume_no_more().await.is_err() {
+        return;
+    }
+    session.gather(|source, delivery| arrive(core, session, source, delivery));
+    for held in core.inbox.take_all() {
+        core.chore(Chore::Return(held)).await;
+    }
+}
+
+/// Takes what the broker delivered.
+pub(super) fn arrive(core: &Core, session: &Session, source: usize, delivery: Delivery) {
+    let envelope = Envelope::read(&delivery.properties, delivery.data, core.now());
+    let held = Held { envelope, source, redelivered: delivery.redelivered, acker: delivery.acker, session: session.number };
+    core.no_longer_waiting(&held.envelope);
+    let task = if session.source(source) == Some(Source::Stray) {
+        Chore::Reroute(held)
+    } else if let Some(settlement) = core.remembered(&held) {
+        Chore::Carry(held, settlement)
+    } else if held.envelope.left > 0 {
+        Chore::Wait(held)
+    } else {
+        for held in core.inbox.arrive(held) {
+            // We are the supervisor that takes them.
+            let _ = core.chores.send(Chore::Move(held));
+        }
+        return;
+    };
+    let _ = core.chores.send(task);
+}
+
+/// With its causes, for whoever asks why.
+fn explain(error: &Error) -> String {
+    let mut text = match error {
+        Error::Unavailable { what, .. } => what.clone(),
+        error => error.to_string(),
+    };
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,304 @@
+//! What the contract does not ask of every queue: a broker that goes away, comes back, is full, says nothing, and replicas.
+
+mod broker;
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use broker::{Broker, options};
+use bytes::Bytes;
+use countersign_queue::{Amqp, Burial, Delivery, Error, Message, PartitionKey, Queue, Retry};
+use integration_tests::{process::eventually, rabbitmq::RabbitMq};
+use tokio::{task::JoinSet, time::timeout};
+use tokio_util::task::TaskTracker;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn message(id: &str, key: usize) -> Message {
+    Message {
+        id: id.to_owned(),
+        content_type: "text/plain".to_owned(),
+        key: PartitionKey(format!("key {key}")),
+        body: Bytes::from(format!("body of {id}")),
+        replay_of: None,
+    }
+}
+
+async fn next(queue: &Amqp) -> Delivery {
+    timeout(LIMIT, queue.pull()).await.expect("something is delivered").unwrap().expect("the queue is open")
+}
+
+/// Pushes until it is taken, as a registry does.
+async fn push_until_taken(queue: &Amqp, message: Message) {
+    let last = Mutex::new(None);
+    let taken = eventually("a push is taken", LIMIT, async || match queue.push(vec![message.clone()]).await {
+        Ok(()) => Ok(Some(())),
+        Err(error) => {
+            *last.lock().unwrap() = Some(error);
+            Ok(None)
+        }
+    });
+    if let Err(error) = taken.await {
+        panic!("{error:#}: {last:?}");
+    }
+}
+
+fn unavailable<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
+    match result {
+        Err(Error::Unavailable { what, .. }) => what,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_confirmed_survives_kill_9_of_the_broker_and_comes_again() {
+    let mut broker = RabbitMq::start().await.unwrap();
+    let (url, tracker) = (broker.url(), TaskTracker::new());
+    let queue = Amqp::open(options("replica", move || vec![url.clone()]), &tracker).await.unwrap();
+    // RabbitMQ writes down which queues it has some time after it has declared them, and when it stops in order: killed before
+    // that, it would forget that these are its own.
+    broker.stop().await.unwrap();
+    broker.start_again().await.unwrap();
+    eventually("it is connected again", LIMIT, async || Ok(queue.probe().await.ok())).await.unwrap();
+    queue.push((0..20).map(|n| message(&n.to_string(), n)).collect()).await.unwrap();
+    let (acked, lost) = (next(&queue).await, next(&queue).await);
+    let (acked_id, lost_id) = (acked.message().id.clone(), lost.message().id.clone());
+    broker.kill().unwrap();
+    unavailable(queue.push(vec![message("refused", 1)]).await);
+    unavailable(queue.probe().await);
+    let error = acked.ack().await.unwrap_err();
+    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+    drop(lost);
+
+    broker.start_again().await.unwrap();
+    push_until_taken(&queue, message("later", 100)).await;
+    let mut got = HashSet::new();
+    while got.len() < 20 {
+        let delivery = next(&queue).await;
+        assert!(got.insert(delivery.message().id.clone()), "{delivery:?} twice");
+        delivery.ack().await.unwrap();
+    }
+    // What was decided while there was no connection was carried out when it came again.
+    assert!(!got.contains(&acked_id) && got.contains(&lost_id) && got.contains("later"), "{got:?}");
+    assert_eq!(queue.stats().await.unwrap().queued(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn queue_opens_without_a_broker_and_recovers_by_itself() {
+    let mut broker = RabbitMq::start().await.unwrap();
+    broker.stop().await.unwrap();
+    let (url, tracker) = (broker.url(), TaskTracker::new());
+    // The first of the two is nobody, ever.
+    let urls = move || vec!["amqp://guest:guest@127.0.0.1:9".to_owned(), url.clone()];
+    let queue = Amqp::open(options("replica", urls), &tracker).await.unwrap();
+    let what = unavailable(queue.push(vec![message("1", 1)]).await);
+    assert!(what.contains("127.0.0.1") && !what.contains("guest"), "{what}");
+    broker.start_again().await.unwrap();
+    push_until_taken(&queue, message("2", 1)).await;
+    next(&queue).await.ack().await.unwrap();
+    drop(queue);
+    tracker.close();
+    timeout(LIMIT, tracker.wait()).await.expect("all its tasks end with it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn full_disk_refuses_pushes_at_once_and_lets_acks_through() {
+    let broker = RabbitMq::start().await.unwrap();
+    let (url, tracker) = (broker.url(), TaskTracker::new());
+    let queue = Amqp::open(options("replica", move || vec![url.clone()]), &tracker).await.unwrap();
+    queue.push(vec![message("1", 1), message("2", 2)]).await.unwrap();
+    let (first, second) = (next(&queue).await, next(&queue).await);
+    broker.disk_alarm(true).await.unwrap();
+    // The broker says so when it is published to.
+    let began = Instant::now();
+    let what = unavailable(queue.push(vec![message("3", 3)]).await);
+    assert!(what.contains("takes no messages"), "{what}");
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    unavailable(queue.probe().await);
+    first.ack().await.unwrap();
+    // It cannot be written now, is remembered, and written later.
+    let burial = Burial { kind: "denied".to_owned(), reason: "no".to_owned() };
+    unavailable(second.bury(burial).await);
+    broker.disk_alarm(false).await.unwrap();
+    push_until_taken(&queue, message("4", 4)).await;
+    eventually("it is buried", LIMIT, async || Ok((queue.stats().await.is_ok_and(|stats| stats.dead == 1)).then_some(())))
+        .await
+        .unwrap();
+    assert_eq!(queue.stats().await.unwrap().in_flight, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_broker_is_given_up_and_found_again() {
+    let broker = RabbitMq::start().await.unwrap();
+    let (url, tracker) = (broker.url(), TaskTracker::new());
+    let queue = Amqp::open(options("replica", move || vec![url.clone()]), &tracker).await.unwrap();
+    queue.push(vec![message("1", 1)]).await.unwrap();
+    broker.freeze(true).unwrap();
+    let began = Instant::now();
+    unavailable(queue.push(vec![message("2", 2)]).await);
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    let began = Instant::now();
+    unavailable(queue.push(vec![message("2", 2)]).await);
+    assert!(began.elapsed() < Duration::from_secs(1), "the next is refused at once");
+    broker.freeze(false).unwrap();
+    push_until_taken(&queue, message("3", 3)).await;
+    let mut got = HashSet::new();
+    while !got.contains("1") || !got.contains("3") {
+        let delivery = next(&queue).await;
+        got.insert(delivery.message().id.clone());
+        delivery.ack().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn queue_with_other_arguments_is_named_with_the_argument_and_the_cure() {
+    let vhost = Broker::shared().await.vhost().await;
+    let tracker = TaskTracker::new();
+    let arguments = serde_json::json!({ "durable": true, "arguments": { "x-queue-type": "quorum", "x-delivery-limit": 3 } });
+    let path = format!("/api/queues/{}/countersign.v1.dead", vhost.name);
+    vhost.broker.rabbitmq.manage("PUT", &path, Some(&arguments)).await.unwrap();
+    let error = Amqp::open(vhost.options("replica"), &tracker).await.unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "the queue countersign.v1.dead is on the broker already with another `x-delivery-limit`: move its messages away and \
+         delete it, or give this queue another prefix"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deleted_queue_is_declared_again() {
+    let vhost = Broker::shared().await.vhost().await;
+    let queue = Amqp::open(vhost.options("replica"), &TaskTracker::new()).await.unwrap();
+    queue.probe().await.unwrap();
+    for n in 0..3 {
+        let path = format!("/api/queues/{}/countersign.v1.events.3.{n}", vhost.name);
+        vhost.broker.rabbitmq.manage("DELETE", &path, None).await.unwrap();
+    }
+    // What is pushed before the broker has told us is lost with the queue.
+    eventually("a message is delivered", LIMIT, async || {
+        let _ = queue.push(vec![message("1", 1)]).await;
+        Ok(timeout(Duration::from_millis(200), queue.pull()).await.ok())
+    })
+    .await
+    .unwrap()
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn secret_is_read_again_at_each_connect() {
+    let vhost = Broker::shared().await.vhost().await;
+    let rabbitmq = &vhost.broker.rabbitmq;
+    let user = format!("user-{}", vhost.name);
+    let password = |password: &str| serde_json::json!({ "password": password, "tags": "" });
+    let all = serde_json::json!({ "configure": ".*", "write": ".*", "read": ".*" });
+    rabbitmq.manage("PUT", &format!("/api/users/{user}"), Some(&password("old"))).await.unwrap();
+    rabbitmq.manage("PUT", &format!("/api/permissions/{}/{user}", vhost.name), Some(&all)).await.unwrap();
+    let url = |password: &str| format!("amqp://{user}:{password}@{}/{}", rabbitmq.host(), vhost.name);
+    let secret = Arc::new(Mutex::new(url("old")));
+    let read = Arc::clone(&secret);
+    let queue = Amqp::open(options("replica", move || vec![read.lock().unwrap().clone()]), &TaskTracker::new()).await.unwrap();
+    queue.push(vec![message("1", 1)]).await.unwrap();
+
+    rabbitmq.manage("PUT", &format!("/api/users/{user}"), Some(&password("new"))).await.unwrap();
+    *secret.lock().unwrap() = url("new");
+    let connections = eventually("they are listed", LIMIT, async || {
+        let listed = rabbitmq.manage("GET", &format!("/api/vhosts/{}/connections", vhost.name), None).await?;
+        let listed = listed.as_array().cloned().unwrap_or_default();
+        Ok((listed.len() >= 2).then_some(listed))
+    });
+    for connection in connections.await.unwrap() {
+        let name = connection["name"].as_str().unwrap().replace(' ', "%20").replace('>', "%3E");
+        // With one of them the other ends.
+        let _ = rabbitmq.manage("DELETE", &format!("/api/connections/{name}"), None).await;
+    }
+    push_until_taken(&queue, message("2", 2)).await;
+    let ids = HashSet::from([next(&queue).await, next(&queue).await].map(|delivery| delivery.message().id.clone()));
+    assert_eq!(ids, HashSet::from(["1".to_owned(), "2".to_owned()]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_share_the_work_and_never_have_one_key_at_once() {
+    const MESSAGES: usize = 300;
+    let vhost = Broker::shared().await.vhost().await;
+    let in_hand = Arc::new(Mutex::new(HashSet::new()));
+    let left: Arc<Mutex<HashSet<String>>> = Arc::new(Mutex::new((0..MESSAGES).map(|n| n.to_string()).collect()));
+    let mut replicas = Vec::new();
+    for name in ["a", "b", "c"] {
+        replicas.push(Arc::new(Amqp::open(vhost.options(name), &TaskTracker::new()).await.unwrap()));
+    }
+    replicas[0].push((0..MESSAGES).map(|n| message(&n.to_string(), n % 40)).collect()).await.unwrap();
+    let mut workers = JoinSet::new();
+    for (place, queue) in replicas.iter().enumerate() {
+        for _ in 0..4 {
+            let (queue, in_hand, left) = (Arc::clone(queue), Arc::clone(&in_hand), Arc::clone(&left));
+            workers.spawn(async move {
+                let mut handled = 0;
+                while let Some(delivery) = queue.pull().await.unwrap() {
+                    let (id, key) = (delivery.message().id.clone(), delivery.message().key.clone());
+                    assert!(in_hand.lock().unwrap().insert(key.clone()), "two of {key:?} at once");
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                    in_hand.lock().unwrap().remove(&key);
+                    handled += 1;
+                    if handled % 7 == 0 {
+                        let retry = Retry { after: Duration::from_millis(30), counted: true, reason: "busy".to_owned() };
+                        delivery.retry(retry).await.unwrap();
+                        continue;
+                    }
+                    delivery.ack().await.unwrap();
+                    left.lock().unwrap().remove(&id);
+                    // One replica leaves in the middle of it.
+                    if place == 0 && handled == 10 {
+                        queue.close().await;
+                    }
+                }
+            });
+        }
+    }
+    eventually("all are handled", LIMIT, async || Ok(left.lock().unwrap().is_empty().then_some(()))).await.unwrap();
+    let stats = eventually("the last is settled", LIMIT, async || {
+        let stats = replicas[1].stats().await?;
+        Ok((stats.queued() == 0).then_some(stats))
+    });
+    assert_eq!(stats.await.unwrap().pushed_total, 300);
+    for queue in &replicas {
+        queue.close().await;
+    }
+    workers.join_all().await;
+}
+
+/// What an administrator imports where the daemon may not declare anything.
+const DEFINITIONS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/rabbitmq/definitions.json");
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn definitions_for_administrators_are_what_the_daemon_declares() {
+    let broker = Broker::shared().await;
+    let (declared, imported) = (broker.vhost().await, broker.vhost().await);
+    let with = |vhost: &broker::Vhost| countersign_queue::amqp::Options { partitions: 8, ..vhost.options("replica") };
+    let queue = Amqp::open(with(&declared), &TaskTracker::new()).await.unwrap();
+    queue.probe().await.unwrap();
+    let path = |name: &str| format!("/api/definitions/{name}");
+    let export = broker.rabbitmq.manage("GET", &path(&declared.name), None).await.unwrap();
+    let mut definitions = serde_json::Map::new();
+    for kind in ["queues", "exchanges", "bindings"] {
+        let mut listed = export[kind].as_array().unwrap().clone();
+        // Queues of a connection's own are nobody else's.
+        listed.retain(|entry| !entry.to_string().contains("amq.gen"));
+        listed.sort_by_key(ToString::to_string);
+        definitions.insert(kind.to_owned(), listed.into());
+    }
+    let shown = serde_json::to_string_pretty(&definitions).unwrap() + "\n";
+    if std::env::var_os("BLESS").is_some() {
+        std::fs::write(DEFINITIONS, &shown).unwrap();
+    }
+    let kept = std::fs::read_to_string(DEFINITIONS).unwrap();
+    assert!(kept == shown, "{DEFINITIONS} is out of date: run this test with BLESS=1");
+
+    let kept = serde_json::from_str(&kept).unwrap();
+    broker.rabbitmq.manage("POST", &path(&imported.name), Some(&kept)).await.unwrap();
+    let queue = Amqp::open(with(&imported), &TaskTracker::new()).await.unwrap();
+    queue.push(vec![message("1", 1)]).await.unwrap();
+    next(&queue).await.ack().await.unwrap();
+}
