@@ -10,7 +10,7 @@ use reqwest::{Certificate, Method, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::process::{Process, free_port, http_client, scratch, tool};
+use crate::process::{Process, free_ports, http_client, scratch, tool};
 
 /// Must never be printed by countersign.
 pub const ROOT: &str = "the-root-token-of-the-test";
@@ -38,8 +38,7 @@ impl OpenBao {
 
     async fn start_with(scheme: &str) -> Result<Self> {
         // It listens on the next port, too.
-        let (port, folder) = (free_port()?, scratch()?);
-        free_port()?;
+        let (port, folder) = (free_ports(2)?, scratch()?);
         let (log, certificates) = (folder.path().join("log"), folder.path().join("tls"));
         fs::create_dir(&certificates)?;
         let mut command = Command::new(tool("bin/bao")?);

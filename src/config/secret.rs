@@ -67,6 +67,15 @@ impl Secret {
         }
     }
 
+    /// Where it is, for who reads it anew each time.
+    pub(crate) fn source(self) -> SecretSource {
+        match self.place {
+            Place::Configuration => SecretSource::Given(self.text),
+            Place::File(path) => SecretSource::File(path),
+            Place::Variable(name) => SecretSource::Variable(name),
+        }
+    }
+
     fn in_place(self, place: Place) -> Self {
         Self { place, ..self }
     }
@@ -103,15 +112,6 @@ pub(crate) static REFERENCE: Table = Table {
 
 /// Reads a secret from where the configuration says that it is. Nothing of what was written or read is ever reported.
 pub(crate) fn read(value: &Value<'_>) -> Option<Secret> {
-    read_with_source(value).map(|(secret, _)| secret)
-}
-
-/// Where a secret is, for who reads it anew each time; that it can be read now is checked.
-pub(crate) fn source(value: &Value<'_>) -> Option<SecretSource> {
-    read_with_source(value).map(|(_, source)| source)
-}
-
-fn read_with_source(value: &Value<'_>) -> Option<(Secret, SecretSource)> {
     let name = value.key.name;
     match value.toml.get_ref() {
         DeValue::String(text) => {
@@ -122,13 +122,13 @@ fn read_with_source(value: &Value<'_>) -> Option<(Secret, SecretSource)> {
             let message = format!("`{name}` stands in the configuration file itself");
             let help = format!("keep it in a file of its own: {name} = {{ file = \"/run/secrets/{name}\" }}");
             value.report.warning(value.span.clone(), message, help);
-            Some((Secret::new(text.as_ref().to_owned()), SecretSource::Given(text.as_ref().into())))
+            Some(Secret::new(text.as_ref().to_owned()))
         }
         DeValue::Table(_) => {
             let section = value.section(&REFERENCE)?;
             match (section.value("file"), section.value("env")) {
-                (Some(file), None) => from_file(&file).map(|(secret, path)| (secret, SecretSource::File(path))),
-                (None, Some(env)) => from_env(&env).map(|(secret, name)| (secret, SecretSource::Variable(name))),
+                (Some(file), None) => from_file(&file),
+                (None, Some(env)) => from_env(&env),
                 (Some(_), Some(second)) => second
                     .wrong(Wrong::new(format!("`{name}` is in a file or in a variable, not in both"), "remove one of the two")),
                 (None, None) if section.is_empty() => value.wrong(Wrong::new(
@@ -142,7 +142,7 @@ fn read_with_source(value: &Value<'_>) -> Option<(Secret, SecretSource)> {
     }
 }
 
-fn from_file(value: &Value<'_>) -> Option<(Secret, PathBuf)> {
+fn from_file(value: &Value<'_>) -> Option<Secret> {
     let path = value.path()?;
     let shown = cut(&path.display().to_string());
     let contents = match value.report.outside.read(&path, LARGEST) {
@@ -168,21 +168,18 @@ fn from_file(value: &Value<'_>) -> Option<(Secret, PathBuf)> {
     let Ok(text) = String::from_utf8(contents.bytes) else {
         return value.wrong(Wrong::new(format!("{shown} is no text"), "the file holds the secret as UTF-8 text"));
     };
-    let secret = whole(value, text.trim_end_matches(['\r', '\n']).to_owned(), &shown)?;
-    Some((secret.in_place(Place::File(path.clone())), path))
+    whole(value, text.trim_end_matches(['\r', '\n']).to_owned(), &shown).map(|secret| secret.in_place(Place::File(path)))
 }
 
-fn from_env(value: &Value<'_>) -> Option<(Secret, String)> {
+fn from_env(value: &Value<'_>) -> Option<Secret> {
     let variable = value.text()?;
     let shown = cut(&variable);
     if shown.is_empty() {
         return value.wrong(Wrong::new("`env` names no environment variable", "write its name: { env = \"PASSWORD\" }"));
     }
     match value.report.outside.env(&variable) {
-        Some(text) => {
-            let secret = whole(value, text, &format!("the environment variable {shown}"))?;
-            Some((secret.in_place(Place::Variable(variable.clone())), variable))
-        }
+        Some(text) => whole(value, text, &format!("the environment variable {shown}"))
+            .map(|secret| secret.in_place(Place::Variable(variable))),
         None => value.wrong(Wrong::new(
             format!("the environment variable {shown} is not set, or is no text"),
             "set it where countersign is started, or keep the secret in a file: { file = \"…\" }",
@@ -195,6 +192,6 @@ fn whole(value: &Value<'_>, text: String, what: &str) -> Option<Secret> {
     if text.is_empty() { empty(value, what) } else { Some(Secret::new(text)) }
 }
 
-fn empty<T>(value: &Value<'_>, what: &str) -> Option<T> {
+fn empty(value: &Value<'_>, what: &str) -> Option<Secret> {
     value.wrong(Wrong::new(format!("{what} is empty"), "an empty secret protects nothing: fill it in"))
 }

@@ -207,8 +207,7 @@ impl<'a> Value<'a> {
 
     /// Where a secret is that is read anew each time it is needed; that it can be read now is checked.
     pub(crate) fn secret_source(&self) -> Option<SecretSource> {
-        debug_assert!(matches!(self.kind, Kind::Secret), "{} is declared as something else", self.key.name);
-        secret::source(self)
+        self.secret().map(Secret::source)
     }
 
     /// A URL, and whether it stands in the file itself: if not, nothing of it is to be shown. Of one that does, this shows
