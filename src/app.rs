@@ -6,7 +6,10 @@ use std::{collections::HashMap, fs, os::unix::fs::DirBuilderExt as _, path::Path
 
 use anyhow::{Context as _, anyhow};
 use futures::future::join_all;
-use queue::{Amqp, Embedded, Options, Queue, amqp};
+use queue::{
+    Amqp, Embedded, Options, Queue,
+    amqp::{self, Feed},
+};
 use secrecy::ExposeSecret as _;
 use tokio_util::task::TaskTracker;
 use tracing::{error, warn};
@@ -233,12 +236,30 @@ pub fn sources(config: &Config) -> Vec<intake::Source> {
                     .map(|token| token.expose().to_owned().into())
                     .collect(),
             },
+            config::SourceAuth::Nobody => intake::Auth::Bearer { tokens: vec![] },
             config::SourceAuth::Basic(login) => {
                 intake::Auth::Basic { username: login.username.clone(), password: login.password.expose().to_owned().into() }
             }
         },
     };
     config.sources.iter().map(source).collect()
+}
+
+/// The brokers' queues that events come in by, each with its source's name.
+fn feeds(config: &Config) -> Vec<(String, Feed)> {
+    let feed = |source: &config::Source| {
+        let queue = source.queue.clone()?;
+        let (url, tls) = (queue.url, queue.tls);
+        let feed = Feed {
+            access: Arc::new(move || access(&url, &tls)),
+            queue: queue.name,
+            exchange: queue.exchange.map(|exchange| (exchange, queue.routing_key)),
+            window: queue.prefetch,
+            name: format!("countersign source {}", source.name),
+        };
+        Some((source.name.clone(), feed))
+    };
+    config.sources.iter().filter_map(feed).collect()
 }
 
 fn patience(config: &Config) -> Patience {
@@ -264,7 +285,7 @@ async fn open_queue(config: &Config, clock: &Clock, tracker: &TaskTracker) -> an
                 prefix: amqp.prefix.clone(),
                 partitions: amqp.partitions,
                 window: u16::try_from(config.queue.in_flight).unwrap_or(u16::MAX).max(128),
-                ..amqp::Options::new(move || access(&brokers), replica_name(), now)
+                ..amqp::Options::new(move || access(&brokers.url, &brokers.tls), replica_name(), now)
             };
             Ok(Arc::new(Amqp::open(options, tracker).await?))
         }
@@ -272,13 +293,13 @@ async fn open_queue(config: &Config, clock: &Clock, tracker: &TaskTracker) -> an
 }
 
 /// How the brokers are reached now.
-fn access(brokers: &config::Amqp) -> Result<amqp::Access, String> {
+fn access(url: &config::Secret, tls: &config::BrokerTls) -> Result<amqp::Access, String> {
     let read = |path: &Path| fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
-    let urls = brokers.url.again()?;
-    let identity = brokers.tls.identity.as_ref();
+    let urls = url.again()?;
+    let identity = tls.identity.as_ref();
     Ok(amqp::Access {
         urls: urls.expose_secret().split([',', ' ', '\n']).filter(|url| !url.is_empty()).map(Into::into).collect(),
-        ca: brokers.tls.ca.as_deref().map(read).transpose()?,
+        ca: tls.ca.as_deref().map(read).transpose()?,
         identity: identity.map(|(certificate, key)| Ok::<_, String>((read(certificate)?, key.again()?))).transpose()?,
     })
 }

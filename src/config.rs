@@ -36,14 +36,14 @@ pub use self::{
     ledger::Ledger,
     log::{Log, LogFormat},
     problem::{Place, Problem, Problems, Severity, in_full},
-    queue::{Amqp, Backend, Queue, Retry},
+    queue::{Amqp, Backend, Queue, Retry, Tls as BrokerTls},
     registry::{Login, Registry},
     rule::{Rule, check_rule_against_key},
     schema::schema,
     scope::Scope,
     secret::Secret,
     server::{Server, Tls},
-    source::{Source, SourceAuth, SourceKind},
+    source::{Source, SourceAuth, SourceKind, SourceQueue},
     witness::{FormerKey, Rate, Witness},
 };
 use self::{

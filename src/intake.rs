@@ -161,6 +161,16 @@ impl Intake {
         None
     }
 
+    /// Takes in what a broker delivered for this source. True once all that it brought is durable here.
+    pub async fn deliver(&self, source: &str, incoming: &Incoming) -> bool {
+        let door = self.doors.read().unwrap_or_else(PoisonError::into_inner).get(source).cloned();
+        match door {
+            Some(door) => matches!(self.accept(&door, incoming).await, Answer::Accepted { .. }),
+            // Taken out of the configuration a moment ago: the broker keeps it.
+            None => false,
+        }
+    }
+
     /// Makes all that `incoming` brings durable in one step, and answers after that.
     pub async fn accept(&self, door: &Door, incoming: &Incoming) -> Answer {
         door.counters.request();

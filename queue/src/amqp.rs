@@ -15,6 +15,7 @@
 mod connect;
 mod dead;
 mod envelope;
+mod feed;
 mod inbox;
 mod session;
 mod settle;
@@ -38,7 +39,10 @@ use tokio_util::{
     task::TaskTracker,
 };
 
-pub use self::connect::Access;
+pub use self::{
+    connect::Access,
+    feed::{Feed, Letter, Take},
+};
 use self::{
     dead::Graveyard,
     envelope::Envelope,

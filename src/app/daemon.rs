@@ -5,18 +5,21 @@ use std::{collections::HashMap, fs, path::Path, process::ExitCode, sync::Arc, ti
 use anyhow::Context as _;
 use axum::{Router, routing::get};
 use futures::future::ready;
-use queue::Queue;
+use queue::{
+    Queue,
+    amqp::{Letter, Take},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::BoxError;
 use tracing::{error, info, warn};
 
-use super::{open_ledger, open_queue, patience, setup, sources, state_folder, witness_settings};
+use super::{feeds, open_ledger, open_queue, patience, setup, sources, state_folder, witness_settings};
 use crate::{
     admin::{self, Admin, socket_path},
     clock::Clock,
     config::{self, Config},
     http::{Check, Counters, Limits, Readiness, Server, Tls},
-    intake::{self, Intake},
+    intake::{self, Incoming, Intake},
     ledger::Ledger,
     lifecycle::{IntoEnd, Lifecycle},
     pipeline::{Pipeline, Setup},
@@ -73,6 +76,16 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     };
     let socket = socket.serve(admin::router(admin), lifecycle.drain(), lifecycle.abort());
     lifecycle.spawn("socket", in_time(lifecycle.drain(), grace, socket));
+    for (source, feed) in feeds(&config) {
+        let intake = intake.clone();
+        let take: Take = Arc::new(move |letter: Letter| {
+            let (intake, source) = (intake.clone(), source.clone());
+            Box::pin(async move {
+                intake.deliver(&source, &Incoming::by_broker(letter.content_type, letter.headers, letter.body)).await
+            })
+        });
+        lifecycle.spawn("feed", in_time(lifecycle.drain(), grace, feed.run(take, TaskTracker::new(), lifecycle.drain())));
+    }
     for _ in 0..config.queue.in_flight {
         let (pipeline, queue) = (pipeline.clone(), queue.clone());
         lifecycle.spawn("worker", in_time(lifecycle.drain(), grace, async move { pipeline.work(&*queue).await }));
@@ -244,6 +257,12 @@ impl Reloader {
         let queue = |config: &Config| config.queue.clone();
         if queue(&config) != queue(&self.config) || config.ledger != self.config.ledger {
             return Err(restart("[queue] and [ledger]"));
+        }
+        let queues = |config: &Config| -> Vec<_> {
+            config.sources.iter().filter_map(|source| Some((source.name.clone(), source.queue.clone()?))).collect()
+        };
+        if queues(&config) != queues(&self.config) {
+            return Err(restart("a source's `queue`"));
         }
         if config.log.format != self.config.log.format {
             return Err(restart("[log] format"));

@@ -136,7 +136,7 @@ static BACKEND: Choice = Choice {
 
 static PREFIX: Grammar = Grammar { noun: "a name in quotes", pattern: Some("^[A-Za-z0-9._-]{1,64}$") };
 
-static TLS: Table = Table {
+pub(super) static TLS: Table = Table {
     title: "`tls`",
     doc: "How a broker's certificate is checked, and our own.",
     keys: &[
@@ -225,7 +225,7 @@ fn amqp(section: &Section<'_>) -> Option<(Option<Secret>, Amqp)> {
     Some((url?, rest))
 }
 
-fn tls(section: &Section<'_>) -> Option<Tls> {
+pub(super) fn tls(section: &Section<'_>) -> Option<Tls> {
     let ca = optional(section.value("ca").map(|value| value.readable_file()));
     let certificate = optional(section.value("certificate").map(|value| value.readable_file()));
     let key = optional(section.value("key").map(|value| value.secret()));

@@ -3,14 +3,15 @@ use crate::oci::RegistryName;
 use super::{
     Secret,
     names::{self, PLAIN},
-    reader::Section,
+    queue::{self, TLS, Tls},
+    reader::{Section, optional},
     registry::{self, Login},
     report::Wrong,
-    shape::{ANY_TEXT, Choice, Key, Kind, Table, Word},
+    shape::{ANY_TEXT, Choice, Grammar, Key, Kind, Table, Word},
     value::Value,
 };
 
-/// A door that push events come in by: `POST /events/{name}`.
+/// A door that push events come in by: `POST /events/{name}`, a broker's queue, or both.
 #[derive(Debug, Clone)]
 pub struct Source {
     /// Safe as one segment of a path.
@@ -19,6 +20,22 @@ pub struct Source {
     /// The registry that its events are about, whatever they say; one of [`super::Config::registries`].
     pub registry: RegistryName,
     pub auth: SourceAuth,
+    /// A broker's queue that its events come in by as well.
+    pub queue: Option<SourceQueue>,
+}
+
+/// A queue that others publish events into. Who may publish there is let in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceQueue {
+    /// One or several, as [`super::Amqp`] has them.
+    pub url: Secret,
+    pub tls: Tls,
+    pub name: String,
+    /// The queue is declared and bound to it; otherwise it is there already.
+    pub exchange: Option<String>,
+    pub routing_key: String,
+    /// Events that may be in hand at once.
+    pub prefetch: u16,
 }
 
 /// What sends the events, and so what they look like.
@@ -52,11 +69,13 @@ pub enum SourceAuth {
     },
     /// `Authorization: Basic …` (RFC 7617).
     Basic(Login),
+    /// Nobody, over HTTP: all its events come by its queue.
+    Nobody,
 }
 
 pub(crate) static TABLE: Table = Table {
     title: "[[source]]",
-    doc: "A door that push events come in by: POST /events/NAME.",
+    doc: "A door that push events come in by: POST /events/NAME, a broker's queue, or both.",
     keys: &[
         Key::required("name", Kind::Text(&PLAIN), "\"main\"", "The last part of the path that events are posted to."),
         Key::required("kind", Kind::Choice(&KIND), "\"distribution\"", "What sends the events, and so what they look like."),
@@ -84,9 +103,41 @@ pub(crate) static TABLE: Table = Table {
             "{ username = \"registry\", password = { file = \"/run/secrets/webhook\" } }",
             "What senders show as HTTP basic authentication, if they cannot send a token.",
         ),
+        Key::optional(
+            "queue",
+            Kind::Table(&QUEUE),
+            "{ name = \"registry-events\", url = { file = \"/run/secrets/events-url\" } }",
+            "A RabbitMQ queue that others publish the registry's events into, as the registry sends them or as CloudEvents. \
+             Whoever may publish there is let in; `token` and `basic` are for those who post as well.",
+        ),
         Key::later("hmac"),
     ],
 };
+
+static QUEUE: Table = Table {
+    title: "`queue`",
+    doc: "A RabbitMQ queue that others publish events into.",
+    keys: &[
+        Key::required("name", Kind::Text(&NAME), "\"registry-events\"", "The queue's name."),
+        Key::required(
+            "url",
+            Kind::Secret,
+            "{ file = \"/run/secrets/events-url\" }",
+            "The brokers: amqp://USER:PASSWORD@HOST:5672/VHOST, or amqps:// for TLS; several with commas between.",
+        ),
+        Key::optional(
+            "exchange",
+            Kind::Text(&NAME),
+            "\"registry\"",
+            "An exchange: the queue is then made, durable, and bound to it. Without, the queue must be there.",
+        ),
+        Key::defaulted("routing_key", Kind::Text(&ANY_TEXT), "\"#\"", "What it is bound by."),
+        Key::defaulted("prefetch", Kind::Count { least: 1, most: 4096 }, "64", "How many events may be in hand at once."),
+        Key::optional("tls", Kind::Table(&TLS), "{ ca = \"tls/broker-ca.pem\" }", "How the broker's certificate is checked."),
+    ],
+};
+
+static NAME: Grammar = Grammar { noun: "a name in quotes", pattern: Some("^[^\\x00-\\x1f]{1,255}$") };
 
 static KIND: Choice = Choice {
     words: &[
@@ -116,11 +167,37 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Source> {
         section.report.names.registries.check(&value, name.as_str());
         Some(name)
     });
-    let auth = auth(section);
-    Some(Source { name: name?, kind: kind?, registry: registry?, auth: auth? })
+    let queue = section.value("queue").map(|value| value.table().as_ref().and_then(source_queue));
+    let auth = auth(section, queue.is_some());
+    Some(Source { name: name?, kind: kind?, registry: registry?, auth: auth?, queue: optional(queue)? })
 }
 
-fn auth(section: &Section<'_>) -> Option<SourceAuth> {
+fn source_queue(section: &Section<'_>) -> Option<SourceQueue> {
+    let name = section.value("name").and_then(|value| value.parse(broker_name));
+    let url = section.value("url").and_then(|value| value.secret());
+    let exchange = optional(section.value("exchange").map(|value| value.parse(broker_name)));
+    let routing_key = section.value("routing_key").and_then(|value| value.text());
+    let prefetch = section.value("prefetch").and_then(|value| value.count());
+    let tls = optional(section.value("tls").map(|value| value.table().as_ref().and_then(queue::tls)));
+    Some(SourceQueue {
+        name: name?,
+        url: url?,
+        exchange: exchange?,
+        routing_key: routing_key?,
+        prefetch: prefetch?,
+        tls: tls?.unwrap_or_default(),
+    })
+}
+
+/// As long as the protocol has it (AMQP 0-9-1: a short string).
+fn broker_name(text: &str) -> Result<String, Wrong> {
+    if (1..=255).contains(&text.len()) && !text.chars().any(char::is_control) {
+        return Ok(text.to_owned());
+    }
+    Err(Wrong::new("this is no name of a queue or an exchange", "they have 1 to 255 bytes"))
+}
+
+fn auth(section: &Section<'_>, has_queue: bool) -> Option<SourceAuth> {
     let token = section.value("token").map(|value| bearer(&value));
     let token_old = section.value("token_old").map(|value| bearer(&value));
     let basic = section.value("basic").map(|value| value.table().as_ref().and_then(basic));
@@ -138,6 +215,7 @@ fn auth(section: &Section<'_>) -> Option<SourceAuth> {
             section.report.error(at, "a source has `token` or `basic`, not both", "keep what its senders use".to_owned());
             None
         }
+        (None, None, None) if has_queue => Some(SourceAuth::Nobody),
         (None, None, None) => {
             let message = "[[source]] has no `token` and no `basic`: anybody could send events";
             let help = "add one, and give its senders the same: token = { file = \"/run/secrets/webhook\" }";
