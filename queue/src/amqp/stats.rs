@@ -48,7 +48,12 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
         join_all(delays.iter().map(|queue| session.depth(queue))).await.into_iter().collect::<Result<Vec<_>, _>>()
     };
     let (history, discarded) = (core.topology.history(), core.topology.discarded());
-    let (delays, pushed, discarded) = tokio::try_join!(delays, session.depth(&history), session.depth(&discarded))?;
+    let pushed = async {
+        let pushed = core.past.pushed.total(&session, &history).await?;
+        Ok((pushed, core.past.reach(core, &session, pushed).await?))
+    };
+    let (delays, (pushed, history), discarded) =
+        tokio::try_join!(delays, pushed, core.discarded.total(&session, &discarded))?;
 
     let partitions: Vec<(String, String)> = session.all_sources().into_iter().filter_map(partition).collect();
     let depths = join_all(partitions.iter().map(|(_, queue)| session.depth(queue))).await;
@@ -60,14 +65,14 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
 
     let own = own_partitions(core, &session);
     let mut stats = Stats {
-        pushed_total: pushed.0,
-        discarded_total: discarded.0,
+        pushed_total: pushed,
+        discarded_total: discarded,
         ready: stray,
         waiting: delays.iter().map(|(depth, _)| depth).sum(),
         in_flight: 0,
         dead: dead + core.graveyard.held(),
         oldest: core.oldest(),
-        history: None,
+        history,
         partitions: vec![],
     };
     let others = core.others();

@@ -1,0 +1,274 @@
+//! Reading a stream: a log on the broker, of which each record has a number that is never given again.
+//!
+//! Reading takes nothing away and locks nobody out. How many records there ever were is the number of the last one, and one;
+//! that goes on when the broker has forgotten the oldest, and over its restarts.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures::StreamExt as _;
+use lapin::{
+    Channel, Consumer, ErrorKind,
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
+    protocol::{AMQPErrorKind, AMQPSoftError},
+    types::{AMQPValue, FieldTable},
+};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{
+    envelope::{Envelope, Read},
+    lock,
+    session::{Session, lost, unavailable},
+};
+use crate::Error;
+
+/// How long the broker may take to answer, or to send what must be there.
+const LIMIT: Duration = Duration::from_secs(10);
+/// A stream that has sent nothing for so long has nothing: the broker does not say so. Waited for once a connection.
+const GLANCE: Duration = Duration::from_secs(1);
+/// Records that the broker may send ahead when its last ones are asked for.
+const TAIL: u16 = 64;
+
+/// Where to begin.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Place {
+    /// At the record with this number, or the first there is after it.
+    At(u64),
+    /// With the last few.
+    Last,
+}
+
+pub(super) struct Record {
+    pub number: u64,
+    delivery: lapin::message::Delivery,
+}
+
+impl Record {
+    pub fn read(self, now: jiff::Timestamp) -> Envelope {
+        Envelope::read(&self.delivery.properties, self.delivery.data, now)
+    }
+}
+
+/// A consumer on a channel of its own, which goes with it.
+pub(super) struct Reader {
+    session: Arc<Session>,
+    stream: String,
+    channel: Channel,
+    consumer: Consumer,
+    window: u16,
+    /// Records that the broker was not told of yet that we have them.
+    had: u16,
+}
+
+impl Reader {
+    /// The broker sends at most `window` records ahead.
+    pub async fn open(session: &Arc<Session>, stream: &str, place: Place, window: u16) -> Result<Self, Error> {
+        let channel = session.channel().await?;
+        let mut arguments = FieldTable::default();
+        let place = match place {
+            Place::At(number) => AMQPValue::LongLongInt(number.cast_signed()),
+            Place::Last => AMQPValue::LongString("last".into()),
+        };
+        arguments.insert("x-stream-offset".into(), place);
+        let consuming = async {
+            // Streams are not read without a limit, nor without acks: these take nothing away, they say "go on".
+            channel.basic_qos(window, BasicQosOptions { global: false }).await?;
+            channel.basic_consume(stream.into(), "reader".into(), BasicConsumeOptions::default(), arguments).await
+        };
+        let consumer = answered(session, consuming).await?;
+        Ok(Self { session: Arc::clone(session), stream: stream.to_owned(), channel, consumer, window, had: 0 })
+    }
+
+    /// The next record; `None` if there is none after so long.
+    pub async fn next(&mut self, patience: Duration) -> Result<Option<Record>, Error> {
+        let delivery = match timeout(patience, self.consumer.next()).await {
+            Err(_) => return Ok(None),
+            Ok(Some(Ok(delivery))) => delivery,
+            Ok(Some(Err(error))) => return Err(unavailable(format!("{} could not be read on", self.stream), error)),
+            Ok(None) => return Err(lost()),
+        };
+        self.had += 1;
+        if self.had >= self.window.div_ceil(2) {
+            self.had = 0;
+            let told = self.channel.basic_ack(delivery.delivery_tag, BasicAckOptions { multiple: true });
+            answered(&self.session, told).await?;
+        }
+        let number = Read::new(&delivery.properties).number("x-stream-offset");
+        Ok(Some(Record { number, delivery }))
+    }
+
+    /// The next record, which is there.
+    pub async fn expect(&mut self) -> Result<Record, Error> {
+        self.next(LIMIT).await?.ok_or_else(|| self.silent())
+    }
+
+    /// When this returns, all that the broker sent before is here: it sends in order.
+    async fn catch_up(&self) -> Result<(), Error> {
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        // The count in its answer is seconds old.
+        let asking = self.channel.queue_declare(self.stream.as_str().into(), options, FieldTable::default());
+        answered(&self.session, asking).await.map(drop)
+    }
+
+    fn silent(&self) -> Error {
+        let what = format!("the broker has sent nothing of {} for {} s", self.stream, LIMIT.as_secs());
+        Error::Unavailable { what, source: None }
+    }
+}
+
+impl fmt::Debug for Reader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reader").field("stream", &self.stream).finish_non_exhaustive()
+    }
+}
+
+/// What goes wrong here ends the channel, and the session only if the stream is gone: the next one declares it again.
+async fn answered<T>(session: &Session, answer: impl Future<Output = lapin::Result<T>>) -> Result<T, Error> {
+    match timeout(LIMIT, answer).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) => {
+            let is_gone = matches!(error.kind(), ErrorKind::ProtocolError(error)
+                if *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND));
+            let error = unavailable("a stream of the broker cannot be read", error);
+            if is_gone {
+                session.fail(&error);
+            }
+            Err(error)
+        }
+        Err(_) => {
+            let what = format!("the broker has not answered about a stream for {} s", LIMIT.as_secs());
+            Err(Error::Unavailable { what, source: None })
+        }
+    }
+}
+
+/// How many records a stream ever had.
+#[derive(Debug, Default)]
+pub(super) struct Counter {
+    /// What waits for the first record of a stream that was empty.
+    waiting: tokio::sync::Mutex<Option<Reader>>,
+    floor: Mutex<Floor>,
+}
+
+/// What is known for certain.
+#[derive(Debug, Default)]
+struct Floor {
+    /// A broker may come back with nothing: what is known is of one connection.
+    session: u64,
+    /// How often was looked.
+    looks: u64,
+    /// What was seen then, and what was confirmed to us since.
+    least: u64,
+}
+
+/// When a record was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sent {
+    session: u64,
+    looks: u64,
+}
+
+impl Counter {
+    /// Before a record is sent.
+    pub fn sending(&self, session: &Session) -> Sent {
+        let floor = self.floor(session.number);
+        Sent { session: floor.session, looks: floor.looks }
+    }
+
+    /// It was confirmed. What was sent before the last look may have been seen there.
+    pub fn confirmed(&self, sent: Sent) {
+        let mut floor = lock(&self.floor);
+        if (sent == Sent { session: floor.session, looks: floor.looks }) {
+            floor.least += 1;
+        }
+    }
+
+    /// Includes all that was confirmed to this process before. What is read may be a copy that is a moment behind, so that is
+    /// waited for.
+    pub async fn total(&self, session: &Arc<Session>, stream: &str) -> Result<u64, Error> {
+        let mut waiting = self.waiting.lock().await;
+        let began = Instant::now();
+        loop {
+            let least = self.floor(session.number).least;
+            let total = look(session, stream, &mut waiting, least > 0).await?;
+            if total >= least {
+                let mut floor = self.floor(session.number);
+                floor.looks += 1;
+                floor.least = floor.least.max(total);
+                return Ok(total);
+            }
+            if began.elapsed() > LIMIT {
+                let what = format!("{stream} has {total} records, and {least} were confirmed");
+                return Err(Error::Unavailable { what, source: None });
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn floor(&self, session: u64) -> std::sync::MutexGuard<'_, Floor> {
+        let mut floor = lock(&self.floor);
+        if floor.session < session {
+            *floor = Floor { session, ..Floor::default() };
+        }
+        floor
+    }
+}
+
+async fn look(session: &Arc<Session>, stream: &str, waiting: &mut Option<Reader>, is_there: bool) -> Result<u64, Error> {
+    let (mut reader, glance) = match waiting.take().filter(|reader| reader.session.number == session.number) {
+        Some(reader) => (reader, Duration::ZERO),
+        None => (Reader::open(session, stream, Place::Last, TAIL).await?, GLANCE),
+    };
+    reader.catch_up().await?;
+    let Some(mut last) = reader.next(if is_there { LIMIT } else { glance }).await? else {
+        if is_there {
+            return Err(reader.silent());
+        }
+        *waiting = Some(reader);
+        return Ok(0);
+    };
+    // The broker sends all that is there at once, as far as it may.
+    loop {
+        reader.catch_up().await?;
+        let before = last.number;
+        while let Some(next) = reader.next(Duration::ZERO).await? {
+            last = next;
+        }
+        if last.number - before < u64::from(TAIL / 2) {
+            return Ok(last.number + 1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_confirmed_since_the_last_look_is_known_to_be_there() {
+        let counter = Counter::default();
+        let sent = || {
+            let floor = counter.floor(1);
+            Sent { session: floor.session, looks: floor.looks }
+        };
+        let (one, other) = (sent(), sent());
+        counter.confirmed(one);
+        assert_eq!(counter.floor(1).least, 1);
+        {
+            let mut floor = counter.floor(1);
+            floor.looks += 1;
+            floor.least = 2;
+        }
+        counter.confirmed(other);
+        assert_eq!(counter.floor(1).least, 2, "the look has counted it");
+        counter.confirmed(sent());
+        assert_eq!(counter.floor(1).least, 3);
+        let before = sent();
+        assert_eq!(counter.floor(2).least, 0, "the broker may have lost its disk");
+        counter.confirmed(before);
+        assert_eq!(counter.floor(2).least, 0);
+    }
+}
