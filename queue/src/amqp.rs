@@ -198,7 +198,7 @@ impl Queue for Amqp {
                     return Err(Error::Unavailable { what, source: None });
                 }
                 let sent = pushed.sending(session);
-                session.publish(exchange, &route, envelope.properties(), &message.body).await?;
+                session.publish(exchange, &route, sent.stamp(envelope.properties()), &message.body).await?;
                 pushed.confirmed(sent);
                 Ok(())
             }

@@ -48,7 +48,7 @@ impl Past {
             return Ok(vec![]);
         }
         let session = core.session()?;
-        let end = self.pushed.total(&session, &core.topology.history()).await?;
+        let end = self.pushed.total(&session, &core.topology.history()).await?.end;
         let place = match after.and_then(|after| after.parse::<u64>().ok()) {
             Some(after) => Some(after.saturating_add(1)),
             None => first_since(core, &session, less(from, SKEW), 0, end).await?.map(|(number, _)| number),
@@ -72,7 +72,8 @@ impl Past {
         Ok(page)
     }
 
-    /// How far back [`Past::list`] reaches, of so many records ever.
+    /// How far back [`Past::list`] reaches, with the stream ending before that number. The broker's own numbers count as well:
+    /// one in a segment.
     pub async fn reach(&self, core: &Core, session: &Arc<Session>, end: u64) -> Result<Option<History>, Error> {
         let Some(begin) = begin(core) else { return Ok(None) };
         let (of, known) = *lock(&self.first);

@@ -1,17 +1,17 @@
 //! Reading a stream: a log on the broker, of which each record has a number that is never given again.
 //!
-//! Reading takes nothing away and locks nobody out. How many records there ever were is the number of the last one, and one;
-//! that goes on when the broker has forgotten the oldest, and over its restarts.
+//! Reading takes nothing away and locks nobody out. How many records there ever were is counted from mark to mark, so it goes on
+//! when the broker has forgotten the oldest, and over its restarts.
 
 use std::{
     fmt,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
 use futures::StreamExt as _;
 use lapin::{
-    Channel, Consumer, ErrorKind,
+    BasicProperties, Channel, Consumer, ErrorKind,
     options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
     protocol::{AMQPErrorKind, AMQPSoftError},
     types::{AMQPValue, FieldTable},
@@ -31,6 +31,8 @@ const LIMIT: Duration = Duration::from_secs(10);
 const GLANCE: Duration = Duration::from_secs(1);
 /// Records that the broker may send ahead when its last ones are asked for.
 const TAIL: u16 = 64;
+/// And when many are counted.
+const AHEAD: u16 = 512;
 
 /// Where to begin.
 #[derive(Clone, Copy, Debug)]
@@ -145,102 +147,175 @@ async fn answered<T>(session: &Session, answer: impl Future<Output = lapin::Resu
     }
 }
 
+/// A place in a stream, and how many records were before it: fewer than its number, because the broker takes a number for
+/// itself with each segment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Mark {
+    /// The number of the record at that place, or that the next one will have at least.
+    pub end: u64,
+    pub count: u64,
+}
+
+impl Mark {
+    /// As a record has it with it; nothing that cannot be.
+    fn of(record: &Record) -> Self {
+        let headers = Read::new(&record.delivery.properties);
+        let mark = Self { end: headers.number("counted-to"), count: headers.number("counted") };
+        if mark.count <= mark.end && mark.end <= record.number { mark } else { Self::default() }
+    }
+}
+
 /// How many records a stream ever had.
+///
+/// The broker does not say, and forgets the oldest. So each record has the newest [`Mark`] of its sender with it, and whoever
+/// counts goes on from the newest that it finds at the end of the stream. Senders count every few seconds, so that is not far;
+/// only if the broker forgot what nobody had counted is it guessed, by numbers.
 #[derive(Debug, Default)]
 pub(super) struct Counter {
     /// What waits for the first record of a stream that was empty.
     waiting: tokio::sync::Mutex<Option<Reader>>,
-    floor: Mutex<Floor>,
+    known: Mutex<Known>,
 }
 
 /// What is known for certain.
 #[derive(Debug, Default)]
-struct Floor {
+struct Known {
     /// A broker may come back with nothing: what is known is of one connection.
     session: u64,
     /// How often was looked.
     looks: u64,
-    /// What was seen then, and what was confirmed to us since.
-    least: u64,
+    /// What was seen then.
+    mark: Mark,
+    /// And was confirmed to us since.
+    more: u64,
 }
 
-/// When a record was sent.
+/// When a record was sent, and what was known then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sent {
     session: u64,
     looks: u64,
+    mark: Mark,
+}
+
+impl Sent {
+    /// The record's properties, with the mark.
+    pub fn stamp(self, properties: BasicProperties) -> BasicProperties {
+        let mut headers = properties.headers().clone().unwrap_or_default();
+        for (name, number) in [("counted-to", self.mark.end), ("counted", self.mark.count)] {
+            headers.insert(name.into(), AMQPValue::LongLongInt(number.cast_signed()));
+        }
+        properties.with_headers(headers)
+    }
 }
 
 impl Counter {
     /// Before a record is sent.
     pub fn sending(&self, session: &Session) -> Sent {
-        let floor = self.floor(session.number);
-        Sent { session: floor.session, looks: floor.looks }
+        self.known(session.number).sending()
     }
 
     /// It was confirmed. What was sent before the last look may have been seen there.
     pub fn confirmed(&self, sent: Sent) {
-        let mut floor = lock(&self.floor);
-        if (sent == Sent { session: floor.session, looks: floor.looks }) {
-            floor.least += 1;
+        let mut known = lock(&self.known);
+        if known.sending() == sent {
+            known.more += 1;
         }
+    }
+
+    /// Whether something was sent since the last look that others would have to count, and nobody here counts now.
+    pub fn is_behind(&self, session: &Session) -> bool {
+        self.waiting.try_lock().is_ok() && self.known(session.number).more > 0
     }
 
     /// Includes all that was confirmed to this process before. What is read may be a copy that is a moment behind, so that is
     /// waited for.
-    pub async fn total(&self, session: &Arc<Session>, stream: &str) -> Result<u64, Error> {
+    pub async fn total(&self, session: &Arc<Session>, stream: &str) -> Result<Mark, Error> {
         let mut waiting = self.waiting.lock().await;
         let began = Instant::now();
         loop {
-            let least = self.floor(session.number).least;
-            let total = look(session, stream, &mut waiting, least > 0).await?;
-            if total >= least {
-                let mut floor = self.floor(session.number);
-                floor.looks += 1;
-                floor.least = floor.least.max(total);
-                return Ok(total);
+            let (known, least) = {
+                let known = self.known(session.number);
+                (known.mark, known.mark.count + known.more)
+            };
+            let mark = look(session, stream, &mut waiting, known, least > 0).await?;
+            if mark.count >= least {
+                let mut known = self.known(session.number);
+                known.looks += 1;
+                known.more = (known.mark.count + known.more).saturating_sub(mark.count);
+                known.mark = mark;
+                return Ok(mark);
             }
             if began.elapsed() > LIMIT {
-                let what = format!("{stream} has {total} records, and {least} were confirmed");
+                let what = format!("{stream} has {} records, and {least} were confirmed", mark.count);
                 return Err(Error::Unavailable { what, source: None });
             }
             sleep(Duration::from_millis(5)).await;
         }
     }
 
-    fn floor(&self, session: u64) -> std::sync::MutexGuard<'_, Floor> {
-        let mut floor = lock(&self.floor);
-        if floor.session < session {
-            *floor = Floor { session, ..Floor::default() };
+    fn known(&self, session: u64) -> MutexGuard<'_, Known> {
+        let mut known = lock(&self.known);
+        if known.session < session {
+            *known = Known { session, ..Known::default() };
         }
-        floor
+        known
     }
 }
 
-async fn look(session: &Arc<Session>, stream: &str, waiting: &mut Option<Reader>, is_there: bool) -> Result<u64, Error> {
+impl Known {
+    fn sending(&self) -> Sent {
+        Sent { session: self.session, looks: self.looks, mark: self.mark }
+    }
+}
+
+/// Counts on from what is known, or from a later mark.
+async fn look(
+    session: &Arc<Session>,
+    stream: &str,
+    waiting: &mut Option<Reader>,
+    known: Mark,
+    is_there: bool,
+) -> Result<Mark, Error> {
     let (mut reader, glance) = match waiting.take().filter(|reader| reader.session.number == session.number) {
         Some(reader) => (reader, Duration::ZERO),
         None => (Reader::open(session, stream, Place::Last, TAIL).await?, GLANCE),
     };
     reader.catch_up().await?;
-    let Some(mut last) = reader.next(if is_there { LIMIT } else { glance }).await? else {
+    let Some(first) = reader.next(if is_there { LIMIT } else { glance }).await? else {
         if is_there {
             return Err(reader.silent());
         }
         *waiting = Some(reader);
-        return Ok(0);
+        return Ok(known);
     };
+    let (mut mark, mut numbers) = (known.max(Mark::of(&first)), vec![first.number]);
     // The broker sends all that is there at once, as far as it may.
     loop {
         reader.catch_up().await?;
-        let before = last.number;
+        let before = numbers.len();
         while let Some(next) = reader.next(Duration::ZERO).await? {
-            last = next;
+            mark = mark.max(Mark::of(&next));
+            numbers.push(next.number);
         }
-        if last.number - before < u64::from(TAIL / 2) {
-            return Ok(last.number + 1);
+        if numbers.len() - before < usize::from(TAIL / 2) {
+            break;
         }
     }
+    let last = *numbers.last().expect("there is the first");
+    if mark.end < first.number {
+        let mut reader = Reader::open(session, stream, Place::At(mark.end), AHEAD).await?;
+        let mut number = reader.expect().await?.number;
+        // Forgotten, and counted by nobody.
+        mark.count += number.saturating_sub(mark.end + 1);
+        while number < first.number {
+            mark.count += 1;
+            number = reader.expect().await?.number;
+        }
+        mark.end = first.number;
+    }
+    let count = mark.count + numbers.iter().filter(|number| **number >= mark.end).count() as u64;
+    Ok(Mark { end: mark.end.max(last + 1), count })
 }
 
 #[cfg(test)]
@@ -250,25 +325,22 @@ mod tests {
     #[test]
     fn what_was_confirmed_since_the_last_look_is_known_to_be_there() {
         let counter = Counter::default();
-        let sent = || {
-            let floor = counter.floor(1);
-            Sent { session: floor.session, looks: floor.looks }
-        };
-        let (one, other) = (sent(), sent());
+        let sent = |session| counter.known(session).sending();
+        let (one, other) = (sent(1), sent(1));
         counter.confirmed(one);
-        assert_eq!(counter.floor(1).least, 1);
+        assert_eq!(counter.known(1).more, 1);
         {
-            let mut floor = counter.floor(1);
-            floor.looks += 1;
-            floor.least = 2;
+            let mut known = counter.known(1);
+            known.looks += 1;
+            (known.mark, known.more) = (Mark { end: 3, count: 2 }, 0);
         }
         counter.confirmed(other);
-        assert_eq!(counter.floor(1).least, 2, "the look has counted it");
-        counter.confirmed(sent());
-        assert_eq!(counter.floor(1).least, 3);
-        let before = sent();
-        assert_eq!(counter.floor(2).least, 0, "the broker may have lost its disk");
+        assert_eq!(counter.known(1).more, 0, "the look has counted it");
+        let before = sent(1);
         counter.confirmed(before);
-        assert_eq!(counter.floor(2).least, 0);
+        assert_eq!(counter.known(1).more, 1);
+        assert_eq!(sent(2).mark, Mark::default(), "the broker may have lost its disk");
+        counter.confirmed(before);
+        assert_eq!(counter.known(2).more, 0);
     }
 }

@@ -227,7 +227,7 @@ fn kept_for_good() -> Arguments {
     ]
 }
 
-/// Counted by the number of the last record ([`super::stream`]), which goes on whatever is forgotten.
+/// Counted by [`super::stream::Counter`], whatever is forgotten.
 ///
 /// A broker confirms a record of a stream when it is written, not when it is synced. Killed, it loses none; without power, it
 /// may lose the last half minute of them (a cluster: if most of it is without power at once). The events themselves are in
