@@ -52,8 +52,7 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
         let pushed = core.past.pushed.total(&session, &history).await?;
         Ok((pushed, core.past.reach(core, &session, pushed.end).await?))
     };
-    let (delays, (pushed, history), discarded) =
-        tokio::try_join!(delays, pushed, core.discarded.total(&session, &discarded))?;
+    let (delays, (pushed, history), discarded) = tokio::try_join!(delays, pushed, core.discarded.total(&session, &discarded))?;
 
     let partitions: Vec<(String, String)> = session.all_sources().into_iter().filter_map(partition).collect();
     let depths = join_all(partitions.iter().map(|(_, queue)| session.depth(queue))).await;

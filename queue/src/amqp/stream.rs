@@ -27,7 +27,8 @@ use crate::Error;
 
 /// How long the broker may take to answer, or to send what must be there.
 const LIMIT: Duration = Duration::from_secs(10);
-/// A stream that has sent nothing for so long has nothing: the broker does not say so. Waited for once a connection.
+/// A stream that has sent nothing for so long has nothing: the broker does not say so, only when it cannot be read. Waited for
+/// once a connection.
 const GLANCE: Duration = Duration::from_secs(1);
 /// Records that the broker may send ahead when its last ones are asked for.
 const TAIL: u16 = 64;
@@ -188,6 +189,8 @@ struct Known {
     mark: Mark,
     /// And was confirmed to us since.
     more: u64,
+    /// A connection before this one found something: that there is nothing now is believed later.
+    was_more: bool,
 }
 
 /// When a record was sent, and what was known then.
@@ -234,11 +237,20 @@ impl Counter {
         let mut waiting = self.waiting.lock().await;
         let began = Instant::now();
         loop {
-            let (known, least) = {
+            let (known, least, patience) = {
                 let known = self.known(session.number);
-                (known.mark, known.mark.count + known.more)
+                let least = known.mark.count + known.more;
+                let patience = match (least > 0, known.was_more) {
+                    (true, _) => LIMIT,
+                    (false, true) => 3 * GLANCE,
+                    (false, false) => GLANCE,
+                };
+                (known.mark, least, patience)
             };
-            let mark = look(session, stream, &mut waiting, known, least > 0).await?;
+            let mark = look(session, stream, &mut waiting, known, patience).await?;
+            if mark.count == 0 {
+                self.known(session.number).was_more = false;
+            }
             if mark.count >= least {
                 let mut known = self.known(session.number);
                 known.looks += 1;
@@ -257,7 +269,8 @@ impl Counter {
     fn known(&self, session: u64) -> MutexGuard<'_, Known> {
         let mut known = lock(&self.known);
         if known.session < session {
-            *known = Known { session, ..Known::default() };
+            let was_more = known.was_more || known.mark.count + known.more > 0;
+            *known = Known { session, was_more, ..Known::default() };
         }
         known
     }
@@ -275,15 +288,16 @@ async fn look(
     stream: &str,
     waiting: &mut Option<Reader>,
     known: Mark,
-    is_there: bool,
+    patience: Duration,
 ) -> Result<Mark, Error> {
-    let (mut reader, glance) = match waiting.take().filter(|reader| reader.session.number == session.number) {
-        Some(reader) => (reader, Duration::ZERO),
-        None => (Reader::open(session, stream, Place::Last, TAIL).await?, GLANCE),
+    let (mut reader, patience) = match waiting.take().filter(|reader| reader.session.number == session.number) {
+        // It has waited already, unless there is news.
+        Some(reader) => (reader, if patience > GLANCE { patience } else { Duration::ZERO }),
+        None => (Reader::open(session, stream, Place::Last, TAIL).await?, patience),
     };
     reader.catch_up().await?;
-    let Some(first) = reader.next(if is_there { LIMIT } else { glance }).await? else {
-        if is_there {
+    let Some(first) = reader.next(patience).await? else {
+        if known.count > 0 {
             return Err(reader.silent());
         }
         *waiting = Some(reader);
