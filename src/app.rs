@@ -284,6 +284,7 @@ async fn open_queue(config: &Config, clock: &Clock, tracker: &TaskTracker) -> an
             let options = amqp::Options {
                 prefix: amqp.prefix.clone(),
                 partitions: amqp.partitions,
+                history: config.queue.history,
                 window: u16::try_from(config.queue.in_flight).unwrap_or(u16::MAX).max(128),
                 ..amqp::Options::new(move || access(&brokers.url, &brokers.tls), replica_name(), now)
             };

@@ -17,9 +17,11 @@ mod dead;
 mod envelope;
 mod feed;
 mod inbox;
+mod past;
 mod session;
 mod settle;
 mod stats;
+mod stream;
 mod supervisor;
 mod topology;
 mod wire;
@@ -28,6 +30,7 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -47,8 +50,10 @@ use self::{
     dead::Graveyard,
     envelope::Envelope,
     inbox::Inbox,
+    past::Past,
     session::Session,
     settle::{Chore, Hand, Settlement},
+    stream::Counter,
     topology::Topology,
 };
 use crate::{DeadLetter, Delivery, Error, Kept, Message, Queue, Stats};
@@ -67,6 +72,8 @@ pub struct Options {
     pub partitions: u16,
     /// Messages of one partition that may be unsettled here.
     pub window: u16,
+    /// How long what was pushed is shown as history; zero shows none. The broker forgets the oldest by size: see `topology.rs`.
+    pub history: Duration,
     /// The name of this process, for the others: unique among them.
     pub replica: String,
     /// What time it is: stamps pushes and burials.
@@ -86,6 +93,7 @@ impl Options {
             prefix: "countersign".to_owned(),
             partitions: 8,
             window: 128,
+            history: Duration::from_secs(7 * 24 * 3600),
             replica: replica.into(),
             now: Arc::new(now),
         }
@@ -98,6 +106,7 @@ impl fmt::Debug for Options {
             .field("prefix", &self.prefix)
             .field("partitions", &self.partitions)
             .field("window", &self.window)
+            .field("history", &self.history)
             .field("replica", &self.replica)
             .finish_non_exhaustive()
     }
@@ -126,6 +135,8 @@ struct Core {
     /// What was decided of messages whose connection broke before the broker heard it, by their ids.
     unwritten: Mutex<HashMap<String, Settlement>>,
     graveyard: Graveyard,
+    past: Past,
+    discarded: Counter,
     /// When what this replica handed back was pushed, for as long as it waits.
     waiting: Mutex<HashMap<String, Timestamp>>,
     others: Mutex<HashMap<String, stats::Report>>,
@@ -150,6 +161,8 @@ impl Amqp {
             chores,
             unwritten: Mutex::default(),
             graveyard: Graveyard::default(),
+            past: Past::default(),
+            discarded: Counter::default(),
             waiting: Mutex::default(),
             others: Mutex::default(),
         });
@@ -181,14 +194,17 @@ impl Queue for Amqp {
         let pushes = messages.into_iter().map(|message| {
             let route = layout.route(&message.key);
             let envelope = Envelope::new(message, now);
-            let (session, exchange) = (&session, &exchange);
+            let (session, exchange, pushed) = (&session, &exchange, &self.core.past.pushed);
             async move {
                 let message = &envelope.message;
                 if message.id.len() + message.key.0.len() + message.content_type.len() > HEADERS {
                     let what = "id, key and content type of a message have more than 16 KiB".to_owned();
                     return Err(Error::Unavailable { what, source: None });
                 }
-                session.publish(exchange, &route, envelope.properties(), &message.body).await
+                let sent = pushed.sending(session);
+                session.publish(exchange, &route, sent.stamp(envelope.properties()), &message.body).await?;
+                pushed.confirmed(sent);
+                Ok(())
             }
         });
         join_all(pushes).await.into_iter().collect()
@@ -217,9 +233,8 @@ impl Queue for Amqp {
         self.core.graveyard.discard(&self.core, id).await
     }
 
-    /// Nothing is kept that could be asked for.
-    async fn history(&self, _: Timestamp, _: Timestamp, _: Option<&str>, _: usize) -> Result<Vec<Kept>, Error> {
-        Ok(vec![])
+    async fn history(&self, from: Timestamp, until: Timestamp, after: Option<&str>, limit: usize) -> Result<Vec<Kept>, Error> {
+        self.core.past.list(&self.core, (from, until), after, limit).await
     }
 
     async fn probe(&self) -> Result<(), Error> {

@@ -269,6 +269,86 @@ async fn replicas_share_the_work_and_never_have_one_key_at_once() {
     workers.join_all().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn past_is_forgotten_by_size_and_the_totals_go_on_for_all_replicas_over_kill_9_of_the_broker() {
+    const MESSAGES: usize = 60;
+    let mut broker = RabbitMq::start().await.unwrap();
+    // As an administrator may who has less room.
+    let less = serde_json::json!({ "pattern": "history$", "definition": { "max-length-bytes": 20_000_000 } });
+    broker.manage("PUT", "/api/policies/%2F/less", Some(&less)).await.unwrap();
+    let (url, tracker) = (broker.url(), TaskTracker::new());
+    let open = async |name| {
+        let url = url.clone();
+        Amqp::open(options(name, move || vec![url.clone()]), &tracker).await.unwrap()
+    };
+    let (one, other) = (open("one").await, open("other").await);
+    // What RabbitMQ knows of its queues has to be on disk: see above.
+    broker.stop().await.unwrap();
+    broker.start_again().await.unwrap();
+    for queue in [&one, &other] {
+        eventually("it is connected again", LIMIT, async || Ok(queue.probe().await.ok())).await.unwrap();
+    }
+    let none = one.stats().await.unwrap();
+    assert_eq!((none.pushed_total, none.history.unwrap().messages), (0, 0));
+    for n in 0..MESSAGES {
+        let large = Message { body: Bytes::from(vec![b'x'; 1 << 20]), ..message(&n.to_string(), n) };
+        one.push(vec![large]).await.unwrap();
+        assert_eq!(one.stats().await.unwrap().pushed_total, n as u64 + 1);
+    }
+    let buried = tokio::select! { delivery = next(&one) => delivery, delivery = next(&other) => delivery };
+    let id = buried.message().id.clone();
+    buried.bury(Burial { kind: "denied".to_owned(), reason: "no".to_owned() }).await.unwrap();
+    assert!(one.discard(&id).await.unwrap());
+    let is_so = async |queue: &Amqp, pushed: u64| {
+        let stats = eventually("both are told the same", LIMIT, async || {
+            let stats = queue.stats().await.ok();
+            let fell = |stats: &countersign_queue::Stats| stats.pushed_total < pushed || stats.discarded_total < 1;
+            assert!(!stats.as_ref().is_some_and(fell), "{stats:?}, and there were {pushed}");
+            Ok(stats.filter(|stats| stats.pushed_total == pushed))
+        });
+        stats.await.unwrap()
+    };
+    let listed = async |queue: &Amqp| {
+        let (mut ids, mut after) = (Vec::new(), None);
+        loop {
+            let page = queue.history(jiff::Timestamp::MIN, jiff::Timestamp::MAX, after.as_deref(), 1000).await.unwrap();
+            let Some(last) = page.last() else { return ids };
+            after = Some(last.cursor.clone());
+            ids.extend(page.into_iter().map(|kept| kept.message.id));
+        }
+    };
+    let kept = is_so(&one, 60).await.history.unwrap();
+    assert!((1..50).contains(&kept.messages), "{kept:?}");
+    assert_eq!(is_so(&other, 60).await.history.unwrap(), kept);
+    let ids = listed(&one).await;
+    let newest: Vec<_> = (MESSAGES - ids.len()..MESSAGES).map(|n| n.to_string()).collect();
+    assert!(!ids.is_empty() && ids == newest, "{ids:?}");
+    // The broker's own numbers, one in a segment, are among them.
+    assert!((ids.len() as u64..ids.len() as u64 + 3).contains(&kept.messages), "{kept:?}");
+
+    broker.kill().unwrap();
+    unavailable(one.stats().await);
+    unavailable(one.history(jiff::Timestamp::MIN, jiff::Timestamp::MAX, None, 1).await);
+    broker.start_again().await.unwrap();
+    let fresh = open("fresh").await;
+    for queue in [&fresh, &one, &other] {
+        assert_eq!(is_so(queue, 60).await.history.unwrap(), kept);
+        assert_eq!(listed(queue).await, ids);
+    }
+    let few = eventually("what was read with is let go of", LIMIT, async || {
+        let channels = broker.manage("GET", "/api/channels", None).await?;
+        Ok((channels.as_array().is_some_and(|channels| channels.len() < 30)).then_some(()))
+    });
+    few.await.unwrap();
+    push_until_taken(&other, message("later", 1)).await;
+    let more = other.stats().await.unwrap().pushed_total;
+    assert!(more > 60);
+    assert_eq!(is_so(&one, more).await.history.unwrap().messages, kept.messages + more - 60);
+    drop((fresh, one, other));
+    let again = open("again").await;
+    is_so(&again, more).await;
+}
+
 /// What an administrator imports where the daemon may not declare anything.
 const DEFINITIONS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/rabbitmq/definitions.json");
 

@@ -99,7 +99,8 @@ pub(crate) static TABLE: Table = Table {
             Kind::Duration { least: 0, most: 366 * DAY },
             "\"7d\"",
             "How long accepted events are kept, whatever became of them, so that `countersign queue replay --since` can run \
-             them again after a rule or a key was wrong. \"0s\" keeps none.",
+             them again after a rule or a key was wrong. \"0s\" keeps none. On RabbitMQ it is how far back they can be had, with \
+             the newest 2 GiB at most; the broker keeps those whatever is said here, unless a policy of its says less.",
         ),
         Key::defaulted(
             "history_size",

@@ -135,7 +135,11 @@ impl Graveyard {
         let mut headers = FieldTable::default();
         headers.insert("id".into(), lapin::types::AMQPValue::LongString(id.into()));
         let receipt = BasicProperties::default().with_delivery_mode(2).with_headers(headers);
-        let done = session.publish("", &core.topology.discarded(), receipt, &[]).await;
+        let sent = core.discarded.sending(&session);
+        let done = session.publish("", &core.topology.discarded(), sent.stamp(receipt), &[]).await;
+        if done.is_ok() {
+            core.discarded.confirmed(sent);
+        }
         self.take_away(core, &mut place, id, done).await
     }
 

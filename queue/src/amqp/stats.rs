@@ -48,7 +48,11 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
         join_all(delays.iter().map(|queue| session.depth(queue))).await.into_iter().collect::<Result<Vec<_>, _>>()
     };
     let (history, discarded) = (core.topology.history(), core.topology.discarded());
-    let (delays, pushed, discarded) = tokio::try_join!(delays, session.depth(&history), session.depth(&discarded))?;
+    let pushed = async {
+        let pushed = core.past.pushed.total(&session, &history).await?;
+        Ok((pushed, core.past.reach(core, &session, pushed.end).await?))
+    };
+    let (delays, (pushed, history), discarded) = tokio::try_join!(delays, pushed, core.discarded.total(&session, &discarded))?;
 
     let partitions: Vec<(String, String)> = session.all_sources().into_iter().filter_map(partition).collect();
     let depths = join_all(partitions.iter().map(|(_, queue)| session.depth(queue))).await;
@@ -60,14 +64,14 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
 
     let own = own_partitions(core, &session);
     let mut stats = Stats {
-        pushed_total: pushed.0,
-        discarded_total: discarded.0,
+        pushed_total: pushed.count,
+        discarded_total: discarded.count,
         ready: stray,
         waiting: delays.iter().map(|(depth, _)| depth).sum(),
         in_flight: 0,
         dead: dead + core.graveyard.held(),
         oldest: core.oldest(),
-        history: None,
+        history,
         partitions: vec![],
     };
     let others = core.others();
@@ -131,6 +135,7 @@ pub(super) async fn report(core: Arc<Core>, session: Arc<Session>) {
     }
     // The next one is soon.
     let _ = session.tell(&core.topology.replicas(), &core.options.replica, text.as_bytes()).await;
+    core.count_on(&session).await;
 }
 
 /// Hears the other replicas.
@@ -195,6 +200,17 @@ fn parse(replica: &str, text: &str) -> Report {
 }
 
 impl Core {
+    /// Counts what this replica has sent, so that its next records say how far that was: nobody has to begin far back.
+    async fn count_on(&self, session: &Arc<Session>) {
+        for (counter, stream) in [(&self.past.pushed, self.topology.history()), (&self.discarded, self.topology.discarded())] {
+            if counter.is_behind(session)
+                && let Err(error) = counter.total(session, &stream).await
+            {
+                tracing::debug!(error = &error as &dyn std::error::Error, stream, "not counted this time");
+            }
+        }
+    }
+
     fn others(&self) -> Vec<Report> {
         let mut others = lock(&self.others);
         others.retain(|_, report| report.at.elapsed() < SILENCE);

@@ -141,10 +141,10 @@ impl Topology {
                 self.probe(),
                 [kept_for_good(), vec![("x-max-length", number(1)), ("x-overflow", text("drop-head"))]].concat(),
             ),
-            // Counted, and kept for replays of the past. Not streams: those confirm before they sync, and a client that asks
-            // how many messages one has is told a number that is seconds old. Nothing trims them yet.
-            Queue::new(self.history(), kept_for_good()),
-            Queue::new(self.discarded(), kept_for_good()),
+            // A copy of each push, about 2 KiB: a million of them. Segments are forgotten whole.
+            Queue::new(self.history(), stream(2 << 30, 16 << 20)),
+            // Receipts, of which only the number matters: the smallest segment there may be is more than enough of them.
+            Queue::new(self.discarded(), stream(1 << 20, 64 << 10)),
         ];
         let delays = self.delays().enumerate().map(|(rung, name)| Queue::new(name, self.delayed(FIRST_RUNG << rung)));
         queues.extend(delays);
@@ -224,6 +224,25 @@ fn kept_for_good() -> Arguments {
         // A message that was delivered more often would be dropped. RabbitMQ 4 has 20 if nothing is said; 3.10 takes no
         // "unlimited". Whether an event was tried often enough is for the pipeline to say.
         ("x-delivery-limit", number(NEVER)),
+    ]
+}
+
+/// Counted by [`super::stream::Counter`], whatever is forgotten.
+///
+/// A broker confirms a record of a stream when it is written, not when it is synced. Killed, it loses none; without power, it
+/// may lose the last half minute of them (a cluster: if most of it is without power at once). The events themselves are in
+/// quorum queues and are not lost with it: they would be missing from the totals and from the past.
+fn stream(bytes: i64, segment: i64) -> Arguments {
+    vec![
+        // Read by all replicas at once, from anywhere, without taking anything away.
+        ("x-queue-type", text("stream")),
+        // Bytes on each broker, after which the oldest segment is forgotten: what bounds it. An administrator's policy
+        // (`max-length-bytes`, `max-age`) may make it less. No `x-max-age` here: it would have to be what `[queue] history`
+        // is, and a queue's arguments cannot be changed without losing the queue, and the totals with it. Also, age is only
+        // looked at when a segment is full, so it would promise more than it keeps. What is too old is not shown.
+        ("x-max-length-bytes", number(bytes)),
+        // Bytes of a segment.
+        ("x-stream-max-segment-size-bytes", number(segment)),
     ]
 }
 

@@ -68,6 +68,13 @@ macro_rules! hold_to_the_contract {
             probe_finds_the_queue_well,
             close_ends_pulls_and_refuses_pushes,
             what_is_in_hand_at_close_can_be_settled,
+            history_has_what_was_pushed_whatever_became_of_it,
+            history_comes_oldest_first_in_pages,
+            history_is_of_the_time_that_is_asked_for,
+            what_is_run_again_is_a_message_like_any_other_and_no_history,
+            stats_say_how_far_back_history_reaches,
+            what_is_too_old_is_no_longer_history_but_is_delivered,
+            queue_that_is_told_to_keep_nothing_keeps_nothing,
         );
     };
     ($module:ident, $backend:ty: $($promise:ident),* $(,)?) => {
@@ -83,23 +90,6 @@ macro_rules! hold_to_the_contract {
     };
 }
 pub(crate) use hold_to_the_contract;
-
-/// What a backend that keeps the past promises besides.
-macro_rules! hold_to_the_past {
-    ($module:ident, $backend:ty) => {
-        suite::hold_to_the_contract!(
-            $module, $backend:
-            history_has_what_was_pushed_whatever_became_of_it,
-            history_comes_oldest_first_in_pages,
-            history_is_of_the_time_that_is_asked_for,
-            what_is_run_again_is_a_message_like_any_other_and_no_history,
-            stats_say_how_far_back_history_reaches,
-            what_is_too_old_is_no_longer_history_but_is_delivered,
-            queue_that_is_told_to_keep_nothing_keeps_nothing,
-        );
-    };
-}
-pub(crate) use hold_to_the_past;
 
 /// Long enough for any machine, short enough for a test that hangs.
 pub async fn soon<T>(what: impl Future<Output = T>) -> T {
