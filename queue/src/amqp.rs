@@ -16,6 +16,7 @@ mod connect;
 mod dead;
 mod envelope;
 mod inbox;
+mod layouts;
 mod session;
 mod settle;
 mod stats;
@@ -43,6 +44,7 @@ use self::{
     dead::Graveyard,
     envelope::Envelope,
     inbox::Inbox,
+    layouts::Moves,
     session::Session,
     settle::{Chore, Hand, Settlement},
     topology::Topology,
@@ -59,8 +61,11 @@ pub struct Options {
     pub access: Arc<dyn Fn() -> Result<Access, String> + Send + Sync>,
     /// What all names on the broker begin with.
     pub prefix: String,
-    /// Partitions: at most so many replicas work at once. The same in all replicas.
+    /// Partitions, 1 to 64: at most so many replicas work at once. The same in all replicas; when it is changed, what is in the
+    /// old ones is moved to the new.
     pub partitions: u16,
+    /// Whether messages are taken. If not, [`Queue::pull`] waits for ever; all else is as with the others.
+    pub consume: bool,
     /// Messages of one partition that may be unsettled here.
     pub window: u16,
     /// The name of this process, for the others: unique among them.
@@ -81,6 +86,7 @@ impl Options {
             access: Arc::new(access),
             prefix: "countersign".to_owned(),
             partitions: 8,
+            consume: true,
             window: 128,
             replica: replica.into(),
             now: Arc::new(now),
@@ -122,6 +128,7 @@ struct Core {
     /// What was decided of messages whose connection broke before the broker heard it, by their ids.
     unwritten: Mutex<HashMap<String, Settlement>>,
     graveyard: Graveyard,
+    moves: Moves,
     /// When what this replica handed back was pushed, for as long as it waits.
     waiting: Mutex<HashMap<String, Timestamp>>,
     others: Mutex<HashMap<String, stats::Report>>,
@@ -146,6 +153,7 @@ impl Amqp {
             chores,
             unwritten: Mutex::default(),
             graveyard: Graveyard::default(),
+            moves: Moves::default(),
             waiting: Mutex::default(),
             others: Mutex::default(),
         });
@@ -240,6 +248,10 @@ impl Queue for Amqp {
 impl Core {
     fn now(&self) -> Timestamp {
         (self.options.now)()
+    }
+
+    fn consumes(&self) -> bool {
+        self.options.consume && !self.inbox.is_closed()
     }
 
     /// The connection, if there is one that works.

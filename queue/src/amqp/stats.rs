@@ -43,6 +43,11 @@ pub(super) struct Report {
 
 pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     let session = core.session()?;
+    if !core.options.consume {
+        // Others have most of it: by then each has told so.
+        session.has_lived_for(BEAT + Duration::from_millis(500)).await;
+    }
+    let _halted = core.moves.halt().await;
     let delays = async {
         let delays: Vec<_> = core.topology.delays().collect();
         join_all(delays.iter().map(|queue| session.depth(queue))).await.into_iter().collect::<Result<Vec<_>, _>>()
@@ -50,8 +55,12 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     let (history, discarded) = (core.topology.history(), core.topology.discarded());
     let (delays, pushed, discarded) = tokio::try_join!(delays, session.depth(&history), session.depth(&discarded))?;
 
-    let partitions: Vec<(String, String)> = session.all_sources().into_iter().filter_map(partition).collect();
-    let depths = join_all(partitions.iter().map(|(_, queue)| session.depth(queue))).await;
+    // With what is left in others, and goes to ours.
+    let (layout, others) = (core.topology.layout(), session.layouts());
+    let own = layout.queues().map(|(route, queue)| (true, route, queue.name));
+    let drained = others.iter().flat_map(|layout| layout.queues().map(|(route, queue)| (false, route, queue.name)));
+    let partitions: Vec<(bool, String, String)> = own.chain(drained).collect();
+    let depths = join_all(partitions.iter().map(|(.., queue)| session.depth(queue))).await;
     let stray = session.depth(&core.topology.stray()).await?.0;
     // The broker sends deliveries and answers in order on this channel: whatever was out of a queue when it was counted is
     // here now.
@@ -62,7 +71,7 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     let mut stats = Stats {
         pushed_total: pushed.0,
         discarded_total: discarded.0,
-        ready: stray,
+        ready: stray + core.moves.under_way(),
         waiting: delays.iter().map(|(depth, _)| depth).sum(),
         in_flight: 0,
         dead: dead + core.graveyard.held(),
@@ -75,7 +84,7 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
         stats.dead += report.dead;
         stats.oldest = older(stats.oldest, report.oldest);
     }
-    for ((route, _), depth) in partitions.into_iter().zip(depths) {
+    for ((is_own, route, _), depth) in partitions.into_iter().zip(depths) {
         let mut partition = Partition { name: route.clone(), ready: depth?.0, ..Partition::default() };
         let held = others.iter().flat_map(|report| &report.partitions).chain(&own).filter(|held| held.name == route);
         for held in held {
@@ -86,7 +95,9 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
         }
         stats.ready += partition.ready;
         stats.in_flight += partition.in_flight;
-        stats.partitions.push(partition);
+        if is_own || partition.holder.is_some() || partition.ready > 0 {
+            stats.partitions.push(partition);
+        }
     }
     // What is in hand from a connection that is gone has no partition any more.
     let in_hand = core.inbox.level().in_hand;
@@ -95,16 +106,9 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     Ok(stats)
 }
 
-fn partition(source: Source) -> Option<(String, String)> {
-    match source {
-        Source::Partition { route, queue } => Some((route, queue)),
-        Source::Stray => None,
-    }
-}
-
 fn own_partitions(core: &Core, session: &Session) -> Vec<Partition> {
     let held = core.inbox.levels().into_iter().filter_map(|(source, level)| {
-        let (name, _) = session.source(source).and_then(partition)?;
+        let Some(Source::Partition { route: name }) = session.source(source) else { return None };
         Some(Partition {
             name,
             holder: Some(core.options.replica.clone()),
