@@ -1,6 +1,7 @@
 //! Other layouts than ours: what is still in them is handed on to ours. `topology.rs` says what holds meanwhile.
 
 use std::{
+    iter,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
@@ -17,11 +18,13 @@ use crate::Error;
 
 /// How often it is looked for other layouts, and for partitions of theirs that nobody consumes.
 const LOOK: Duration = Duration::from_secs(10);
+/// How soon for the second time: of a replica that has just gone the broker knows a moment later.
+const SOON: Duration = Duration::from_secs(1);
 
 /// Looks again and again, for ever.
 pub(super) async fn watch(core: &Core, session: &Session) {
-    loop {
-        tokio::time::sleep(LOOK).await;
+    for pause in iter::once(SOON).chain(iter::repeat(LOOK)) {
+        tokio::time::sleep(pause).await;
         if let Err(error) = look(core, session).await {
             tracing::debug!(error = &error as &dyn std::error::Error, "other layouts are looked for again soon");
         }
