@@ -324,13 +324,7 @@ pub async fn client(config: &Config, clock: &Clock, signing: bool) -> anyhow::Re
     } else {
         None
     };
-    Ok(Client::Here(admin::router(Admin {
-        queue,
-        ledger,
-        pipeline,
-        rules: Arc::new(rules(config)?),
-        clock: clock.clone(),
-    })))
+    Ok(Client::Here(admin::router(Admin { queue, ledger, pipeline, rules: Arc::new(rules(config)?), clock: clock.clone() })))
 }
 
 /// Signs a probe with a witness: 32 bytes that are no image's payload.

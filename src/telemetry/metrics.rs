@@ -329,11 +329,7 @@ impl Collector for Standing {
 }
 
 /// By partition: 64 at most, and those of other layouts as long as there is something in them. Each has one holder at a time.
-fn partitions(
-    to: &mut Exposition<'_>,
-    partitions: &[queue::Partition],
-    age: impl Fn(Option<Timestamp>) -> f64,
-) -> fmt::Result {
+fn partitions(to: &mut Exposition<'_>, partitions: &[queue::Partition], age: impl Fn(Option<Timestamp>) -> f64) -> fmt::Result {
     let name = |partition: &queue::Partition| ("partition", partition.name.clone());
     let messages = partitions.iter().flat_map(|partition| {
         let states = [("ready", partition.ready), ("in_flight", partition.in_flight)];

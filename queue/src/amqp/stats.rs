@@ -38,6 +38,8 @@ pub(super) struct Report {
     at: Instant,
     partitions: Vec<Partition>,
     dead: u64,
+    /// On their way from one queue into another.
+    moving: u64,
     oldest: Option<Timestamp>,
 }
 
@@ -82,6 +84,7 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     let others = core.others();
     for report in &others {
         stats.dead += report.dead;
+        stats.ready += report.moving;
         stats.oldest = older(stats.oldest, report.oldest);
     }
     for ((is_own, route, _), depth) in partitions.into_iter().zip(depths) {
@@ -127,7 +130,7 @@ fn older(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestamp> 
 /// Tells the other replicas what this one holds.
 pub(super) async fn report(core: Arc<Core>, session: Arc<Session>) {
     core.graveyard.tidy(&core).await;
-    let mut text = format!("dead {}\n", core.graveyard.held());
+    let mut text = format!("dead {}\nmoving {}\n", core.graveyard.held(), core.moves.under_way());
     let shown = |time: Option<Timestamp>| time.map_or(0, |time| i64::try_from(time.as_nanosecond()).unwrap_or(i64::MAX));
     text.push_str(&format!("oldest {}\n", shown(core.oldest())));
     for held in own_partitions(&core, &session) {
@@ -177,13 +180,14 @@ pub(super) async fn listen(core: &Arc<Core>, session: &Arc<Session>) {
 
 /// Tolerant: another version may say more.
 fn parse(replica: &str, text: &str) -> Report {
-    let mut report = Report { at: Instant::now(), partitions: vec![], dead: 0, oldest: None };
+    let mut report = Report { at: Instant::now(), partitions: vec![], dead: 0, moving: 0, oldest: None };
     let time = |word: &str| {
         word.parse().ok().filter(|time| *time > 0).and_then(|time: i64| Timestamp::from_nanosecond(time.into()).ok())
     };
     for line in text.lines() {
         match line.split(' ').collect::<Vec<_>>()[..] {
             ["dead", number] => report.dead = number.parse().unwrap_or_default(),
+            ["moving", number] => report.moving = number.parse().unwrap_or_default(),
             ["oldest", at] => report.oldest = time(at),
             [name, ready, in_flight, oldest] => report.partitions.push(Partition {
                 name: name.to_owned(),
@@ -234,8 +238,8 @@ mod tests {
 
     #[test]
     fn report_of_another_version_is_read_as_far_as_it_goes() {
-        let report = parse("b", "dead 3\nwhatever\noldest 0\n8.1 2 1 1000\n8.2 x y z\nnew thing here and there\n");
-        assert_eq!((report.dead, report.oldest), (3, None));
+        let report = parse("b", "dead 3\nmoving 4\nwhatever\noldest 0\n8.1 2 1 1000\n8.2 x y z\nnew thing here and there\n");
+        assert_eq!((report.dead, report.moving, report.oldest), (3, 4, None));
         let [one, other] = &report.partitions[..] else { panic!("{report:?}") };
         assert_eq!((one.name.as_str(), one.ready, one.in_flight), ("8.1", 2, 1));
         assert_eq!(one.oldest, Timestamp::from_nanosecond(1000).ok());
