@@ -111,6 +111,7 @@ async fn replica_that_a_silent_network_cuts_off_is_replaced_and_nothing_is_signe
 async fn commands_without_a_daemon_leave_the_messages_to_the_replicas() -> Result<()> {
     let broker = RabbitMq::start().await?;
     let mut house = House::start(plan(&broker)).await?;
+    house.daemon.terminate(LIMIT).await?;
     // As one that was accepted and not handled.
     let message = json!({ "properties": {}, "routing_key": "4.0", "payload": "no event", "payload_encoding": "string" });
     broker.manage("POST", "/api/exchanges/%2F/countersign.v1.accept/publish", Some(&message)).await?;
