@@ -16,14 +16,14 @@ use axum::{
     routing::{get, post},
 };
 use jiff::Timestamp;
-use queue::Queue;
+use queue::{Partition, Queue, Stats};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::Clock,
     event::{self, PushEvent},
     http::Problem,
-    ledger::{EventRecord, Ledger, SignatureRecord, StoryQuery},
+    ledger::{EventRecord, Ledger, SignatureRecord, StoryQuery, Sums},
     oci::{Digest, RegistryName, Repository, Tag},
     outcome::Verdict,
     pipeline::Pipeline,
@@ -87,6 +87,51 @@ pub struct QueueStatus {
     /// What can be run again; absent if nothing is kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub history: Option<HistoryView>,
+    /// Of what is ready or in flight, where the queue has partitions: those of the configured number, and of others as long as
+    /// there is something in them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub partitions: Vec<PartitionView>,
+}
+
+impl QueueStatus {
+    fn new(stats: Stats, sums: &Sums, now: Timestamp) -> Self {
+        let age = |oldest: Option<Timestamp>| oldest.map(|oldest| now.duration_since(oldest).as_secs().max(0));
+        let partition = |partition: Partition| PartitionView {
+            oldest_seconds: age(partition.oldest),
+            name: partition.name,
+            holder: partition.holder,
+            ready: partition.ready,
+            in_flight: partition.in_flight,
+        };
+        Self {
+            received: stats.pushed_total,
+            signed: sums.signed,
+            already_signed: sums.already_signed,
+            skipped: sums.skipped,
+            dead: sums.dead,
+            queued: stats.queued(),
+            ready: stats.ready,
+            waiting: stats.waiting,
+            in_flight: stats.in_flight,
+            dead_letters: stats.dead,
+            oldest_seconds: age(stats.oldest),
+            history: stats.history.map(|history| HistoryView { oldest: history.oldest, events: history.messages }),
+            partitions: stats.partitions.into_iter().map(partition).collect(),
+        }
+    }
+}
+
+/// What is in one partition.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PartitionView {
+    /// `8.3`: the fourth of eight.
+    pub name: String,
+    /// The replica that has messages of it now.
+    pub holder: Option<String>,
+    pub ready: u64,
+    pub in_flight: u64,
+    /// How long the oldest that its holder has has been in the queue.
+    pub oldest_seconds: Option<i64>,
 }
 
 /// What is kept of the past.
@@ -200,20 +245,7 @@ pub fn router(admin: Admin) -> Router {
 async fn status(State(admin): State<Admin>) -> Result<Json<QueueStatus>, Problem> {
     let stats = admin.queue.stats().await.map_err(unavailable)?;
     let sums = admin.ledger.sums().await.map_err(unavailable)?;
-    Ok(Json(QueueStatus {
-        received: stats.pushed_total,
-        signed: sums.signed,
-        already_signed: sums.already_signed,
-        skipped: sums.skipped,
-        dead: sums.dead,
-        queued: stats.queued(),
-        ready: stats.ready,
-        waiting: stats.waiting,
-        in_flight: stats.in_flight,
-        dead_letters: stats.dead,
-        oldest_seconds: stats.oldest.map(|oldest| admin.clock.now().duration_since(oldest).as_secs().max(0)),
-        history: stats.history.map(|history| HistoryView { oldest: history.oldest, events: history.messages }),
-    }))
+    Ok(Json(QueueStatus::new(stats, &sums, admin.clock.now())))
 }
 
 async fn story(State(admin): State<Admin>, Query(request): Query<StoryRequest>) -> Result<Json<Story>, Problem> {

@@ -267,8 +267,8 @@ fn patience(config: &Config) -> Patience {
     Patience { first: retry.first, longest: retry.longest, give_up: retry.give_up }
 }
 
-/// Tasks of the queue run on `tracker`.
-async fn open_queue(config: &Config, clock: &Clock, tracker: &TaskTracker) -> anyhow::Result<Arc<dyn Queue>> {
+/// Tasks of the queue run on `tracker`. Who does not `consume` leaves what is on a broker to the replicas.
+async fn open_queue(config: &Config, clock: &Clock, tracker: &TaskTracker, consume: bool) -> anyhow::Result<Arc<dyn Queue>> {
     let clock = clock.clone();
     let now = move || clock.now();
     match &config.queue.backend {
@@ -285,6 +285,7 @@ async fn open_queue(config: &Config, clock: &Clock, tracker: &TaskTracker) -> an
                 prefix: amqp.prefix.clone(),
                 partitions: amqp.partitions,
                 history: config.queue.history,
+                consume,
                 window: u16::try_from(config.queue.in_flight).unwrap_or(u16::MAX).max(128),
                 ..amqp::Options::new(move || access(&brokers.url, &brokers.tls), replica_name(), now)
             };
@@ -333,7 +334,7 @@ pub async fn client(config: &Config, clock: &Clock, signing: bool) -> anyhow::Re
     if let Some(client) = Client::daemon(state_folder(config)).await? {
         return Ok(client);
     }
-    let queue = open_queue(config, clock, &TaskTracker::new()).await?;
+    let queue = open_queue(config, clock, &TaskTracker::new(), false).await?;
     let ledger = open_ledger(config, clock).await?;
     let pipeline = if signing {
         let metrics = Metrics::new();

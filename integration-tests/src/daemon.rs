@@ -151,7 +151,7 @@ impl Daemon {
 
     /// Where it logs.
     pub fn log(&self) -> PathBuf {
-        self.config.with_file_name("countersign.log")
+        self.config.with_extension("log")
     }
 }
 

@@ -1,4 +1,4 @@
-//! A TCP proxy on 127.0.0.1 that can be told to be slow, to cut connections and to refuse them.
+//! A TCP proxy on 127.0.0.1 that can be told to be slow or silent, to cut connections and to refuse them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +17,8 @@ struct Weather {
     delay: Duration,
     /// New connections are closed at once.
     refuse: bool,
+    /// Nothing gets through, and nobody is told.
+    silent: bool,
     /// Connections begun under a smaller number are cut.
     cuts: u64,
 }
@@ -52,6 +54,12 @@ impl Proxy {
     /// From now on each piece of data takes so much longer, one way.
     pub fn delay(&self, delay: Duration) {
         self.weather.send_modify(|weather| weather.delay = delay);
+    }
+
+    /// From now on, or no longer: connections stand and are taken, and nothing comes through, either way. What was sent meanwhile
+    /// arrives afterwards, as by a network that sends it again.
+    pub fn silence(&self, silent: bool) {
+        self.weather.send_modify(|weather| weather.silent = silent);
     }
 
     /// Cuts every connection there is, in the middle of whatever it carries.
@@ -90,12 +98,15 @@ async fn carry(client: TcpStream, target: String, mut weather: watch::Receiver<W
 }
 
 /// Passes one direction on, until its end.
-async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, weather: watch::Receiver<Weather>) {
+async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut weather: watch::Receiver<Weather>) {
     let mut piece = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut piece).await {
         let delay = weather.borrow().delay;
         if !delay.is_zero() {
             tokio::time::sleep(delay).await;
+        }
+        if weather.wait_for(|weather| !weather.silent).await.is_err() {
+            return;
         }
         if to.write_all(&piece[..length]).await.is_err() {
             return;

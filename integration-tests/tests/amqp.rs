@@ -1,12 +1,16 @@
 //! countersign on RabbitMQ.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use integration_tests::daemon::Daemon;
 use integration_tests::house::{House, Plan, TOKEN};
 use integration_tests::image::Image;
-use integration_tests::process::eventually;
+use integration_tests::process::{eventually, free_port};
+use integration_tests::proxy::Proxy;
 use integration_tests::rabbitmq::RabbitMq;
+use integration_tests::registry;
+use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -15,8 +19,8 @@ fn plan(broker: &RabbitMq) -> Plan {
     Plan { queue, environment: vec![("AMQP_URL", broker.url())], ..Plan::default() }
 }
 
-async fn is_ready(house: &House) -> Result<bool> {
-    let answer = integration_tests::process::http_client()?.get(format!("{}/readyz", house.daemon.url())).send().await?;
+async fn is_ready(daemon: &Daemon) -> Result<bool> {
+    let answer = integration_tests::process::http_client()?.get(format!("{}/readyz", daemon.url())).send().await?;
     Ok(answer.status().is_success())
 }
 
@@ -27,7 +31,7 @@ async fn pushed_image_is_signed_through_rabbitmq_though_the_broker_is_killed() -
     // Killed soon after its queues were declared, RabbitMQ would forget them.
     broker.stop().await?;
     broker.start_again().await?;
-    eventually("it is ready again", LIMIT, async || Ok(is_ready(&house).await?.then_some(()))).await?;
+    eventually("it is ready again", LIMIT, async || Ok(is_ready(&house.daemon).await?.then_some(()))).await?;
     let (first, second) = (Image::oci("before")?, Image::oci("after")?);
     house.push(&first, "team/app", &["v1"]).await?;
     house.wait_signed("team/app", &first.manifest.digest, &["v1"]).await?;
@@ -38,12 +42,92 @@ async fn pushed_image_is_signed_through_rabbitmq_though_the_broker_is_killed() -
     eventually("a push is refused", LIMIT, async || Ok((house.notify(Some(TOKEN), &event).await?.as_u16() == 503).then_some(())))
         .await?;
     // An answer stands for a second.
-    eventually("it is not ready", LIMIT, async || Ok((!is_ready(&house).await?).then_some(()))).await?;
+    eventually("it is not ready", LIMIT, async || Ok((!is_ready(&house.daemon).await?).then_some(()))).await?;
 
     broker.start_again().await?;
     house.push(&second, "team/app", &["v2"]).await?;
     house.wait_signed("team/app", &second.manifest.digest, &["v2"]).await?;
-    eventually("it is ready again", LIMIT, async || Ok(is_ready(&house).await?.then_some(()))).await?;
+    eventually("it is ready again", LIMIT, async || Ok(is_ready(&house.daemon).await?.then_some(()))).await?;
     house.wait_settled(2, LIMIT).await?;
     Ok(())
+}
+
+/// Another replica of the house's daemon, not started yet, that reaches the broker by `url`.
+fn replica(house: &House, url: String) -> Result<Daemon> {
+    let (port, path) = (free_port()?, house.config_path().with_file_name("second.toml"));
+    let config = house.config();
+    let config = config.replacen(house.daemon.url().trim_start_matches("http://"), &format!("127.0.0.1:{port}"), 1);
+    let config = config.replacen("/state\"", "/second\"", 1);
+    fs::write(&path, config)?;
+    Ok(Daemon::new(&path, port, &[("AMQP_URL", url)]))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replica_that_a_silent_network_cuts_off_is_replaced_and_nothing_is_signed_twice() -> Result<()> {
+    let broker = RabbitMq::start().await?;
+    let proxy = Proxy::start(&broker.host()).await?;
+    let registry = registry::Options { count_requests: true, ..registry::Options::default() };
+    let mut house = House::build(Plan { registry, ..plan(&broker) }).await?;
+    let mut second = replica(&house, broker.url().replace(&broker.host(), &proxy.host()))?;
+    // The first to come has all partitions; the registry tells the other.
+    second.start().await?;
+    house.daemon.start().await?;
+    let images = (0..6).map(|n| Image::oci(&format!("image {n}"))).collect::<Result<Vec<_>>>()?;
+    let (before, rest) = images.split_first().context("there are six")?;
+    house.push(before, "team/app", &["v0"]).await?;
+    house.wait_signed("team/app", &before.manifest.digest, &["v0"]).await?;
+    // What is in hand then is begun, and its end is heard by nobody.
+    let (during, after) = rest.split_at(4);
+    for (n, image) in during.iter().enumerate() {
+        if n == 2 {
+            proxy.silence(true);
+        }
+        house.push(image, &format!("team/app{n}"), &["v1"]).await?;
+    }
+    eventually("it knows that it is cut off", LIMIT, async || Ok((!is_ready(&second).await?).then_some(()))).await?;
+    for (n, image) in during.iter().enumerate() {
+        let repository = format!("team/app{n}");
+        let signed = async || Ok((house.signed(&repository, &image.manifest.digest).await?.len() == 1).then_some(()));
+        eventually("the other signs", LIMIT, signed).await?;
+    }
+    let settled = async || Ok((house.daemon.metrics().await?.queued() == 0).then_some(()));
+    eventually("the other has handled everything", LIMIT, settled).await?;
+
+    proxy.silence(false);
+    eventually("it is back", LIMIT, async || Ok(is_ready(&second).await?.then_some(()))).await?;
+    house.push(&after[0], "team/app", &["v2"]).await?;
+    house.wait_signed("team/app", &after[0].manifest.digest, &["v2"]).await?;
+    eventually("the last is settled", LIMIT, settled).await?;
+    for image in &images {
+        let tag = format!("{}.sig", image.manifest.digest.replace(':', "-"));
+        let requests = house.registry.requests()?;
+        let written = requests.iter().filter(|request| request.method == "PUT" && request.path.ends_with(&tag)).count();
+        assert_eq!(written, 1, "{tag}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commands_without_a_daemon_leave_the_messages_to_the_replicas() -> Result<()> {
+    let broker = RabbitMq::start().await?;
+    let mut house = House::start(plan(&broker)).await?;
+    house.daemon.terminate(LIMIT).await?;
+    // As one that was accepted and not handled.
+    let message = json!({ "properties": {}, "routing_key": "4.0", "payload": "no event", "payload_encoding": "string" });
+    broker.manage("POST", "/api/exchanges/%2F/countersign.v1.accept/publish", Some(&message)).await?;
+    for _ in 0..2 {
+        let status = house.run(&["queue", "status", "--output", "json"]).await?.expect_code(0)?.json()?;
+        let empty =
+            |n: u32| json!({ "name": format!("4.{n}"), "holder": null, "ready": 0, "in_flight": 0, "oldest_seconds": null });
+        let mut partitions = [empty(0), empty(1), empty(2), empty(3)];
+        // Ready, and held by nobody.
+        partitions[0]["ready"] = 1.into();
+        assert_eq!(status["partitions"], json!(partitions), "{status}");
+    }
+    house.daemon.start().await?;
+    eventually("a replica takes it", LIMIT, async || {
+        let status = house.run(&["queue", "status", "--output", "json"]).await?.expect_code(0)?.json()?;
+        Ok((status["dead_letters"] == 1 && status["queued"] == 0).then_some(()))
+    })
+    .await
 }

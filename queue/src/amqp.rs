@@ -17,6 +17,7 @@ mod dead;
 mod envelope;
 mod feed;
 mod inbox;
+mod layouts;
 mod past;
 mod session;
 mod settle;
@@ -50,6 +51,7 @@ use self::{
     dead::Graveyard,
     envelope::Envelope,
     inbox::Inbox,
+    layouts::Moves,
     past::Past,
     session::Session,
     settle::{Chore, Hand, Settlement},
@@ -68,8 +70,11 @@ pub struct Options {
     pub access: Arc<dyn Fn() -> Result<Access, String> + Send + Sync>,
     /// What all names on the broker begin with.
     pub prefix: String,
-    /// Partitions: at most so many replicas work at once. The same in all replicas.
+    /// Partitions, 1 to 64: at most so many replicas work at once. The same in all replicas; when it is changed, what is in the
+    /// old ones is moved to the new.
     pub partitions: u16,
+    /// Whether messages are taken. If not, [`Queue::pull`] waits for ever; all else is as with the others.
+    pub consume: bool,
     /// Messages of one partition that may be unsettled here.
     pub window: u16,
     /// How long what was pushed is shown as history; zero shows none. The broker forgets the oldest by size: see `topology.rs`.
@@ -92,6 +97,7 @@ impl Options {
             access: Arc::new(access),
             prefix: "countersign".to_owned(),
             partitions: 8,
+            consume: true,
             window: 128,
             history: Duration::from_secs(7 * 24 * 3600),
             replica: replica.into(),
@@ -137,6 +143,7 @@ struct Core {
     graveyard: Graveyard,
     past: Past,
     discarded: Counter,
+    moves: Moves,
     /// When what this replica handed back was pushed, for as long as it waits.
     waiting: Mutex<HashMap<String, Timestamp>>,
     others: Mutex<HashMap<String, stats::Report>>,
@@ -163,6 +170,7 @@ impl Amqp {
             graveyard: Graveyard::default(),
             past: Past::default(),
             discarded: Counter::default(),
+            moves: Moves::default(),
             waiting: Mutex::default(),
             others: Mutex::default(),
         });
@@ -259,6 +267,10 @@ impl Queue for Amqp {
 impl Core {
     fn now(&self) -> Timestamp {
         (self.options.now)()
+    }
+
+    fn consumes(&self) -> bool {
+        self.options.consume && !self.inbox.is_closed()
     }
 
     /// The connection, if there is one that works.

@@ -349,6 +349,150 @@ async fn past_is_forgotten_by_size_and_the_totals_go_on_for_all_replicas_over_ki
     is_so(&again, more).await;
 }
 
+/// The same queue with another number of partitions.
+async fn with_partitions(vhost: &broker::Vhost, replica: &str, partitions: u16, tracker: &TaskTracker) -> Amqp {
+    let options = countersign_queue::amqp::Options { partitions, ..vhost.options(replica) };
+    Amqp::open(options, tracker).await.unwrap()
+}
+
+/// What is in each queue of a layout, as the broker says, which counts every few seconds.
+async fn depths(vhost: &broker::Vhost, partitions: u16) -> Vec<u64> {
+    let path = format!("/api/queues/{}", vhost.name);
+    let listed = vhost.broker.rabbitmq.manage("GET", &path, None).await.unwrap();
+    let prefix = format!("countersign.v1.events.{partitions}.");
+    let queues = listed.as_array().unwrap().iter().filter(|queue| queue["name"].as_str().unwrap().starts_with(&prefix));
+    queues.map(|queue| queue["messages"].as_u64().unwrap_or(u64::MAX)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn old_partitions_are_drained_into_the_new_ones() {
+    const WAIT: Duration = Duration::from_secs(15);
+    let vhost = Broker::shared().await.vhost().await;
+    let tracker = TaskTracker::new();
+    let old = with_partitions(&vhost, "old", 8, &tracker).await;
+    old.push((0..40).map(|n| message(&format!("ready {n}"), n)).collect()).await.unwrap();
+    old.push((0..5).map(|n| message(&format!("blocked {n}"), 100)).collect()).await.unwrap();
+    let mut waiting = HashSet::new();
+    for n in 0..6 {
+        let delivery = next(&old).await;
+        if n < 2 {
+            delivery.bury(Burial { kind: "denied".to_owned(), reason: "no".to_owned() }).await.unwrap();
+            continue;
+        }
+        waiting.insert(delivery.message().id.clone());
+        delivery.retry(Retry { after: WAIT, counted: true, reason: "busy".to_owned() }).await.unwrap();
+    }
+    let retried = Instant::now();
+    let in_hand = next(&old).await;
+    drop(old);
+    drop(in_hand);
+    tracker.close();
+    timeout(LIMIT, tracker.wait()).await.expect("all its tasks end with it");
+
+    let new = with_partitions(&vhost, "new", 3, &TaskTracker::new()).await;
+    let stats = new.stats().await.unwrap();
+    // The broker delivers while it is asked.
+    assert!(stats.queued() >= 43 && stats.dead == 2, "{stats:?}");
+    let moved = eventually("it is moved", LIMIT, async || {
+        let stats = new.stats().await?;
+        assert!(stats.queued() >= 43, "{stats:?}");
+        let in_ours = stats.partitions.iter().filter(|partition| partition.name.starts_with("3."));
+        let in_ours: u64 = in_ours.map(|partition| partition.ready).sum();
+        Ok((in_ours + stats.waiting == 43).then_some(stats))
+    });
+    let stats = moved.await.unwrap();
+    assert_eq!((stats.queued(), stats.dead, stats.pushed_total), (43, 2, 45), "{stats:?}");
+    assert_eq!(stats.partitions.len(), 3, "{stats:?}");
+
+    let letters = new.dead_letters(None, 10).await.unwrap();
+    for letter in &letters {
+        assert!(new.replay(&letter.message.id).await.unwrap());
+    }
+    let mut got = HashSet::new();
+    while got.len() < 45 {
+        let delivery = next(&new).await;
+        let (id, attempts) = (delivery.message().id.clone(), delivery.attempts());
+        assert!(got.insert(id.clone()), "{id} twice");
+        assert_eq!(attempts, u32::from(waiting.contains(&id)));
+        assert!(attempts == 0 || retried.elapsed() >= WAIT, "{id} came early");
+        assert_eq!(new.stats().await.unwrap().queued(), 46 - got.len() as u64);
+        delivery.ack().await.unwrap();
+    }
+    let stats = new.stats().await.unwrap();
+    assert_eq!((stats.queued(), stats.dead), (0, 0), "{stats:?}");
+    eventually("the broker says so", LIMIT, async || Ok((depths(&vhost, 8).await == [0; 8]).then_some(()))).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_with_different_numbers_of_partitions_lose_nothing() {
+    const MESSAGES: usize = 200;
+    let vhost = Broker::shared().await.vhost().await;
+    let left: Arc<Mutex<HashSet<String>>> = Arc::new(Mutex::new((0..MESSAGES).map(|n| n.to_string()).collect()));
+    let old_tracker = TaskTracker::new();
+    let old = Arc::new(with_partitions(&vhost, "old", 8, &old_tracker).await);
+    let new = Arc::new(with_partitions(&vhost, "new", 3, &TaskTracker::new()).await);
+    let handle = |queue: &Arc<Amqp>, most: usize| {
+        let (queue, left) = (Arc::clone(queue), Arc::clone(&left));
+        async move {
+            let mut handled = 0;
+            while handled < most
+                && let Some(delivery) = queue.pull().await.unwrap()
+            {
+                handled += 1;
+                if handled % 5 == 0 && delivery.attempts() == 0 {
+                    let retry = Retry { after: Duration::from_secs(2), counted: true, reason: "busy".to_owned() };
+                    delivery.retry(retry).await.unwrap();
+                    continue;
+                }
+                let id = delivery.message().id.clone();
+                delivery.ack().await.unwrap();
+                left.lock().unwrap().remove(&id);
+            }
+        }
+    };
+    let mut workers = JoinSet::new();
+    workers.spawn(handle(&new, usize::MAX));
+    workers.spawn(handle(&old, 50));
+    for n in 0..MESSAGES {
+        let queue = if n % 2 == 0 { &old } else { &new };
+        queue.push(vec![message(&n.to_string(), n % 70)]).await.unwrap();
+    }
+    // The old one goes in the middle of its work; what it left, and what comes back to it, is the other's.
+    workers.join_next().await.unwrap().unwrap();
+    assert!(!left.lock().unwrap().is_empty());
+    old.close().await;
+    drop(old);
+    old_tracker.close();
+    timeout(LIMIT, old_tracker.wait()).await.expect("all its tasks end with it");
+    eventually("all are handled", LIMIT, async || Ok(left.lock().unwrap().is_empty().then_some(()))).await.unwrap();
+    eventually("the last is settled", LIMIT, async || Ok((new.stats().await?.queued() == 0).then_some(()))).await.unwrap();
+    new.close().await;
+    workers.join_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_does_not_consume_sees_everything_and_takes_nothing() {
+    let vhost = Broker::shared().await.vhost().await;
+    let watching = countersign_queue::amqp::Options { consume: false, ..vhost.options("watching") };
+    let watching = Amqp::open(watching, &TaskTracker::new()).await.unwrap();
+    watching.push((0..9).map(|n| message(&n.to_string(), n)).collect()).await.unwrap();
+    assert!(timeout(Duration::from_millis(500), watching.pull()).await.is_err(), "nothing is delivered");
+    let stats = watching.stats().await.unwrap();
+    assert_eq!((stats.ready, stats.in_flight, stats.partitions.len()), (9, 0, 3), "{stats:?}");
+    assert!(stats.partitions.iter().all(|partition| partition.holder.is_none()), "{stats:?}");
+    // The first to come that does has them all.
+    let queue = Amqp::open(vhost.options("replica"), &TaskTracker::new()).await.unwrap();
+    let in_hand = next(&queue).await;
+    let later = countersign_queue::amqp::Options { consume: false, ..vhost.options("later") };
+    let later = Amqp::open(later, &TaskTracker::new()).await.unwrap();
+    let stats = later.stats().await.unwrap();
+    assert_eq!((stats.ready, stats.in_flight), (8, 1), "{stats:?}");
+    assert!(stats.partitions.iter().any(|partition| partition.holder.as_deref() == Some("replica")), "{stats:?}");
+    in_hand.bury(Burial { kind: "denied".to_owned(), reason: "no".to_owned() }).await.unwrap();
+    let letters = later.dead_letters(None, 5).await.unwrap();
+    assert!(later.discard(&letters[0].message.id).await.unwrap());
+}
+
 /// What an administrator imports where the daemon may not declare anything.
 const DEFINITIONS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/rabbitmq/definitions.json");
 

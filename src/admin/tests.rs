@@ -2,7 +2,7 @@ use async_trait::async_trait;
 use axum::body::Body;
 use http::{Request, header};
 use http_body_util::BodyExt;
-use queue::{DeadLetter, Delivery, Embedded, Kept, Message, Stats};
+use queue::{DeadLetter, Delivery, Embedded, Kept, Message};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
@@ -79,6 +79,23 @@ async fn dead_letters_are_paged_replayed_and_discarded_and_the_sums_go_on_adding
     let status = get(&router, "/api/v1/queue").await;
     assert_sums(&status);
     assert_eq!((status["dead"].as_u64(), status["dead_letters"].as_u64()), (Some(3), Some(2)));
+}
+
+#[test]
+fn status_has_each_partition_with_its_holder_and_its_age() {
+    let now: Timestamp = "2026-11-21T09:00:00Z".parse().unwrap();
+    let oldest = Some("2026-11-21T08:58:30Z".parse().unwrap());
+    let held = Partition { name: "2.1".to_owned(), holder: Some("one-12".to_owned()), ready: 4, in_flight: 1, oldest };
+    let empty = Partition { name: "2.0".to_owned(), ..Partition::default() };
+    let stats = Stats { ready: 4, in_flight: 1, partitions: vec![empty, held], ..Stats::default() };
+    let status = serde_json::to_value(QueueStatus::new(stats, &Sums::default(), now)).unwrap();
+    let expected = json!([
+        { "name": "2.0", "holder": null, "ready": 0, "in_flight": 0, "oldest_seconds": null },
+        { "name": "2.1", "holder": "one-12", "ready": 4, "in_flight": 1, "oldest_seconds": 90 },
+    ]);
+    assert_eq!(status["partitions"], expected);
+    let without = serde_json::to_value(QueueStatus::new(Stats::default(), &Sums::default(), now)).unwrap();
+    assert_eq!(without.get("partitions"), None);
 }
 
 /// Has handled what it replays before the caller hears of it.

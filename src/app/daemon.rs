@@ -36,7 +36,7 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let clock = Clock::system();
     let mut lifecycle = Lifecycle::install(config.server.grace)?;
     // They run until the process ends: the metrics and the socket ask the queue to the last. What is in hand is waited for below.
-    let queue = open_queue(&config, &clock, &TaskTracker::new()).await?;
+    let queue = open_queue(&config, &clock, &TaskTracker::new(), true).await?;
     let ledger = open_ledger(&config, &clock).await?;
     let metrics = Metrics::new();
     let Some(opened) = lifecycle.unless_stopped(setup(&config, &clock, &metrics)).await else {

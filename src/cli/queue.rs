@@ -11,7 +11,10 @@ use std::process::ExitCode;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Client, Output, output};
-use crate::{admin::QueueStatus, clock::Clock};
+use crate::{
+    admin::{PartitionView, QueueStatus},
+    clock::Clock,
+};
 
 pub use args::{DeadArgs, DiscardArgs, Move, QueueCommand, ReplayArgs, Selection};
 
@@ -71,5 +74,46 @@ fn render_status(status: &QueueStatus) -> String {
             }
         }
     }
+    render_partitions(&mut text, &status.partitions);
     text
+}
+
+fn render_partitions(text: &mut String, partitions: &[PartitionView]) {
+    if partitions.is_empty() {
+        return;
+    }
+    text.push_str(&format!("\n{:10}{:>10}{:>12}{:>10}  held by\n", "partition", "ready", "in flight", "oldest"));
+    for PartitionView { name, holder, ready, in_flight, oldest_seconds } in partitions {
+        let oldest = oldest_seconds.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds} s"));
+        let holder = holder.as_deref().unwrap_or("-");
+        text.push_str(&format!("{name:10}{ready:>10}{in_flight:>12}{oldest:>10}  {holder}\n"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn partitions_are_shown_with_their_holders_if_there_are_any() {
+        let mut text = String::new();
+        render_partitions(&mut text, &[]);
+        assert_eq!(text, "");
+        let empty = PartitionView { name: "8.0".to_owned(), holder: None, ready: 0, in_flight: 0, oldest_seconds: None };
+        let held = PartitionView {
+            name: "8.1".to_owned(),
+            holder: Some("one-12".to_owned()),
+            ready: 1200,
+            in_flight: 3,
+            oldest_seconds: Some(90),
+        };
+        render_partitions(&mut text, &[empty, held]);
+        let lines = [
+            "",
+            "partition      ready   in flight    oldest  held by",
+            "8.0                0           0         -  -",
+            "8.1             1200           3      90 s  one-12",
+        ];
+        assert_eq!(text.lines().collect::<Vec<_>>(), lines);
+    }
 }

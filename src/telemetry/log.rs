@@ -100,7 +100,9 @@ fn filter(text: &str) -> Result<EnvFilter, Error> {
     if parts.iter().any(|part| part.is_empty() || !part.contains(['=', '[']) && part.parse::<LevelFilter>().is_err()) {
         return Err(wrong(None));
     }
-    EnvFilter::builder().with_regex(false).parse(parts.join(",")).map_err(|source| wrong(Some(source)))
+    // The AMQP client warns of each message that a broker returns, whole. The queue asks for that, and says itself what is wrong.
+    let quiet = "lapin::returned_messages=off";
+    EnvFilter::builder().with_regex(false).parse(format!("{quiet},{}", parts.join(","))).map_err(|source| wrong(Some(source)))
 }
 
 /// As systemd says it: `JOURNAL_STREAM` names the device and inode of the stream (systemd.exec(5)).

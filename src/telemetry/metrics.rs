@@ -3,8 +3,8 @@
 //! What must add up and survive a restart (events received, concluded and queued) is taken from the queue and the ledger
 //! at each scrape. The rest counts from the start of the process.
 //!
-//! Only names of the configuration and words of this program become labels, never text of an event: the number of
-//! series has a bound.
+//! Only names of the configuration, of replicas and words of this program become labels, never text of an event: the number
+//! of series has a bound.
 
 use std::{
     collections::BTreeMap,
@@ -308,7 +308,8 @@ impl Collector for Standing {
         let reasons = ledger.skip_reasons.iter().map(|(skip, events)| ([("reason", skip.name())], *events));
         let states = [("ready", queue.ready), ("waiting", queue.waiting), ("in_flight", queue.in_flight), ("dead", queue.dead)];
         let states = states.map(|(state, messages)| ([("state", state)], messages));
-        let oldest = queue.oldest.map_or(0.0, |oldest| now.duration_since(oldest).as_secs_f64().max(0.0));
+        let age = |oldest: Option<Timestamp>| oldest.map_or(0.0, |oldest| now.duration_since(oldest).as_secs_f64().max(0.0));
+        let oldest = age(queue.oldest);
 
         let mut to = Exposition(encoder);
         to.one("events_received", "Events ever taken in", &ConstCounter::new(queue.pushed_total))?;
@@ -322,8 +323,29 @@ impl Collector for Standing {
         to.one("events_discarded", "Dead letters that were discarded", &ConstCounter::new(queue.discarded_total))?;
         to.one("events_queued", "Events that are still to be handled", &ConstGauge::new(queue.queued()))?;
         to.each("queue_messages", "Messages in the queue now, by state", states, ConstGauge::new)?;
-        to.one("queue_oldest_seconds", "Age of the oldest event that is still to be handled, or 0", &ConstGauge::new(oldest))
+        to.one("queue_oldest_seconds", "Age of the oldest event that is still to be handled, or 0", &ConstGauge::new(oldest))?;
+        if queue.partitions.is_empty() { Ok(()) } else { partitions(&mut to, &queue.partitions, age) }
     }
+}
+
+/// By partition: 64 at most, and those of other layouts as long as there is something in them. Each has one holder at a time.
+fn partitions(to: &mut Exposition<'_>, partitions: &[queue::Partition], age: impl Fn(Option<Timestamp>) -> f64) -> fmt::Result {
+    let name = |partition: &queue::Partition| ("partition", partition.name.clone());
+    let messages = partitions.iter().flat_map(|partition| {
+        let states = [("ready", partition.ready), ("in_flight", partition.in_flight)];
+        states.map(|(state, messages)| ([name(partition), ("state", state.to_owned())], messages))
+    });
+    to.each("queue_partition_messages", "Messages in the queue now, by partition and state", messages, ConstGauge::new)?;
+    let oldest = partitions.iter().map(|partition| ([name(partition)], age(partition.oldest)));
+    to.each(
+        "queue_partition_oldest_seconds",
+        "Age of the oldest event that the holder of a partition has, or 0",
+        oldest,
+        ConstGauge::new,
+    )?;
+    let held = partitions.iter().filter_map(|partition| Some((partition, partition.holder.clone()?)));
+    let holders = held.map(|(partition, holder)| ([name(partition), ("replica", holder)], 1_u64));
+    to.each("queue_partition_holder", "1 for the replica that has messages of a partition now", holders, ConstGauge::new)
 }
 
 /// Another module's counters.
@@ -362,12 +384,12 @@ impl Exposition<'_> {
     }
 
     /// A family of one metric for each label set.
-    fn each<L: EncodeLabelSet, M: EncodeMetric + TypedMetric>(
+    fn each<L: EncodeLabelSet, V, M: EncodeMetric + TypedMetric>(
         &mut self,
         name: &str,
         help: &str,
-        samples: impl IntoIterator<Item = (L, u64)>,
-        metric: impl Fn(u64) -> M,
+        samples: impl IntoIterator<Item = (L, V)>,
+        metric: impl Fn(V) -> M,
     ) -> fmt::Result {
         let mut family = self.0.encode_descriptor(name, &format!("{help}."), None, M::TYPE)?;
         samples.into_iter().try_for_each(|(labels, value)| metric(value).encode(family.encode_family(&labels)?))

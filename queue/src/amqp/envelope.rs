@@ -26,7 +26,7 @@ pub(super) struct Envelope {
     pub waited: Duration,
     /// Still to be waited after the delay queue it comes from, in milliseconds.
     pub left: u64,
-    /// How often it was moved behind others because its key was busy.
+    /// How often it was moved behind others because its key was busy, or to another layout.
     pub moved: u32,
     /// Why it was handed back last.
     pub reason: Option<String>,
@@ -35,6 +35,10 @@ pub(super) struct Envelope {
 impl Envelope {
     pub fn new(message: Message, pushed_at: Timestamp) -> Self {
         Self { message, pushed_at, attempts: 0, waited: Duration::ZERO, left: 0, moved: 0, reason: None }
+    }
+
+    pub fn moved_once_more(&self) -> Self {
+        Self { moved: self.moved.saturating_add(1), ..self.clone() }
     }
 
     pub fn properties(&self) -> BasicProperties {

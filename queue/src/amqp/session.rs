@@ -21,13 +21,13 @@ use lapin::{
 };
 use tokio::{
     sync::{Notify, watch},
-    time::timeout,
+    time::{Instant, sleep_until, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     connect::{self, Address},
-    topology::Topology,
+    topology::{Layout, Topology},
 };
 use crate::Error;
 
@@ -36,6 +36,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 pub(super) struct Session {
     pub number: u64,
+    began: Instant,
     publishing: Connection,
     consuming: Connection,
     publish: Channel,
@@ -45,6 +46,8 @@ pub(super) struct Session {
     /// Why the broker takes no messages.
     blocked: watch::Sender<Option<String>>,
     sources: Mutex<Sources>,
+    /// Those that are on the broker beside the configured one.
+    layouts: Mutex<Vec<Layout>>,
     /// The receiver has to look at the sources again.
     changed: Notify,
     reported: AtomicBool,
@@ -55,8 +58,10 @@ pub(super) struct Session {
 /// A queue that is consumed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Source {
-    /// A partition of the layout in force, or of one that is drained: its routing key and its queue.
-    Partition { route: String, queue: String },
+    /// A partition of the configured layout, by its routing key.
+    Partition { route: String },
+    /// A partition of another layout: what is in it goes to the configured one.
+    Drained { route: String },
     /// What came back to a layout that is gone.
     Stray,
 }
@@ -98,6 +103,7 @@ impl Session {
         guard.disarm();
         let session = Arc::new(Self {
             number,
+            began: Instant::now(),
             publishing,
             consuming,
             publish,
@@ -105,6 +111,7 @@ impl Session {
             cut,
             blocked: watch::Sender::new(None),
             sources: Mutex::default(),
+            layouts: Mutex::default(),
             changed: Notify::new(),
             reported: AtomicBool::new(false),
             closing: AtomicBool::new(false),
@@ -164,6 +171,16 @@ impl Session {
         self.sources().all.clone()
     }
 
+    /// Layouts that are on the broker beside the configured one, as far as they are known.
+    pub fn layouts(&self) -> Vec<Layout> {
+        self.layouts.lock().expect("nothing panics while it holds the layouts").clone()
+    }
+
+    /// There is another layout.
+    pub fn learn(&self, layout: Layout) {
+        self.layouts.lock().expect("nothing panics while it holds the layouts").push(layout);
+    }
+
     /// Hands over what has arrived, for ever. Ends when a consumer does.
     pub async fn receive(&self, mut take: impl FnMut(usize, lapin::message::Delivery)) {
         loop {
@@ -212,26 +229,7 @@ impl Session {
 
     /// Has a message kept: returns once the broker has confirmed it.
     pub async fn publish(&self, exchange: &str, route: &str, properties: BasicProperties, body: &[u8]) -> Result<(), Error> {
-        let options = BasicPublishOptions {
-            // What no queue takes comes back to us, and is not lost.
-            mandatory: true,
-            // RabbitMQ knows it no more.
-            immediate: false,
-        };
-        let confirmed = async {
-            let confirm = self.publish.basic_publish(exchange.into(), route.into(), options, body, properties).await?;
-            confirm.await
-        };
-        let mut blocked = self.blocked.subscribe();
-        let confirmation = tokio::select! {
-            biased;
-            Ok(reason) = blocked.wait_for(Option::is_some) => {
-                let what = format!("the broker takes no messages: {}", reason.as_deref().unwrap_or_default());
-                return Err(Error::Unavailable { what, source: None });
-            }
-            confirmation = self.asked(confirmed) => confirmation?,
-        };
-        match confirmation {
+        match self.confirmed(exchange, route, properties, body).await? {
             Confirmation::Ack(None) => Ok(()),
             Confirmation::Ack(Some(returned)) | Confirmation::Nack(Some(returned)) => {
                 let what = format!("no queue takes messages of {exchange} for \"{route}\": {}", returned.reply_text);
@@ -247,6 +245,40 @@ impl Session {
             Confirmation::NotRequested => {
                 Err(Error::Unavailable { what: "the broker confirms nothing".to_owned(), source: None })
             }
+        }
+    }
+
+    /// Whether a queue takes what is published with this routing key. Found out by publishing a message of no meaning.
+    pub async fn leads_somewhere(&self, exchange: &str, route: &str) -> Result<bool, Error> {
+        let properties = BasicProperties::default().with_delivery_mode(2);
+        Ok(matches!(self.confirmed(exchange, route, properties, b"probe").await?, Confirmation::Ack(None)))
+    }
+
+    async fn confirmed(
+        &self,
+        exchange: &str,
+        route: &str,
+        properties: BasicProperties,
+        body: &[u8],
+    ) -> Result<Confirmation, Error> {
+        let options = BasicPublishOptions {
+            // What no queue takes comes back to us, and is not lost.
+            mandatory: true,
+            // RabbitMQ knows it no more.
+            immediate: false,
+        };
+        let confirmed = async {
+            let confirm = self.publish.basic_publish(exchange.into(), route.into(), options, body, properties).await?;
+            confirm.await
+        };
+        let mut blocked = self.blocked.subscribe();
+        tokio::select! {
+            biased;
+            Ok(reason) = blocked.wait_for(Option::is_some) => {
+                let what = format!("the broker takes no messages: {}", reason.as_deref().unwrap_or_default());
+                Err(Error::Unavailable { what, source: None })
+            }
+            confirmation = self.asked(confirmed) => confirmation,
         }
     }
 
@@ -308,6 +340,14 @@ impl Session {
             tracing::warn!(error = error as &dyn std::error::Error, "the connection to the broker is given up");
         }
         self.cut.cancel();
+    }
+
+    /// Waits until the session is so old, or over.
+    pub async fn has_lived_for(&self, age: Duration) {
+        tokio::select! {
+            () = sleep_until(self.began + age) => {}
+            () = self.failed() => {}
+        }
     }
 
     pub async fn failed(&self) {

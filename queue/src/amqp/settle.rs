@@ -46,6 +46,13 @@ pub(super) enum Chore {
     Close(oneshot::Sender<()>),
 }
 
+/// Where a message is to get to that is in nobody's hands.
+enum Goal {
+    Settled(Settlement),
+    /// As this, after a wait.
+    Copied(Envelope, Duration),
+}
+
 /// Settles one message that was handed out.
 pub(super) struct Hand {
     core: Arc<Core>,
@@ -180,37 +187,61 @@ impl Core {
 
     /// Does what nobody waits for. Without a connection there is nothing to do: the broker has the message.
     pub(super) async fn chore(&self, chore: Chore) {
-        let Ok(session) = self.session() else { return };
         let done = match chore {
-            Chore::Carry(mut held, mut settlement) => {
-                let done = self.carry(&session, &mut held, &mut settlement).await;
-                if done.is_err() {
-                    self.remember(&held, settlement);
-                }
-                self.or_return(&session, &held, done).await
-            }
+            Chore::Carry(held, settlement) => self.go_on(held, Goal::Settled(settlement)).await,
             Chore::Wait(held) => {
                 let left = Duration::from_millis(held.envelope.left);
-                let done = self.copy_then_ack(&session, &held, held.envelope.clone(), left).await;
-                self.or_return(&session, &held, done).await
+                let copy = held.envelope.clone();
+                self.go_on(held, Goal::Copied(copy, left)).await
             }
             Chore::Move(held) => {
                 // Each time longer, so that one busy key does not keep the broker busy.
                 let wait = Duration::from_secs(1 << held.envelope.moved.min(6));
-                let envelope = Envelope { moved: held.envelope.moved.saturating_add(1), ..held.envelope.clone() };
-                let done = self.copy_then_ack(&session, &held, envelope, wait).await;
-                self.or_return(&session, &held, done).await
+                let copy = held.envelope.moved_once_more();
+                self.go_on(held, Goal::Copied(copy, wait)).await
             }
             Chore::Reroute(held) => {
-                let done = self.copy_then_ack(&session, &held, held.envelope.clone(), Duration::ZERO).await;
-                self.or_return(&session, &held, done).await
+                // At once, unless it goes to and fro.
+                let moved = held.envelope.moved;
+                let wait = if moved == 0 { Duration::ZERO } else { Duration::from_secs(1 << moved.min(6)) };
+                let copy = held.envelope.moved_once_more();
+                self.go_on(held, Goal::Copied(copy, wait)).await
             }
-            Chore::Return(held) => self.give_to_broker(&session, &held).await,
-            Chore::Settle(..) | Chore::Close(_) => Ok(()),
+            Chore::Return(held) => match self.session() {
+                Ok(session) => self.give_to_broker(&session, &held).await,
+                Err(_) => return,
+            },
+            Chore::Settle(..) | Chore::Close(_) => return,
         };
         if let Err(error) = done {
             tracing::debug!(error = &error as &dyn std::error::Error, "a message stays with the broker as it is");
         }
+    }
+
+    /// Does what [`super::layouts::Moves`] was told of.
+    async fn go_on(&self, mut held: Held, mut goal: Goal) -> Result<(), Error> {
+        let Ok(session) = self.session() else {
+            self.moves.end();
+            return Err(lost());
+        };
+        let done = {
+            let _pass = self.moves.pass().await;
+            let done = match &mut goal {
+                Goal::Settled(settlement) => self.carry(&session, &mut held, settlement).await,
+                Goal::Copied(copy, wait) => self.copy_then_ack(&session, &held, copy.clone(), *wait).await,
+            };
+            if done.is_ok() {
+                self.moves.end();
+                return Ok(());
+            }
+            done
+        };
+        if let Goal::Settled(settlement) = goal {
+            self.remember(&held, settlement);
+        }
+        let done = self.or_return(&session, &held, done).await;
+        self.moves.end();
+        done
     }
 
     async fn copy_then_ack(&self, session: &Session, held: &Held, envelope: Envelope, wait: Duration) -> Result<(), Error> {

@@ -38,11 +38,18 @@ pub(super) struct Report {
     at: Instant,
     partitions: Vec<Partition>,
     dead: u64,
+    /// On their way from one queue into another.
+    moving: u64,
     oldest: Option<Timestamp>,
 }
 
 pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     let session = core.session()?;
+    if !core.options.consume {
+        // Others have most of it: by then each has told so.
+        session.has_lived_for(BEAT + Duration::from_millis(500)).await;
+    }
+    let _halted = core.moves.halt().await;
     let delays = async {
         let delays: Vec<_> = core.topology.delays().collect();
         join_all(delays.iter().map(|queue| session.depth(queue))).await.into_iter().collect::<Result<Vec<_>, _>>()
@@ -54,8 +61,12 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     };
     let (delays, (pushed, history), discarded) = tokio::try_join!(delays, pushed, core.discarded.total(&session, &discarded))?;
 
-    let partitions: Vec<(String, String)> = session.all_sources().into_iter().filter_map(partition).collect();
-    let depths = join_all(partitions.iter().map(|(_, queue)| session.depth(queue))).await;
+    // With what is left in others, and goes to ours.
+    let (layout, others) = (core.topology.layout(), session.layouts());
+    let own = layout.queues().map(|(route, queue)| (true, route, queue.name));
+    let drained = others.iter().flat_map(|layout| layout.queues().map(|(route, queue)| (false, route, queue.name)));
+    let partitions: Vec<(bool, String, String)> = own.chain(drained).collect();
+    let depths = join_all(partitions.iter().map(|(.., queue)| session.depth(queue))).await;
     let stray = session.depth(&core.topology.stray()).await?.0;
     // The broker sends deliveries and answers in order on this channel: whatever was out of a queue when it was counted is
     // here now.
@@ -66,7 +77,7 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     let mut stats = Stats {
         pushed_total: pushed.count,
         discarded_total: discarded.count,
-        ready: stray,
+        ready: stray + core.moves.under_way(),
         waiting: delays.iter().map(|(depth, _)| depth).sum(),
         in_flight: 0,
         dead: dead + core.graveyard.held(),
@@ -77,9 +88,10 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     let others = core.others();
     for report in &others {
         stats.dead += report.dead;
+        stats.ready += report.moving;
         stats.oldest = older(stats.oldest, report.oldest);
     }
-    for ((route, _), depth) in partitions.into_iter().zip(depths) {
+    for ((is_own, route, _), depth) in partitions.into_iter().zip(depths) {
         let mut partition = Partition { name: route.clone(), ready: depth?.0, ..Partition::default() };
         let held = others.iter().flat_map(|report| &report.partitions).chain(&own).filter(|held| held.name == route);
         for held in held {
@@ -90,7 +102,9 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
         }
         stats.ready += partition.ready;
         stats.in_flight += partition.in_flight;
-        stats.partitions.push(partition);
+        if is_own || partition.holder.is_some() || partition.ready > 0 {
+            stats.partitions.push(partition);
+        }
     }
     // What is in hand from a connection that is gone has no partition any more.
     let in_hand = core.inbox.level().in_hand;
@@ -99,16 +113,9 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     Ok(stats)
 }
 
-fn partition(source: Source) -> Option<(String, String)> {
-    match source {
-        Source::Partition { route, queue } => Some((route, queue)),
-        Source::Stray => None,
-    }
-}
-
 fn own_partitions(core: &Core, session: &Session) -> Vec<Partition> {
     let held = core.inbox.levels().into_iter().filter_map(|(source, level)| {
-        let (name, _) = session.source(source).and_then(partition)?;
+        let Some(Source::Partition { route: name }) = session.source(source) else { return None };
         Some(Partition {
             name,
             holder: Some(core.options.replica.clone()),
@@ -127,7 +134,7 @@ fn older(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestamp> 
 /// Tells the other replicas what this one holds.
 pub(super) async fn report(core: Arc<Core>, session: Arc<Session>) {
     core.graveyard.tidy(&core).await;
-    let mut text = format!("dead {}\n", core.graveyard.held());
+    let mut text = format!("dead {}\nmoving {}\n", core.graveyard.held(), core.moves.under_way());
     let shown = |time: Option<Timestamp>| time.map_or(0, |time| i64::try_from(time.as_nanosecond()).unwrap_or(i64::MAX));
     text.push_str(&format!("oldest {}\n", shown(core.oldest())));
     for held in own_partitions(&core, &session) {
@@ -178,13 +185,14 @@ pub(super) async fn listen(core: &Arc<Core>, session: &Arc<Session>) {
 
 /// Tolerant: another version may say more.
 fn parse(replica: &str, text: &str) -> Report {
-    let mut report = Report { at: Instant::now(), partitions: vec![], dead: 0, oldest: None };
+    let mut report = Report { at: Instant::now(), partitions: vec![], dead: 0, moving: 0, oldest: None };
     let time = |word: &str| {
         word.parse().ok().filter(|time| *time > 0).and_then(|time: i64| Timestamp::from_nanosecond(time.into()).ok())
     };
     for line in text.lines() {
         match line.split(' ').collect::<Vec<_>>()[..] {
             ["dead", number] => report.dead = number.parse().unwrap_or_default(),
+            ["moving", number] => report.moving = number.parse().unwrap_or_default(),
             ["oldest", at] => report.oldest = time(at),
             [name, ready, in_flight, oldest] => report.partitions.push(Partition {
                 name: name.to_owned(),
@@ -246,8 +254,8 @@ mod tests {
 
     #[test]
     fn report_of_another_version_is_read_as_far_as_it_goes() {
-        let report = parse("b", "dead 3\nwhatever\noldest 0\n8.1 2 1 1000\n8.2 x y z\nnew thing here and there\n");
-        assert_eq!((report.dead, report.oldest), (3, None));
+        let report = parse("b", "dead 3\nmoving 4\nwhatever\noldest 0\n8.1 2 1 1000\n8.2 x y z\nnew thing here and there\n");
+        assert_eq!((report.dead, report.moving, report.oldest), (3, 4, None));
         let [one, other] = &report.partitions[..] else { panic!("{report:?}") };
         assert_eq!((one.name.as_str(), one.ready, one.in_flight), ("8.1", 2, 1));
         assert_eq!(one.oldest, Timestamp::from_nanosecond(1000).ok());

@@ -14,7 +14,7 @@ use super::{
     Core, connect,
     envelope::Envelope,
     inbox::Held,
-    lock,
+    layouts, lock,
     session::{Session, Source},
     settle::Chore,
     stats,
@@ -115,15 +115,17 @@ async fn connect(core: &Core, number: u64, tracker: &TaskTracker) -> Result<Arc<
 }
 
 async fn begin(core: &Core, session: &Session) -> Result<(), Error> {
-    if core.inbox.is_closed() {
-        return Ok(());
+    if core.consumes() {
+        session.consume(Source::Stray, &core.topology.stray(), core.options.window).await?;
+        for (route, queue) in core.topology.layout().queues() {
+            session.consume(Source::Partition { route }, &queue.name, core.options.window).await?;
+        }
     }
-    session.consume(Source::Stray, &core.topology.stray(), core.options.window).await?;
-    for (route, queue) in core.topology.layout().queues() {
-        let queue = queue.name;
-        session.consume(Source::Partition { route, queue: queue.clone() }, &queue, core.options.window).await?;
+    match layouts::look(core, session).await {
+        Err(error) if session.is_over() => Err(error),
+        // A broker that takes no messages now has work for us all the same.
+        Err(_) | Ok(()) => Ok(()),
     }
-    Ok(())
 }
 
 /// As long as the connection holds. True if it is the end of all.
@@ -137,7 +139,8 @@ async fn live(
     let receive = session.receive(|source, delivery| arrive(core, session, source, delivery));
     let mut beat = interval(stats::BEAT);
     let reports = stats::listen(core, session);
-    tokio::pin!(receive, reports);
+    let others = layouts::watch(core, session);
+    tokio::pin!(receive, reports, others);
     let mut receiving = true;
     let finished = async {
         stop.cancelled().await;
@@ -157,6 +160,7 @@ async fn live(
             Some(()) = running.next(), if !running.is_empty() => {}
             _ = beat.tick() => running.push(Box::pin(stats::report(Arc::clone(core), Arc::clone(session)))),
             () = &mut reports => {}
+            () = &mut others => {}
             () = &mut finished => {
                 if !session.is_closing() {
                     close(core, session).await;
@@ -231,20 +235,20 @@ pub(super) fn arrive(core: &Core, session: &Session, source: usize, delivery: De
     let envelope = Envelope::read(&delivery.properties, delivery.data, core.now());
     let held = Held { envelope, source, redelivered: delivery.redelivered, acker: delivery.acker, session: session.number };
     core.no_longer_waiting(&held.envelope);
-    let task = if session.source(source) == Some(Source::Stray) {
-        Chore::Reroute(held)
-    } else if let Some(settlement) = core.remembered(&held) {
-        Chore::Carry(held, settlement)
+    let tasks = if let Some(settlement) = core.remembered(&held) {
+        vec![Chore::Carry(held, settlement)]
     } else if held.envelope.left > 0 {
-        Chore::Wait(held)
+        vec![Chore::Wait(held)]
+    } else if matches!(session.source(source), Some(Source::Stray | Source::Drained { .. })) {
+        vec![Chore::Reroute(held)]
     } else {
-        for held in core.inbox.arrive(held) {
-            // We are the supervisor that takes them.
-            let _ = core.chores.send(Chore::Move(held));
-        }
-        return;
+        core.inbox.arrive(held).into_iter().map(Chore::Move).collect()
     };
-    let _ = core.chores.send(task);
+    for task in tasks {
+        core.moves.begin();
+        // We are the supervisor that takes them.
+        let _ = core.chores.send(task);
+    }
 }
 
 /// With its causes, for whoever asks why.

@@ -6,10 +6,35 @@
 //!                                                      └─▶ dead ─▶ replay ─▶ again ─▶ events.N.i
 //!                                                                └▶ discard ─▶ discarded (receipts)
 //! again ─ of a layout that is gone ─▶ stray ─▶ us ─▶ again, with the partition that its key has now
+//! events.M.j ─ of another layout, that nobody consumes ─▶ us ─▶ again, likewise
 //! ```
 //!
 //! Every name begins with the prefix and the version of this topology, so that a later one can live beside it. Names of
 //! partitions have the number of partitions as well: another number is another layout, and the old one is drained.
+//!
+//! # Another number of partitions
+//!
+//! Which layouts there are is written down on the broker as bindings of the exchange `layouts`, with the number as routing key,
+//! made before the first queue of a layout. Each replica asks for each number, when it connects and every ten seconds, with a
+//! message that comes back if there is none. (Asking for a queue would be an error in the broker's log each time.)
+//!
+//! A replica consumes all partitions of its own layout first, and then those of others that have *no* consumer. What comes from
+//! those it hands to nobody: it goes, copied and confirmed, to its key's partition in the replica's own layout. So
+//!
+//! - nothing is stranded, whatever comes late: retries come back from the delay queues to the layout that they were in, pushes
+//!   go on coming from replicas that have the old number still, and both find a consumer there;
+//! - with one number in all replicas, a key is in one hand at a time: only one layout's messages are handed out, and what is
+//!   in the other lies there or waits in line;
+//! - as long as replicas of two numbers run (a rolling restart), a key is in one hand *a layout*. Two pushes of one image
+//!   that two such replicas took, or a retry of the old layout and a push into the new one, may be handled at once, as after
+//!   a redelivery. It ends with the last replica of the old number, whose layout has a consumer until then;
+//! - two replicas do not hand the same messages to each other for ever: to drain the other's layout, each would have to have found
+//!   it without a consumer while the other, connected, consumes it. Should a broker that lags behind make it seem so,
+//!   each further move waits longer than the last.
+//!
+//! Queues of old layouts stay, empty. To delete one safely, the broker would have to do it only if it is empty and unused, which
+//! quorum queues do not offer (3.10 ends the connection of who asks); and whatever is looked up before, a replica with the
+//! old number may push right after. `queue/rabbitmq/README.md` says how an administrator removes them.
 
 use std::time::Duration;
 
@@ -29,6 +54,8 @@ const VERSION: &str = "v1";
 const FIRST_RUNG: u64 = 128;
 /// The last one waits 17 minutes; whoever has to wait longer comes round again.
 const RUNGS: u32 = 14;
+/// The largest number of partitions: so many layouts are looked for.
+const MOST: u16 = 64;
 /// Above the number of deliveries that any message can see: see [`kept_for_good`].
 const NEVER: i64 = 1_000_000_000;
 
@@ -41,7 +68,7 @@ pub(super) struct Topology {
 
 impl Topology {
     pub fn new(prefix: &str, partitions: u16) -> Self {
-        Self { prefix: format!("{prefix}.{VERSION}"), partitions: partitions.max(1) }
+        Self { prefix: format!("{prefix}.{VERSION}"), partitions: partitions.clamp(1, MOST) }
     }
 
     fn name(&self, rest: &str) -> String {
@@ -79,6 +106,7 @@ impl Topology {
         self.name("stray")
     }
 
+    /// The exchange whose bindings say which layouts there are.
     pub fn layouts(&self) -> String {
         self.name("layouts")
     }
@@ -110,6 +138,12 @@ impl Topology {
         Layout { prefix: self.prefix.clone(), partitions: self.partitions }
     }
 
+    /// All others that may be.
+    pub fn other_layouts(&self) -> impl Iterator<Item = Layout> {
+        let others = (1..=MOST).filter(|partitions| *partitions != self.partitions);
+        others.map(|partitions| Layout { prefix: self.prefix.clone(), partitions })
+    }
+
     /// Everything but the partitions' queues.
     pub fn exchanges(&self) -> Vec<Exchange> {
         vec![
@@ -123,6 +157,8 @@ impl Topology {
             },
             Exchange { name: self.stray(), kind: ExchangeKind::Fanout, arguments: vec![] },
             Exchange { name: self.replicas(), kind: ExchangeKind::Fanout, arguments: vec![] },
+            // Direct: the routing key is the number of partitions of a layout. What is asked for by it ends in `probe`.
+            Exchange { name: self.layouts(), kind: ExchangeKind::Direct, arguments: vec![] },
         ]
         .into_iter()
         // One a delay queue: the routing key that is published with is the partition to come back to, not the queue.
@@ -135,7 +171,6 @@ impl Topology {
         let mut queues = vec![
             Queue::new(self.dead(), kept_for_good()),
             Queue::new(self.stray(), [kept_for_good(), one_consumer()].concat()),
-            Queue::new(self.layouts(), kept_for_good()),
             // One message at most: only whether it is taken matters. The newest stays.
             Queue::new(
                 self.probe(),
@@ -186,6 +221,11 @@ impl Layout {
     /// The routing key of the partition that a key belongs to.
     pub fn route(&self, key: &PartitionKey) -> String {
         format!("{}.{}", self.partitions, fnv1a(key.0.as_bytes()) % u64::from(self.partitions))
+    }
+
+    /// What it is known by.
+    pub fn mark(&self) -> String {
+        self.partitions.to_string()
     }
 
     /// Each routing key, and the queue it leads to.
@@ -292,6 +332,8 @@ pub(super) async fn declare(channel: &Channel, topology: &Topology) -> Result<()
 }
 
 pub(super) async fn declare_layout(channel: &Channel, topology: &Topology, layout: &Layout) -> Result<(), Error> {
+    // First: nobody may have messages in a layout that others cannot find.
+    bind(channel, &topology.layouts(), &layout.mark(), &topology.probe()).await?;
     for (route, queue) in layout.queues() {
         let name = queue.name.clone();
         declare_queue(channel, queue).await?;

@@ -230,3 +230,26 @@ fn a_clock_that_went_back_gives_no_negative_age() {
     let families = parse(&Metrics::new().render(snapshot));
     assert_eq!(value(&families, "countersign_queue_oldest_seconds", "countersign_queue_oldest_seconds", &[]), 0.0);
 }
+
+#[test]
+fn partitions_have_depth_age_and_holder() {
+    let mut snapshot = snapshot();
+    let held = queue::Partition {
+        name: "8.1".to_owned(),
+        holder: Some("one-12".to_owned()),
+        ready: 4,
+        in_flight: 1,
+        oldest: snapshot.queue.oldest,
+    };
+    snapshot.queue.partitions = vec![queue::Partition { name: "8.0".to_owned(), ..queue::Partition::default() }, held];
+    let families = parse(&Metrics::new().render(snapshot));
+    let of = |family: &str, labels: &[(&str, &str)]| {
+        let name = format!("countersign_queue_partition_{family}");
+        value(&families, &name, &name, labels)
+    };
+    let messages = |partition, state| of("messages", &[("partition", partition), ("state", state)]);
+    assert_eq!((messages("8.1", "ready"), messages("8.1", "in_flight"), messages("8.0", "ready")), (4.0, 1.0, 0.0));
+    assert_eq!((of("oldest_seconds", &[("partition", "8.1")]), of("oldest_seconds", &[("partition", "8.0")])), (90.5, 0.0));
+    assert_eq!(of("holder", &[("partition", "8.1"), ("replica", "one-12")]), 1.0);
+    assert_eq!(families["countersign_queue_partition_holder"].samples.len(), 1);
+}
