@@ -88,12 +88,12 @@ fn status_has_each_partition_with_its_holder_and_its_age() {
     let held = Partition { name: "2.1".to_owned(), holder: Some("one-12".to_owned()), ready: 4, in_flight: 1, oldest };
     let empty = Partition { name: "2.0".to_owned(), ..Partition::default() };
     let stats = Stats { ready: 4, in_flight: 1, partitions: vec![empty, held], ..Stats::default() };
-    let status = serde_json::to_value(QueueStatus::new(stats, &Sums::default(), now)).unwrap();
+    let shown = serde_json::to_value(QueueStatus::new(stats, &Sums::default(), now)).unwrap();
     let expected = json!([
         { "name": "2.0", "holder": null, "ready": 0, "in_flight": 0, "oldest_seconds": null },
         { "name": "2.1", "holder": "one-12", "ready": 4, "in_flight": 1, "oldest_seconds": 90 },
     ]);
-    assert_eq!(status["partitions"], expected);
+    assert_eq!(shown["partitions"], expected);
     let without = serde_json::to_value(QueueStatus::new(Stats::default(), &Sums::default(), now)).unwrap();
     assert_eq!(without.get("partitions"), None);
 }
