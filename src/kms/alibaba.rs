@@ -10,9 +10,10 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use tokio::sync::Semaphore;
 
+use super::exchange::Patience;
 use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
 use crate::clock::Clock;
-use client::{Client, Patience};
+use client::Client;
 use place::{Gateway, Place};
 
 /// One version of an asymmetric signing key in Alibaba Cloud KMS (interface version 2016-01-20). Each version has key material of its

@@ -23,6 +23,17 @@ pub(super) enum NoAnswer {
     TooLong { status: u16, most: usize },
 }
 
+/// How long a KMS may take to be connected to, and to answer from the first byte sent to the last one received.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    pub(super) connect: Duration,
+    pub(super) attempt: Duration,
+}
+
+impl Patience {
+    pub(super) const USUAL: Self = Self { connect: Duration::from_secs(2), attempt: Duration::from_secs(5) };
+}
+
 /// A client that follows no redirect, which would carry what was signed or secret elsewhere.
 pub(super) fn client(connect: Duration, attempt: Duration) -> reqwest::ClientBuilder {
     reqwest::Client::builder()

@@ -16,8 +16,9 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::{sync::Semaphore, task::JoinSet};
 
+use super::exchange::Patience;
 use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
-use client::{Client, Patience, Request};
+use client::{Client, Request};
 use fault::{Class, Fault};
 pub use login::{Login, SecretSource};
 pub use reference::VaultReference;

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
     message::Delivery,
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueBindOptions, QueueDeclareOptions},
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
     types::{AMQPValue, FieldTable},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -18,6 +18,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     connect::{self, Access, Address},
     session::unavailable,
+    topology::{self, Queue},
 };
 use crate::Error;
 
@@ -118,15 +119,9 @@ impl Feed {
         let trouble = |error| unavailable(format!("the queue {} cannot be consumed", self.queue), error);
         let channel = connection.create_channel().await.map_err(trouble)?;
         if let Some((exchange, key)) = &self.exchange {
-            // Durable, and not gone with us: what is published while nobody runs here waits.
-            let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-            let mut arguments = FieldTable::default();
-            arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-            channel.queue_declare(self.queue.as_str().into(), options, arguments).await.map_err(trouble)?;
-            let (exchange, key) = (exchange.as_str().into(), key.as_str().into());
-            let bound =
-                channel.queue_bind(self.queue.as_str().into(), exchange, key, QueueBindOptions::default(), FieldTable::default());
-            bound.await.map_err(trouble)?;
+            // It is not gone with us: what is published while nobody runs here waits.
+            topology::declare_queue(&channel, Queue::durable(&self.queue)).await?;
+            topology::bind(&channel, exchange, key, &self.queue).await?;
         }
         channel.basic_qos(self.window, BasicQosOptions::default()).await.map_err(trouble)?;
         // Acked by hand, when it is durable elsewhere.

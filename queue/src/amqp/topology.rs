@@ -255,6 +255,11 @@ impl Queue {
     fn new(name: String, arguments: Arguments) -> Self {
         Self { name, arguments }
     }
+
+    /// One that loses nothing, of this name.
+    pub fn durable(name: &str) -> Self {
+        Self::new(name.to_owned(), kept_for_good())
+    }
 }
 
 fn kept_for_good() -> Arguments {
@@ -345,7 +350,7 @@ pub(super) async fn declare_layout(channel: &Channel, topology: &Topology, layou
     Ok(())
 }
 
-async fn declare_queue(channel: &Channel, queue: Queue) -> Result<(), Error> {
+pub(super) async fn declare_queue(channel: &Channel, queue: Queue) -> Result<(), Error> {
     let options = QueueDeclareOptions {
         // It survives the broker's restart; quorum queues and streams know nothing else.
         durable: true,
@@ -360,7 +365,7 @@ async fn declare_queue(channel: &Channel, queue: Queue) -> Result<(), Error> {
     declared.map(drop).map_err(|error| refused("queue", &queue.name, error))
 }
 
-async fn bind(channel: &Channel, exchange: &str, route: &str, queue: &str) -> Result<(), Error> {
+pub(super) async fn bind(channel: &Channel, exchange: &str, route: &str, queue: &str) -> Result<(), Error> {
     channel
         .queue_bind(queue.into(), exchange.into(), route.into(), QueueBindOptions { nowait: false }, FieldTable::default())
         .await

@@ -1,9 +1,6 @@
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicI64, Ordering},
-    },
-    time::Duration,
+use std::sync::{
+    Arc,
+    atomic::{AtomicI64, Ordering},
 };
 
 use http::StatusCode;
@@ -21,7 +18,7 @@ use crate::{
     clock::Clock,
     kms::{
         Environment, Error, KeyUri,
-        exchange::{self, Answer, NoAnswer, exchange},
+        exchange::{self, Answer, NoAnswer, Patience, exchange},
     },
 };
 
@@ -35,17 +32,6 @@ pub(super) struct Client {
     clock: Clock,
     /// Seconds that the KMS's clock is ahead of ours; 0 until it complains.
     ahead: AtomicI64,
-}
-
-/// How long a KMS may take to be connected to, and to answer from the first byte sent to the last one received.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Patience {
-    pub(super) connect: Duration,
-    pub(super) attempt: Duration,
-}
-
-impl Patience {
-    pub(super) const USUAL: Self = Self { connect: Duration::from_secs(2), attempt: Duration::from_secs(5) };
 }
 
 const VERSION: &str = "2016-01-20";

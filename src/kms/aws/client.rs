@@ -1,18 +1,12 @@
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicI64, Ordering},
-    },
-    time::Duration,
+use std::sync::{
+    Arc,
+    atomic::{AtomicI64, Ordering},
 };
 
 use aws_credential_types::Credentials;
 use bytes::Bytes;
-use http::{
-    HeaderMap, StatusCode,
-    header::{CONTENT_TYPE, DATE},
-};
-use jiff::{SignedDuration, Timestamp, fmt::rfc2822};
+use http::{StatusCode, header::CONTENT_TYPE};
+use jiff::{SignedDuration, Timestamp};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
@@ -23,7 +17,11 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    kms::{Environment, Error, KeyUri, refresh::CredentialsError},
+    kms::{
+        Environment, Error, KeyUri,
+        exchange::{self, Answer, NoAnswer, Patience, exchange},
+        refresh::CredentialsError,
+    },
 };
 
 /// Speaks to one KMS endpoint: awsJson 1.1 over HTTP, requests signed by Signature Version 4.
@@ -36,18 +34,6 @@ pub(super) struct Client {
     clock: Clock,
     /// Seconds that the KMS's clock is ahead of ours; 0 until it complains.
     ahead: AtomicI64,
-}
-
-/// How long a KMS may take.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Patience {
-    pub(super) connect: Duration,
-    /// From the first byte sent to the last one received.
-    pub(super) attempt: Duration,
-}
-
-impl Patience {
-    pub(super) const USUAL: Self = Self { connect: Duration::from_secs(2), attempt: Duration::from_secs(5) };
 }
 
 /// An operation of the service model.
@@ -64,12 +50,6 @@ pub(super) struct Failed {
     pub(super) by_state: bool,
 }
 
-struct Answer {
-    status: StatusCode,
-    headers: HeaderMap,
-    body: Vec<u8>,
-}
-
 /// The largest honest answer is a description of a few kilobytes.
 const LARGEST_ANSWER: usize = 64 * 1024;
 /// AWS takes 5 minutes; the date in an answer is only as exact as the answer is fast.
@@ -78,11 +58,7 @@ const LEAST_SKEW: SignedDuration = SignedDuration::from_secs(60);
 impl Client {
     pub(super) fn new(uri: &KeyUri, clock: Clock, environment: &Environment, patience: Patience) -> Result<Self, Error> {
         let place = Place::of(uri, environment)?;
-        let mut http = reqwest::Client::builder()
-            .connect_timeout(patience.connect)
-            .timeout(patience.attempt)
-            .redirect(reqwest::redirect::Policy::none())
-            .user_agent(concat!("countersign/", env!("CARGO_PKG_VERSION")));
+        let mut http = exchange::client(patience.connect, patience.attempt);
         if place.is_this_machine() {
             http = http.no_proxy();
         }
@@ -126,24 +102,21 @@ impl Client {
                         .into()
                 });
             }
-            let fault = Fault::of(answer.status, &answer.headers, &answer.body);
+            let secrets = [credentials.session_token(), Some(credentials.secret_access_key())];
+            let fault = Fault::of(&answer, secrets.into_iter().flatten());
             match fault.class {
                 Class::CredentialsExpired if !renewed => {
                     renewed = true;
                     tracing::info!(key = %self.uri, what = fault.what, "the KMS no longer takes the credentials: reading them anew");
                     credentials = self.credentials.renewed(&credentials).await.map_err(no_credentials)?;
                 }
-                Class::Clock if !time_set && self.set_time(&answer.headers) => time_set = true,
-                _ => return Err(self.failed(operation, fault, &credentials)),
+                Class::Clock if !time_set && self.set_time(&answer) => time_set = true,
+                _ => return Err(self.failed(operation, fault)),
             }
         }
     }
 
     async fn send(&self, credentials: &Credentials, operation: Operation, body: Bytes) -> Result<Answer, Error> {
-        let unreachable = |error: reqwest::Error| {
-            let at = self.place.endpoint.to_string();
-            Error::Unreachable { key: self.uri(), at, source: Box::new(error.without_url()) }
-        };
         let url = self.place.endpoint.as_str();
         let scope = Scope { service: "kms", region: &self.place.region };
         let plain = [(CONTENT_TYPE.as_str(), sigv4::CONTENT), (sigv4::TARGET, operation.target())];
@@ -153,16 +126,13 @@ impl Client {
             what: format!("a request cannot be signed with these credentials: {error}"),
         })?;
         let request = self.http.post(self.place.endpoint.clone()).headers(headers).body(body);
-        let mut response = request.send().await.map_err(unreachable)?;
-        let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
-        let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(unreachable)? {
-            if body.len() + chunk.len() > LARGEST_ANSWER {
-                return Err(self.bad(format!("HTTP {} with more than {LARGEST_ANSWER} bytes", status.as_u16())));
+        exchange(request, LARGEST_ANSWER).await.map_err(|error| match error {
+            long @ NoAnswer::TooLong { .. } => self.bad(long.to_string()),
+            silent @ NoAnswer::Transport(_) => {
+                let at = self.place.endpoint.to_string();
+                Error::Unreachable { key: self.uri(), at, source: Box::new(silent) }
             }
-            body.extend_from_slice(&chunk);
-        }
-        Ok(Answer { status, headers, body })
+        })
     }
 
     fn now(&self) -> Timestamp {
@@ -172,9 +142,8 @@ impl Client {
     }
 
     /// Takes the KMS's time from an answer. Whether that differs from what the request was signed with.
-    fn set_time(&self, headers: &HeaderMap) -> bool {
-        let date = headers.get(DATE).and_then(|date| rfc2822::DateTimeParser::new().parse_timestamp(date).ok());
-        let Some(theirs) = date else { return false };
+    fn set_time(&self, answer: &Answer) -> bool {
+        let Some(theirs) = answer.date() else { return false };
         let ours = self.clock.now();
         if theirs.duration_since(self.now()).abs() < LEAST_SKEW {
             return false;
@@ -185,15 +154,9 @@ impl Client {
         true
     }
 
-    fn failed(&self, operation: Operation, fault: Fault, credentials: &Credentials) -> Failed {
+    fn failed(&self, operation: Operation, fault: Fault) -> Failed {
         let key = self.uri();
         let Fault { class, what, retry_after } = fault;
-        // A peer that repeats what it was sent shall not bring it into a log.
-        let what = [credentials.session_token(), Some(credentials.secret_access_key())]
-            .into_iter()
-            .flatten()
-            .filter(|secret| secret.len() > 3)
-            .fold(what, |what, secret| what.replace(secret, "<redacted>"));
         let (operation, region) = (operation.name(), &self.place.region);
         let error = match class {
             Class::Throttled => Error::Throttled { key, what: format!("{operation}: {what}"), retry_after },

@@ -1,7 +1,9 @@
 use std::time::Duration;
 
-use http::{HeaderMap, StatusCode, header::RETRY_AFTER};
+use http::{StatusCode, header::RETRY_AFTER};
 use serde::Deserialize;
+
+use crate::kms::exchange::{Answer, one_line, without};
 
 /// What an error answer of KMS says.
 #[derive(Debug)]
@@ -32,16 +34,19 @@ pub(super) enum Class {
 }
 
 impl Fault {
-    pub(super) fn of(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Self {
+    /// `secrets` are those of the request.
+    pub(super) fn of<'a>(answer: &Answer, secrets: impl IntoIterator<Item = &'a str>) -> Self {
+        let Answer { status, headers, body } = answer;
         let ErrorBody { code, message } = serde_json::from_slice(body).unwrap_or_default();
         // The header comes as `Code:http://…`, the field as `namespace#Code`.
         let header = headers.get("x-amzn-errortype").and_then(|value| value.to_str().ok()).unwrap_or_default();
         let code = if code.is_empty() { header } else { &code };
         let code = code.rsplit('#').next().unwrap_or_default();
         let code = one_line(code.split(':').next().unwrap_or_default(), 64);
-        let class = classify(status, &code, &message);
+        let class = classify(*status, &code, &message);
         // Where a signature is wrong, AWS goes on to repeat the request, session token included, from the second line on.
-        let message = one_line(message.trim().lines().next().unwrap_or_default(), 300);
+        // The secrets go before it is cut, which would leave the beginning of one.
+        let message = one_line(&without(message.trim().lines().next().unwrap_or_default().to_owned(), secrets), 300);
         let mut what = format!("HTTP {}", status.as_u16());
         for part in [&code, &message] {
             if !part.is_empty() {
@@ -108,16 +113,6 @@ fn classify(status: StatusCode, code: &str, message: &str) -> Class {
     }
 }
 
-/// At most so many characters, none of which ends a line or moves a cursor.
-fn one_line(text: &str, most: usize) -> String {
-    let mut line: String = text.chars().filter(|c| !c.is_control()).take(most + 1).collect();
-    if line.chars().count() > most {
-        line.pop();
-        line.push('…');
-    }
-    line
-}
-
 #[derive(Deserialize, Default)]
 struct ErrorBody {
     #[serde(rename = "__type", default)]
@@ -128,10 +123,25 @@ struct ErrorBody {
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderMap;
+
     use super::*;
 
+    const SECRET: &str = "the-session-token-of-the-request";
+
+    fn fault(status: StatusCode, headers: HeaderMap, body: &str) -> Fault {
+        Fault::of(&Answer { status, headers, body: body.as_bytes().to_vec().into() }, [SECRET])
+    }
+
+    #[test]
+    fn a_secret_that_is_repeated_is_taken_out_also_where_the_message_is_cut() {
+        let body = format!(r#"{{"__type":"AccessDeniedException","message":"{}{SECRET}"}}"#, "x".repeat(290));
+        let what = fault(StatusCode::BAD_REQUEST, HeaderMap::new(), &body).what;
+        assert!(!what.contains(&SECRET[..5]), "{what}");
+    }
+
     fn class(status: u16, body: &str) -> Class {
-        Fault::of(StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), body.as_bytes()).class
+        fault(StatusCode::from_u16(status).unwrap(), HeaderMap::new(), body).class
     }
 
     #[test]
@@ -197,18 +207,18 @@ mod tests {
         headers.insert("x-amzn-errortype", "NotFoundException:http://internal.amazon.com/".parse().unwrap());
         headers.insert("x-amzn-requestid", "2f1c".parse().unwrap());
         headers.insert(RETRY_AFTER, "7".parse().unwrap());
-        let fault = Fault::of(StatusCode::BAD_REQUEST, &headers, b"");
-        assert_eq!((fault.class, fault.retry_after), (Class::NotFound, Some(Duration::from_secs(7))));
-        assert_eq!(fault.what, "HTTP 400: NotFoundException (request 2f1c)");
+        let told = fault(StatusCode::BAD_REQUEST, headers, "");
+        assert_eq!((told.class, told.retry_after), (Class::NotFound, Some(Duration::from_secs(7))));
+        assert_eq!(told.what, "HTTP 400: NotFoundException (request 2f1c)");
     }
 
     #[test]
     fn a_message_is_one_bounded_line() {
         let body = r#"{"__type":"InvalidSignatureException","message":"It does not match.\n\nThe Canonical String was 'x-amz-security-token:SECRET'"}"#;
-        let fault = Fault::of(StatusCode::BAD_REQUEST, &HeaderMap::new(), body.as_bytes());
-        assert_eq!(fault.what, "HTTP 400: InvalidSignatureException: It does not match.");
+        let told = fault(StatusCode::BAD_REQUEST, HeaderMap::new(), body.as_ref());
+        assert_eq!(told.what, "HTTP 400: InvalidSignatureException: It does not match.");
         let body = format!(r#"{{"__type":"{}","message":"\u001b[31m{}"}}"#, "A".repeat(500), "é".repeat(5_000));
-        let fault = Fault::of(StatusCode::BAD_REQUEST, &HeaderMap::new(), body.as_bytes());
-        assert!(fault.what.chars().count() < 450 && !fault.what.contains('\u{1b}'), "{}", fault.what);
+        let told = fault(StatusCode::BAD_REQUEST, HeaderMap::new(), body.as_ref());
+        assert!(told.what.chars().count() < 450 && !told.what.contains('\u{1b}'), "{}", told.what);
     }
 }

@@ -1,5 +1,3 @@
-use std::time::Duration;
-
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
@@ -13,7 +11,7 @@ use super::{
 };
 use crate::kms::{
     Environment,
-    exchange::{NoAnswer, exchange, without},
+    exchange::{NoAnswer, Patience, exchange},
 };
 
 /// Speaks to one server: JSON over HTTP, and a header for who asks.
@@ -22,18 +20,6 @@ pub(super) struct Client {
     place: Place,
     http: reqwest::Client,
     headers: HeaderMap,
-}
-
-/// How long a server may take.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Patience {
-    pub(super) connect: Duration,
-    /// From the first byte sent to the last one received.
-    pub(super) attempt: Duration,
-}
-
-impl Patience {
-    pub(super) const USUAL: Self = Self { connect: Duration::from_secs(2), attempt: Duration::from_secs(5) };
 }
 
 /// The largest honest answer is the description of a key with very many versions.
@@ -95,9 +81,8 @@ impl Client {
             NoAnswer::TooLong { .. } => Fault::new(Class::Garbled, no_answer.to_string()),
         })?;
         if !answer.status.is_success() {
-            let fault = Fault::of(answer.status, &answer.headers, &answer.body);
             let secrets = [request.secret, token.map(Token::text)].into_iter().flatten().map(ExposeSecret::expose_secret);
-            return Err(Fault { what: without(fault.what, secrets), ..fault });
+            return Err(Fault::of(&answer, secrets));
         }
         serde_json::from_slice(&answer.body).map_err(|error| {
             // Not serde's own message, which can repeat what the answer held.

@@ -1,11 +1,11 @@
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderMap, StatusCode, header::RETRY_AFTER};
+use http::{StatusCode, header::RETRY_AFTER};
 use serde::Deserialize;
 
 use crate::kms::{
     Error, KeyUri,
-    exchange::{NoAnswer, one_line},
+    exchange::{Answer, NoAnswer, one_line, without},
 };
 
 /// Why a request did not bring what it was for. It can be told to many who waited for the same.
@@ -42,7 +42,9 @@ impl Fault {
     }
 
     /// Reads an answer that is no success: `{"errors": ["…"]}`.
-    pub(super) fn of(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Self {
+    /// `secrets` are those of the request.
+    pub(super) fn of<'a>(answer: &Answer, secrets: impl IntoIterator<Item = &'a str>) -> Self {
+        let Answer { status, headers, body } = answer;
         let text = match serde_json::from_slice::<ErrorBody>(body) {
             Ok(ErrorBody { errors }) => errors.join("; "),
             // Go's own server says this in plain text; other texts, such as a proxy's page, are nobody's to read here.
@@ -56,7 +58,7 @@ impl Fault {
         let text = text.strip_prefix("1 error occurred: * ").unwrap_or(&text);
         let mut what = format!("HTTP {}", status.as_u16());
         if !text.is_empty() {
-            what = format!("{what}: {}", one_line(text, 300));
+            what = format!("{what}: {}", one_line(&without(text.to_owned(), secrets), 300));
         }
         if matches!(status.as_u16(), 307 | 308) {
             what = format!(
@@ -66,7 +68,7 @@ impl Fault {
         }
         // In seconds (RFC 9110 section 10.2.3); the other form, a date, is not sent.
         let retry_after = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
-        Self { class: classify(status, text), what, retry_after: retry_after.map(Duration::from_secs) }
+        Self { class: classify(*status, text), what, retry_after: retry_after.map(Duration::from_secs) }
     }
 
     /// The same, with words before what it says.
@@ -126,11 +128,20 @@ struct ErrorBody {
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderMap;
+
     use super::*;
     use crate::outcome::{Classify, Verdict};
 
     fn fault(status: u16, body: &str) -> Fault {
-        Fault::of(StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), body.as_bytes())
+        Fault::of(
+            &Answer {
+                status: StatusCode::from_u16(status).unwrap(),
+                headers: HeaderMap::new(),
+                body: body.as_bytes().to_vec().into(),
+            },
+            [],
+        )
     }
 
     /// The error's name in metrics, and whether it is for a later try.
@@ -193,7 +204,7 @@ mod tests {
     fn retry_after_is_heard() {
         let mut headers = HeaderMap::new();
         headers.insert(RETRY_AFTER, "7".parse().unwrap());
-        let fault = Fault::of(StatusCode::TOO_MANY_REQUESTS, &headers, b"");
+        let fault = Fault::of(&Answer { status: StatusCode::TOO_MANY_REQUESTS, headers, body: Vec::new().into() }, []);
         assert_eq!(fault.retry_after, Some(Duration::from_secs(7)));
     }
 }

@@ -2,11 +2,12 @@ use std::{fs::File, io::Read, path::Path};
 
 use reqwest::{Certificate, Url};
 
-use super::{
-    client::Patience,
-    reference::{Flavor, VaultReference, address, path, shown},
+use super::reference::{Flavor, VaultReference, address, path, shown};
+use crate::kms::{
+    Environment,
+    aws::is_loopback,
+    exchange::{self, Patience},
 };
-use crate::kms::{Environment, aws::is_loopback, exchange};
 
 /// Which server, and which engine on it.
 #[derive(Debug)]
