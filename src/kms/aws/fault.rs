@@ -215,10 +215,10 @@ mod tests {
     #[test]
     fn a_message_is_one_bounded_line() {
         let body = r#"{"__type":"InvalidSignatureException","message":"It does not match.\n\nThe Canonical String was 'x-amz-security-token:SECRET'"}"#;
-        let told = fault(StatusCode::BAD_REQUEST, HeaderMap::new(), body.as_ref());
+        let told = fault(StatusCode::BAD_REQUEST, HeaderMap::new(), body);
         assert_eq!(told.what, "HTTP 400: InvalidSignatureException: It does not match.");
         let body = format!(r#"{{"__type":"{}","message":"\u001b[31m{}"}}"#, "A".repeat(500), "é".repeat(5_000));
-        let told = fault(StatusCode::BAD_REQUEST, HeaderMap::new(), body.as_ref());
+        let told = fault(StatusCode::BAD_REQUEST, HeaderMap::new(), &body);
         assert!(told.what.chars().count() < 450 && !told.what.contains('\u{1b}'), "{}", told.what);
     }
 }
