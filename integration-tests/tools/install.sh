@@ -78,7 +78,7 @@ unpack() {
     say "$folder" "unpacking $1 of Debian $suite"
     local apt=$scratch/$suite
     local options=(-qq -o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$apt/lists"
-        -o "Dir::Cache=$apt/cache" -o APT::Update::Post-Invoke= -o APT::Sandbox::User=root -o Acquire::Languages=none)
+        -o "Dir::Cache=$apt/cache" -o Dir::State::status=/dev/null -o APT::Update::Post-Invoke= -o APT::Sandbox::User=root -o Acquire::Languages=none)
     if [ ! -d "$apt" ]; then
         mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
         echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(debian_uri) $suite main" > "$apt/sources.list"
@@ -161,6 +161,38 @@ postgresql() {
     done
 }
 
+# The API server is in no package: it is built from Debian's source package, which is the newest that Debian's own Go builds.
+kubernetes() {
+    local place=$scratch/kubernetes go
+    unpack bookworm etcd etcd-server
+    unpack trixie kubectl kubectl
+    debian_packages dpkg-dev gcc libc6-dev make jq rsync
+    unpack bookworm golang golang-1.19-go golang-1.19-src
+    wrap etcd '"$here/etcd/usr/bin/etcd"'
+    wrap kubectl '"$here/kubectl/usr/bin/kubectl"'
+    say kube-apiserver "building it from source (6 minutes, once)"
+    mkdir -p "$place/lists/partial" "$place/go/src/k8s.io"
+    echo "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(debian_uri) bookworm main" > "$place/sources.list"
+    local options=(-qq -o "Dir::Etc::sourcelist=$place/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$place/lists"
+        -o APT::Update::Post-Invoke= -o APT::Sandbox::User=root)
+    apt-get "${options[@]}" update || fail "apt-get cannot read the source packages of Debian bookworm"
+    (cd "$place" && apt-get "${options[@]}" source --download-only kubernetes) || fail "apt-get cannot download the source of kubernetes"
+    mkdir "$place/source"
+    tar xzf "$place"/kubernetes_*.orig.tar.gz -C "$place/source" --strip-components 1
+    ln -s "$place/source" "$place/go/src/k8s.io/kubernetes"
+    go=$tools/golang/usr/lib/go-1.19
+    # Debian's Go looks for its sources where they would be installed.
+    [ -e /usr/share/go-1.19 ] || for link in $(find "$go" -maxdepth 1 -type l); do
+        ln -sfn "$tools/golang/usr/share/go-1.19/$(basename "$link")" "$link"
+    done
+    # By make, which generates code first.
+    (cd "$place/go/src/k8s.io/kubernetes" && env GOROOT="$go" GOPATH="$place/go" GOCACHE="$place/cache" PATH="$go/bin:$PATH" CGO_ENABLED=0 GO111MODULE=off \
+        make WHAT=cmd/kube-apiserver > "$place/log" 2>&1 && mv _output/local/go/bin/kube-apiserver "$tools/bin/") ||
+        fail "kube-apiserver cannot be built:" "$(tail -n 20 "$place/log")"
+    chmod -R u+w "$place"
+    rm -rf "${tools:?}/golang"
+}
+
 # --- What comes from Python's and Rust's registries ------------------------------------------------------------------
 
 ministack() {
@@ -234,6 +266,7 @@ version_of() {
         postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
         openbao) "$tools/bin/bao" version ;;
+        kubernetes) "$tools/bin/etcd" --version > /dev/null && "$tools/bin/kubectl" version --client > /dev/null && "$tools/bin/kube-apiserver" --version ;;
         containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
         cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
     esac 2> /dev/null | tail -n 1
@@ -249,10 +282,10 @@ for tool in "${wanted[@]}"; do
         *:) ;;
         "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | hadolint:* | containers:*) continue ;;
+        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | hadolint:* | containers:* | kubernetes:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | rabbitmq | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | rabbitmq | hadolint | containers | kubernetes | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"
