@@ -2,10 +2,12 @@
 
 mod alibaba;
 mod aws;
+mod caller;
 mod create;
 mod environment;
 mod error;
 mod exchange;
+mod fault;
 mod file;
 mod public_key;
 mod refresh;
