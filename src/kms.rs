@@ -13,6 +13,8 @@ mod exchange;
 mod fault;
 mod file;
 mod gcp;
+#[cfg(test)]
+mod logged;
 mod public_key;
 mod refresh;
 mod uri;

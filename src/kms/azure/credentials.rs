@@ -38,7 +38,7 @@ pub(super) struct Source {
 }
 
 const TENANT: &str = "AZURE_TENANT_ID";
-const CLIENT: &str = "AZURE_CLIENT_ID";
+const CLIENT_ID: &str = "AZURE_CLIENT_ID";
 const SECRET: &str = "AZURE_CLIENT_SECRET";
 const TOKEN_FILE: &str = "AZURE_FEDERATED_TOKEN_FILE";
 
@@ -89,7 +89,7 @@ impl Source {
     /// <https://learn.microsoft.com/entra/identity-platform/v2-oauth2-client-creds-grant-flow>
     async fn of_client(&self, one: &'static str, with: &[(&str, &str)], secret: &str) -> Result<Bearer, CredentialsError> {
         let beside = |other| self.environment.get(other).ok_or(CredentialsError::Half { one, other });
-        let (tenant, client) = (beside(TENANT)?, beside(CLIENT)?);
+        let (tenant, client) = (beside(TENANT)?, beside(CLIENT_ID)?);
         // It becomes part of a path.
         if !tenant.bytes().all(|b| b.is_ascii_alphanumeric() || b"-.".contains(&b)) || tenant.starts_with('.') {
             return Err(CredentialsError::Wrong(format!("{TENANT} is no tenant's id or domain")));
@@ -162,7 +162,7 @@ impl Source {
     }
 
     fn query(&self, mut url: Url, version: &str) -> Url {
-        let client = self.environment.get(CLIENT);
+        let client = self.environment.get(CLIENT_ID);
         url.query_pairs_mut()
             .extend_pairs([("api-version", version), ("resource", &self.resource())])
             .extend_pairs(client.as_deref().map(|client| ("client_id", client)));
