@@ -59,7 +59,7 @@ pub struct Given {
     pub subject_token: String,
     /// The states of each key's versions. Number 10 has the key of [`pair`], the others [`other_pair`].
     pub versions: BTreeMap<u32, &'static str>,
-    /// How many versions are on a page, however many are asked for.
+    /// How many versions are on a page at most, however many are asked for.
     pub page: usize,
     /// Who may not use keys.
     pub denied: Option<&'static str>,

@@ -1,25 +1,10 @@
-/// The `ECDSA-Sig-Value` (RFC 3279 section 2.2.3) of a P-256 signature that is written as the two numbers, 32 bytes each; `None` if it
+use rsa::pkcs8::der::{Encode, asn1::UintRef};
+
+/// The `ECDSA-Sig-Value` (RFC 3279 section 2.2.3) of a P-256 signature that is written as its two numbers, 32 bytes each; `None` if it
 /// is of another length.
 pub(super) fn der_of_p256(raw: &[u8]) -> Option<Vec<u8>> {
-    let (r, s) = (raw.get(..32)?, raw.get(32..).filter(|s| s.len() == 32)?);
-    let numbers = [integer(r), integer(s)].concat();
-    Some([&[0x30, length(&numbers)], numbers.as_slice()].concat())
-}
-
-/// A number in as few bytes as it needs, the first of which shall not look like a sign.
-fn integer(number: &[u8]) -> Vec<u8> {
-    let zeros = number.iter().take_while(|byte| **byte == 0).count().min(number.len() - 1);
-    let number = &number[zeros..];
-    let sign: &[u8] = if number[0] & 0x80 == 0 { &[] } else { &[0] };
-    let body = [sign, number].concat();
-    [&[0x02, length(&body)], body.as_slice()].concat()
-}
-
-fn length(bytes: &[u8]) -> u8 {
-    u8::try_from(bytes.len())
-        .ok()
-        .filter(|length| *length < 0x80)
-        .expect("two numbers of 33 bytes are 70 with what is around them")
+    let (r, s) = raw.split_at_checked(32).filter(|(_, s)| s.len() == 32)?;
+    [UintRef::new(r).ok()?, UintRef::new(s).ok()?].to_der().ok()
 }
 
 #[cfg(test)]

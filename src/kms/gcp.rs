@@ -35,7 +35,7 @@ pub(super) struct GcpKey {
     public_key: PublicKey,
 }
 
-/// Of 1000 versions each.
+/// Of 100 versions each.
 const MOST_PAGES: usize = 50;
 
 impl GcpKey {
@@ -135,18 +135,14 @@ impl Caller<Source> {
         let mut token = String::new();
         for _ in 0..MOST_PAGES {
             let mut url = self.url(&format!("{key}/cryptoKeyVersions"));
-            url.query_pairs_mut().extend_pairs([("filter", "state=ENABLED"), ("pageSize", "1000")]);
+            url.query_pairs_mut().extend_pairs([("filter", "state=ENABLED"), ("pageSize", "100")]);
             if !token.is_empty() {
                 url.query_pairs_mut().append_pair("pageToken", &token);
             }
             let called = self.call("cryptoKeyVersions.list", |bearer, _| Ok(authorized(self.http().get(url.clone()), bearer)));
             let page: Versions = called.await?;
             let enabled = page.versions.iter().filter(|version| version.state == "ENABLED");
-            numbers.extend(
-                enabled.filter_map(|version| {
-                    version.name.strip_prefix(key)?.strip_prefix("/cryptoKeyVersions/")?.parse::<u32>().ok()
-                }),
-            );
+            numbers.extend(enabled.filter_map(|version| version.name.rsplit_once("/cryptoKeyVersions/")?.1.parse::<u32>().ok()));
             token = page.next_page_token;
             if token.is_empty() {
                 numbers.sort_unstable_by_key(|number| Reverse(*number));

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use http::StatusCode;
+use http::{HeaderValue, StatusCode};
 use reqwest::{RequestBuilder, Url};
 use secrecy::{ExposeSecret, SecretString};
 
@@ -19,7 +19,7 @@ use crate::{
         aws::{endpoint_url, is_loopback},
         bearer::{Bearer, Issuer, form},
         exchange::{self, Patience},
-        refresh::{self, CredentialsError, Expiring, Kept, is_sendable, token_of},
+        refresh::{self, CredentialsError, Expiring, Kept, token_of},
     },
 };
 
@@ -130,11 +130,11 @@ impl Source {
         if !(url.scheme() == "https" || (url.scheme() == "http" && (is_loopback(&url) || is_link_local))) {
             return Err(wrong("IDENTITY_ENDPOINT is neither on this machine nor reached by https"));
         }
-        if !is_sendable(secret.expose_secret()) {
-            return Err(CredentialsError::Unsendable { from: "the environment".to_owned(), what: "IDENTITY_HEADER" });
-        }
+        let mut header = HeaderValue::from_str(secret.expose_secret())
+            .map_err(|_| CredentialsError::Unsendable { from: "the environment".to_owned(), what: "IDENTITY_HEADER" })?;
+        header.set_sensitive(true);
         let name = format!("the identity endpoint at {}", url.authority());
-        let request = self.inside.get(self.query(url, "2019-08-01")).header("x-identity-header", secret.expose_secret());
+        let request = self.inside.get(self.query(url, "2019-08-01")).header("x-identity-header", header);
         self.granted(&name, &[secret.expose_secret()], request).await
     }
 

@@ -46,7 +46,11 @@ impl GcpReference {
         for pair in query.into_iter().flat_map(|query| query.split('&')) {
             match pair.split_once('=') {
                 Some(("endpoint", host)) if endpoint.is_none() => {
-                    aws::endpoint_url(host)?;
+                    // A token is given to nobody else.
+                    let url = aws::endpoint_url(host)?;
+                    if !url.host_str().unwrap_or_default().ends_with(".googleapis.com") && !aws::is_loopback(&url) {
+                        return Err("the endpoint is none of Google's: their names end in .googleapis.com");
+                    }
                     endpoint = Some(host.to_owned());
                 }
                 _ => return Err("the only parameter is endpoint, once: ?endpoint=cloudkms.europe-west3.rep.googleapis.com"),
@@ -107,7 +111,9 @@ mod tests {
             ("projects/p/locations/l/keyRings/r/cryptoKeys/k%2Fa".to_owned(), "names are"),
             (format!("{KEY}?version=1"), "?endpoint="),
             (format!("{KEY}?endpoint=http://kms.example.com"), "plain http"),
-            (format!("{KEY}?endpoint=a&endpoint=b"), "once"),
+            (format!("{KEY}?endpoint=a.googleapis.com&endpoint=b"), "once"),
+            (format!("{KEY}?endpoint=kms.example.com"), "none of Google's"),
+            (format!("{KEY}?endpoint=googleapis.com.example.com"), "none of Google's"),
         ] {
             let error = format!("gcpkms://{text}").parse::<KeyUri>().unwrap_err().to_string();
             assert!(error.contains(part), "{text}: {error:?} does not say {part:?}");
