@@ -126,7 +126,7 @@ async fn serve(State(state): State<Arc<Mutex<Given>>>, method: Method, uri: Uri,
     let error = |status: u16, code: &str, message: &str| {
         json!({ "Code": code, "Message": message, "RequestId": "0A1B", "HttpStatus": status, "HostId": "kms" }).to_string()
     };
-    if let Some(fault) = fault.as_ref().filter(|fault| !matches!(fault, Fault::As(..) | Fault::WrongKey)) {
+    if let Some(fault) = fault.as_ref().filter(|fault| !fault.is_in_answer()) {
         drop(given);
         return fault.answer(dated, "Rejected.Throttling", error).unwrap();
     }

@@ -49,6 +49,11 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// Whether there is an answer all the same, another one.
+    pub fn is_in_answer(&self) -> bool {
+        matches!(self, Self::As(..) | Self::WrongKey | Self::Field(..))
+    }
+
     /// What comes instead of an answer; nothing, if it only changes the answer. `error` writes a status, code and message down, and
     /// `throttled` is the code of that.
     pub fn answer(&self, response: Builder, throttled: &str, error: impl Fn(u16, &str, &str) -> String) -> Option<Response> {

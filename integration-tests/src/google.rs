@@ -179,7 +179,7 @@ async fn serve(State(state): State<Arc<Mutex<Given>>>, method: Method, uri: Uri,
         }
         json!({ "error": { "code": status, "status": code, "message": message, "details": [] } }).to_string()
     };
-    if let Some(fault) = fault.as_ref().filter(|fault| !matches!(fault, Fault::As(..) | Fault::WrongKey | Fault::Field(..))) {
+    if let Some(fault) = fault.as_ref().filter(|fault| !fault.is_in_answer()) {
         drop(given);
         return fault.answer(dated, "RESOURCE_EXHAUSTED", error).unwrap();
     }

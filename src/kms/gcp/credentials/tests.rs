@@ -181,4 +181,8 @@ async fn faults_of_the_token_endpoint_are_sorted_by_whether_they_pass() {
     let mut other = scene.cloud.service_account();
     other["client_email"] = "nobody@p-1".into();
     assert!(scene.wrong_with(&other).await.contains("account not found"));
+    let mut other = scene.cloud.service_account();
+    other["private_key"] = include_str!("../../../../tests/data/vectors/keys/rsa2048.key.pem").into();
+    let error = scene.wrong_with(&other).await;
+    assert!(error.contains("Invalid JWT Signature: <redacted>"), "{error}");
 }
