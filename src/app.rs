@@ -4,7 +4,7 @@ mod daemon;
 
 use std::{collections::HashMap, fs, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use futures::future::join_all;
 use queue::{
     Amqp, Embedded, Options, Queue,
@@ -20,7 +20,7 @@ use crate::{
     clock::Clock,
     config::{self, Backend, Config},
     intake,
-    kms::PublicKey,
+    kms::{Algorithm, PublicKey},
     ledger::Ledger,
     oci::RegistryName,
     outcome::{Classify as _, Verdict},
@@ -187,8 +187,24 @@ fn watched(witness: Witness, metrics: &Metrics) -> Arc<Witness> {
 fn check_rules(config: &Config, witness: &Witness) -> anyhow::Result<()> {
     for rule in config.rules.iter().filter(|rule| rule.witness == witness.name()) {
         config::check_rule_against_key(rule, witness.public_key().spec().name()).map_err(|problem| anyhow!(problem))?;
+        if !witness.allows(rule.algorithm) {
+            let (name, algorithm) = (witness.name(), rule.algorithm);
+            bail!(
+                "{}: rule \"{}\" signs with {algorithm}, and the KMS holds the key of its witness \"{name}\" to {}",
+                rule.place,
+                rule.name,
+                own_algorithm(witness)
+            );
+        }
     }
     Ok(())
+}
+
+/// What the key signs with, and of two that which most verifiers take.
+fn own_algorithm(witness: &Witness) -> Algorithm {
+    let usual = crate::verify::cosign_algorithm(witness.public_key().spec());
+    let all = [usual].into_iter().chain(Algorithm::ALL);
+    all.into_iter().find(|algorithm| witness.allows(*algorithm)).unwrap_or(usual)
 }
 
 /// Everything that the pipeline looks up. Witnesses that a KMS outage keeps shut are returned beside it; one that can never
@@ -356,7 +372,8 @@ pub async fn probe(config: &Config, witness: &config::Witness, clock: &Clock) ->
     let settings = WitnessSettings { pin: None, ..witness_settings(config, witness)? };
     let opened = Witness::open(&settings, clock.clone()).await?;
     check_rules(config, &opened)?;
-    let algorithm = crate::verify::cosign_algorithm(opened.public_key().spec());
-    opened.sign(algorithm, &sha2::Digest::finalize(<sha2::Sha256 as sha2::Digest>::new_with_prefix(PROBE)).into()).await?;
+    opened
+        .sign(own_algorithm(&opened), &sha2::Digest::finalize(<sha2::Sha256 as sha2::Digest>::new_with_prefix(PROBE)).into())
+        .await?;
     Ok(())
 }

@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use anyhow::Result;
 use integration_tests::alibaba::{BASE, Fake, Fault};
+use integration_tests::fake::Now;
 use integration_tests::house::{House, Keys, Plan};
 use integration_tests::image::Image;
 use integration_tests::ministack::{Ministack, REGION};
 use integration_tests::verifier::{Cosign, Skopeo};
+use integration_tests::{azure, google};
 use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -79,17 +81,21 @@ fn at_alibaba(service: &Fake, keys: Keys, key: &str) -> Plan {
     Plan { keys, key_uri, environment: environment.collect(), ..Plan::default() }
 }
 
-async fn alibaba() -> Fake {
+fn now() -> Now {
     #[expect(clippy::disallowed_methods, reason = "the other side compares it with its own clock")]
-    Fake::start(Arc::new(jiff::Timestamp::now)).await
+    Arc::new(jiff::Timestamp::now)
 }
 
-async fn a_key_at_alibaba_signs_what_cosign_accepts(keys: Keys, key: &str) -> Result<()> {
-    let service = alibaba().await;
-    let house = House::start(at_alibaba(&service, keys, key)).await?;
+async fn alibaba() -> Fake {
+    Fake::start(now()).await
+}
+
+/// Where a fake fails three times in passing, and shows in its own way that nothing secret is in the log.
+async fn what_it_signs_is_accepted(plan: Plan, fail: impl FnOnce(), secrets: &[&str]) -> Result<()> {
+    let house = House::start(plan).await?;
     // What passes costs nothing but time.
-    service.then([Fault::Throttled { retry_after: 1 }, Fault::Error(503, "ServiceUnavailableTemporary"), Fault::Reset]);
-    let image = Image::oci("alibaba")?;
+    fail();
+    let image = Image::oci("cloud")?;
     house.push(&image, "team/app", &["1.0"]).await?;
     house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
     for cosign in [Cosign::V2, Cosign::V3] {
@@ -97,8 +103,17 @@ async fn a_key_at_alibaba_signs_what_cosign_accepts(keys: Keys, key: &str) -> Re
         assert!(ruling.accepted, "{cosign:?}: {}", ruling.words);
     }
     let log = house.daemon.logged();
-    assert!(!log.contains(BASE[1]) && !log.contains("Signature="), "the log holds the KMS's secret");
+    for secret in secrets {
+        assert!(!log.contains(secret), "the log holds {secret}");
+    }
     Ok(())
+}
+
+async fn a_key_at_alibaba_signs_what_cosign_accepts(keys: Keys, key: &str) -> Result<()> {
+    let service = alibaba().await;
+    let plan = at_alibaba(&service, keys, key);
+    let faults = [Fault::Throttled { retry_after: 1 }, Fault::Error(503, "ServiceUnavailableTemporary"), Fault::Reset];
+    what_it_signs_is_accepted(plan, || service.then(faults), &[BASE[1], "Signature="]).await
 }
 
 #[tokio::test]
@@ -127,4 +142,61 @@ async fn a_key_at_alibaba_that_is_disabled_makes_a_dead_letter_and_a_replay_sign
     house.run(&["queue", "replay", "--all"]).await?.expect_code(0)?;
     house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
     Ok(())
+}
+
+async fn a_key_at_google_signs_what_cosign_accepts(keys: Keys, key: &str) -> Result<()> {
+    let cloud = google::Fake::start(now()).await;
+    let account = tempfile::NamedTempFile::new()?;
+    std::fs::write(account.path(), cloud.service_account().to_string())?;
+    let file = account.path().to_str().expect("the name is made of letters").to_owned();
+    let environment = vec![("GOOGLE_APPLICATION_CREDENTIALS", file)];
+    let plan = Plan { keys, key_uri: Some(cloud.uri(key)), environment, ..Plan::default() };
+    let faults = [Fault::Throttled { retry_after: 1 }, Fault::Error(503, "UNAVAILABLE"), Fault::Reset];
+    what_it_signs_is_accepted(plan, || cloud.then(faults), &["issuedToken", "PRIVATE KEY", "eyJ"]).await
+}
+
+#[tokio::test]
+async fn an_rsa_key_at_google_signs_what_cosign_accepts() -> Result<()> {
+    a_key_at_google_signs_what_cosign_accepts(Keys::Rsa2048, "RSA_SIGN_PKCS1_2048_SHA256").await
+}
+
+#[tokio::test]
+async fn a_p256_key_at_google_signs_what_cosign_accepts() -> Result<()> {
+    a_key_at_google_signs_what_cosign_accepts(Keys::P256, "EC_SIGN_P256_SHA256/cryptoKeyVersions/10").await
+}
+
+#[tokio::test]
+async fn a_rule_cannot_ask_a_key_at_google_for_another_padding_than_its_own() -> Result<()> {
+    let cloud = google::Fake::start(now()).await;
+    let account = tempfile::NamedTempFile::new()?;
+    std::fs::write(account.path(), cloud.service_account().to_string())?;
+    let file = account.path().to_str().expect("the name is made of letters").to_owned();
+    let environment = vec![("GOOGLE_APPLICATION_CREDENTIALS", file)];
+    let key_uri = Some(cloud.uri("RSA_SIGN_PSS_2048_SHA256"));
+    let house = House::build(Plan { keys: Keys::Rsa2048, key_uri, environment, ..Plan::default() }).await?;
+    let said = house.run(&["check", "--online"]).await?.expect_code(1)?;
+    let said = format!("{}{}", said.stdout, said.stderr);
+    assert!(said.contains("RSA_PKCS1_SHA_256") && said.contains("RSA_PSS_SHA_256"), "{said}");
+    let good = house.config().replace("RSA_PKCS1_SHA_256", "RSA_PSS_SHA_256");
+    house.write_config(&good)?;
+    house.run(&["check", "--online"]).await?.expect_code(0)?;
+    Ok(())
+}
+
+async fn a_key_at_azure_signs_what_cosign_accepts(keys: Keys, key: &str) -> Result<()> {
+    let cloud = azure::Fake::start(now()).await;
+    let (key_uri, environment) = (Some(cloud.uri(key)), cloud.variables().to_vec());
+    let plan = Plan { keys, key_uri, environment, ..Plan::default() };
+    let faults = [Fault::Throttled { retry_after: 1 }, Fault::Error(503, "ServiceUnavailable"), Fault::Reset];
+    what_it_signs_is_accepted(plan, || cloud.then(faults), &["issuedToken", azure::CLIENT[1]]).await
+}
+
+#[tokio::test]
+async fn an_rsa_key_at_azure_signs_what_cosign_accepts() -> Result<()> {
+    a_key_at_azure_signs_what_cosign_accepts(Keys::Rsa2048, "RSA-2048").await
+}
+
+#[tokio::test]
+async fn a_p256_key_at_azure_signs_what_cosign_accepts() -> Result<()> {
+    a_key_at_azure_signs_what_cosign_accepts(Keys::P256, &format!("EC-P256/{}", azure::NEW)).await
 }

@@ -72,7 +72,8 @@ pub(crate) static TABLE: Table = Table {
             Kind::Text(&KEY_URI),
             "\"awskms:///alias/image-signing?region=eu-west-1\"",
             "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, alibabakms://ENDPOINT/[INSTANCE]/KEY for Alibaba Cloud KMS, \
-             hashivault://KEY or openbao://KEY for a Transit engine of Vault or OpenBao, or file:///path/key.pem for a key on this \
+             gcpkms://projects/PROJECT/locations/LOCATION/keyRings/RING/cryptoKeys/KEY for Google Cloud KMS, \
+             azurekms://VAULT.vault.azure.net/KEY for Azure Key Vault, hashivault://KEY or openbao://KEY for a Transit engine of Vault or OpenBao, or file:///path/key.pem for a key on this \
              machine.",
         ),
         Key::optional(
@@ -103,7 +104,7 @@ pub(crate) static TABLE: Table = Table {
 };
 
 static KEY_URI: Grammar =
-    Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms|alibabakms|hashivault|openbao)://") };
+    Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms|alibabakms|gcpkms|azurekms|hashivault|openbao)://") };
 
 static VERIFY: Table = Table {
     title: "`verify`",
@@ -157,9 +158,9 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
 }
 
 fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
-    const LATER: [&str; 3] = ["gcpkms", "azurekms", "pkcs11"];
-    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION, alibabakms://ENDPOINT//alias/NAME or \
-                            hashivault://NAME";
+    const LATER: [&str; 1] = ["pkcs11"];
+    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION, alibabakms://ENDPOINT//alias/NAME, \
+                            gcpkms://projects/…/cryptoKeys/KEY, azurekms://VAULT.vault.azure.net/KEY or hashivault://NAME";
     let scheme = text.split(':').next().unwrap_or_default();
     if LATER.contains(&scheme) {
         return Err(Wrong::new(format!("keys in {scheme} are not in this version"), EXAMPLES));

@@ -51,7 +51,9 @@ impl TrustedKeys {
                 (Err(_), Some(pinned)) => Some(pinned),
                 (Err(source), None) => return Err(Error::Key { witness: settings.name.clone(), source }),
             },
-            KeyUri::AwsKms { .. } | KeyUri::AlibabaKms { .. } | KeyUri::Vault(_) => pinned,
+            KeyUri::AwsKms { .. } | KeyUri::AlibabaKms { .. } | KeyUri::GcpKms(_) | KeyUri::AzureKms(_) | KeyUri::Vault(_) => {
+                pinned
+            }
         };
         if own.is_none() && settings.verify.is_empty() {
             let key = Arc::new(settings.key.clone());
