@@ -7,6 +7,7 @@ mod environment;
 mod error;
 mod exchange;
 mod file;
+mod pkcs11;
 mod public_key;
 mod refresh;
 mod uri;
@@ -21,8 +22,9 @@ use crate::clock::Clock;
 pub(crate) use create::{create_file, replace_file};
 pub use environment::Environment;
 pub use error::Error;
-pub use file::generate;
+pub use file::{generate, generate_encrypted};
 pub(crate) use file::public_key_of_file;
+pub use pkcs11::Pkcs11Reference;
 pub use public_key::{KeySpec, PublicKey, PublicKeyError, VerifyError};
 pub use uri::{KeyUri, UriError};
 pub(crate) use vault::path as vault_path;
@@ -61,10 +63,11 @@ pub async fn open_in(
     environment: &Environment,
 ) -> Result<Arc<dyn SigningKey>, Error> {
     match uri {
-        KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path)?)),
+        KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path, login, environment)?)),
         KeyUri::AwsKms { .. } => Ok(Arc::new(aws::AwsKey::open(uri, clock, environment).await?)),
         KeyUri::AlibabaKms { .. } => Ok(Arc::new(alibaba::AlibabaKey::open(uri, clock, environment).await?)),
         KeyUri::Vault(_) => Ok(Arc::new(vault::VaultKey::open(uri, login, environment).await?)),
+        KeyUri::Pkcs11(_) => pkcs11::open(uri, login, environment).await,
     }
 }
 

@@ -1,6 +1,6 @@
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use super::{aws, vault::VaultReference};
+use super::{aws, pkcs11::Pkcs11Reference, vault::VaultReference};
 
 /// Where a key is: a URI as cosign's users know them. It names a key and never holds a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -31,6 +31,8 @@ pub enum KeyUri {
     },
     /// `hashivault://KEY` or `openbao://KEY`: a key in a Transit engine.
     Vault(VaultReference),
+    /// `pkcs11:token=LABEL;object=LABEL?module-path=PATH`: a key in a hardware security module or another token.
+    Pkcs11(Pkcs11Reference),
 }
 
 /// Why a text is no key reference.
@@ -38,7 +40,7 @@ pub enum KeyUri {
 pub enum UriError {
     #[error("{0:?} has no scheme: write file:///path/key.pem or awskms:///alias/NAME?region=REGION")]
     NoScheme(String),
-    #[error("{0:?} is no key provider: this version has file://, awskms://, alibabakms://, hashivault:// and openbao://")]
+    #[error("{0:?} is no key provider: this version has file://, awskms://, alibabakms://, hashivault://, openbao:// and pkcs11:")]
     UnknownScheme(String),
     #[error("{uri:?}: {what}")]
     Malformed { uri: String, what: &'static str },
@@ -51,6 +53,10 @@ impl FromStr for KeyUri {
     type Err = UriError;
 
     fn from_str(text: &str) -> Result<Self, UriError> {
+        if let Some(rest) = Pkcs11Reference::after_scheme(text) {
+            let malformed = |what| UriError::Malformed { uri: Pkcs11Reference::shown(text), what };
+            return Pkcs11Reference::read(rest).map(Self::Pkcs11).map_err(malformed);
+        }
         let (scheme, rest) = text.split_once("://").ok_or_else(|| UriError::NoScheme(text.to_owned()))?;
         if scheme != "file" && rest.contains('@') {
             return Err(UriError::Secret);
@@ -150,6 +156,7 @@ impl fmt::Display for KeyUri {
         match self {
             Self::File(path) => write!(f, "file://{}", path.display()),
             Self::Vault(reference) => reference.fmt(f),
+            Self::Pkcs11(reference) => reference.fmt(f),
             Self::AwsKms { endpoint, key, region } => {
                 write!(f, "awskms://{}/{key}", endpoint.as_deref().unwrap_or_default())?;
                 region.as_ref().map_or(Ok(()), |region| write!(f, "?region={region}"))
