@@ -5,6 +5,7 @@
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`verifier`] asks the judges, stock cosign and stock skopeo; [`signature`] reads what is stored, and counts.
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
+//! - [`softhsm`] is a PKCS#11 module with tokens, and a proxy before it that fails when a test wants it to.
 //! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers, and [`alibaba`] a fake of Alibaba Cloud's that does; [`proxy`]
 //!   makes a network that is slow or broken; [`recorder`] keeps what was said.
 //!
@@ -24,4 +25,5 @@ pub mod rabbitmq;
 pub mod recorder;
 pub mod registry;
 pub mod signature;
+pub mod softhsm;
 pub mod verifier;
