@@ -8,6 +8,8 @@ use crate::kms::{Error, KeyUri};
 pub(super) enum Fault {
     /// The module said so.
     Module(ModuleError),
+    /// The token is in no slot that the module sees.
+    NoToken(String),
     /// It is said already.
     Told(Error),
 }
@@ -28,7 +30,11 @@ impl Fault {
     /// Whether a new session, a new login and a new look for the key may help: the token may have been taken out and put back,
     /// and not every module has an honest word for it.
     pub(super) fn may_pass(&self) -> bool {
-        let Self::Module(ModuleError::Pkcs11(code, _)) = self else { return false };
+        let code = match self {
+            Self::Module(ModuleError::Pkcs11(code, _)) => code,
+            Self::NoToken(_) => return true,
+            Self::Module(_) | Self::Told(_) => return false,
+        };
         matches!(
             code,
             RvError::SessionHandleInvalid
@@ -43,12 +49,14 @@ impl Fault {
                 | RvError::OperationActive
                 | RvError::GeneralError
                 | RvError::FunctionFailed
+                | RvError::CryptokiNotInitialized
         )
     }
 
     pub(super) fn into_error(self, key: &Arc<KeyUri>) -> Error {
         let error = match self {
             Self::Told(error) => return error,
+            Self::NoToken(what) => return Error::Transient { key: Arc::clone(key), what },
             Self::Module(error) => error,
         };
         let key = Arc::clone(key);
@@ -84,7 +92,6 @@ impl Fault {
             | RvError::FunctionRejected => Error::KeyUnusable { key, what },
             RvError::CantLock
             | RvError::NeedToCreateThreads
-            | RvError::CryptokiNotInitialized
             | RvError::FunctionNotSupported
             | RvError::ArgumentsBad
             | RvError::DataInvalid

@@ -22,6 +22,8 @@ use super::{
 };
 use crate::kms::{Algorithm, Environment, Error, KeyUri, Login, PublicKey, RawSignature, SigningKey};
 
+static POOLS: LazyLock<Pools<Station>> = LazyLock::new(Mutex::default);
+
 /// One private key in a token.
 pub(super) struct Pkcs11Key {
     door: Arc<Door>,
@@ -32,7 +34,6 @@ pub(super) struct Pkcs11Key {
 
 impl Pkcs11Key {
     pub(super) async fn open(uri: &KeyUri, login: Option<&Login>, environment: &Environment) -> Result<Self, Error> {
-        static POOLS: LazyLock<Pools<Station>> = LazyLock::new(Mutex::default);
         let KeyUri::Pkcs11(reference) = uri else { unreachable!("kms::open chose by the kind of URI") };
         let uri = Arc::new(uri.clone());
         let pin = match login {
@@ -112,7 +113,8 @@ impl Station {
         self.within(door, |entered, private| sign(&entered.session, private, algorithm, digest).map_err(Fault::from))
     }
 
-    /// Does something in the session. Is it lost, as when the token was taken out and put back, then once more in a new one.
+    /// Does something in the session. If that is lost, as when the token was taken out and put back, then once more in a new one;
+    /// and if that does not help and nobody uses the module, then once more after it was initialised anew.
     fn within<T>(&mut self, door: &Door, work: impl Fn(&Entered, ObjectHandle) -> Result<T, Fault>) -> Result<T, Error> {
         let was_there = self.0.is_some();
         let mut result = self.once(door, &work);
@@ -120,7 +122,18 @@ impl Station {
             tracing::info!(key = %door.uri, "the session is lost: opening another");
             result = self.once(door, &work);
         }
+        if result.as_ref().is_err_and(Fault::may_pass) && self.renew(door).map_err(|fault| fault.into_error(&door.uri))? {
+            result = self.once(door, &work);
+        }
         result.map_err(|fault| fault.into_error(&door.uri))
+    }
+
+    fn renew(&mut self, door: &Door) -> Result<bool, Fault> {
+        self.0 = None;
+        // The sessions that lie idle, of other keys too: they are opened again when they are needed.
+        let pools = Pool::all(&POOLS).into_iter().filter(|pool| matches!(pool.uri(), KeyUri::Pkcs11(other) if other.module == door.reference.module));
+        drop(pools.flat_map(|pool| pool.idle_states()).collect::<Vec<_>>());
+        door.renew()
     }
 
     fn once<T>(&mut self, door: &Door, work: impl Fn(&Entered, ObjectHandle) -> Result<T, Fault>) -> Result<T, Fault> {

@@ -1,6 +1,6 @@
 use std::{
     collections::HashMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
 };
 
@@ -28,8 +28,10 @@ pub(super) struct Door {
 
 /// A session in which the user is logged in, if its token wants that; and what its token is called.
 pub(super) struct Entered {
+    // Closed before the module may be finalised.
     pub(super) session: Session,
     pub(super) token: TokenInfo,
+    _module: Arc<Module>,
 }
 
 impl Door {
@@ -39,7 +41,21 @@ impl Door {
         let (slot, token) = self.token(&module.library)?;
         let session = module.library.open_ro_session(slot)?;
         self.log_in(&module, &session, slot, &token)?;
-        Ok(Entered { session, token })
+        Ok(Entered { session, token, _module: module })
+    }
+
+    /// Finalises the module and initialises it again, which not a few of them want before they see a token that was put back, or
+    /// a server that was gone. Does nothing, and says false, while this process uses the module in any way.
+    pub(super) fn renew(&self) -> Result<bool, Fault> {
+        let shelf = shelf(&self.path()?);
+        let shelf = locked(&shelf);
+        // Nobody gets another from the shelf now.
+        let Some(module) = shelf.as_ref().filter(|module| Arc::strong_count(module) == 1) else { return Ok(false) };
+        tracing::info!(key = %self.uri, "initialising the module anew");
+        // It may have been finalised by another path to the same library.
+        let _ = module.library.clone().finalize();
+        initialize(&module.library)?;
+        Ok(true)
     }
 
     fn misconfigured(&self, what: impl Into<String>) -> Error {
@@ -51,25 +67,18 @@ impl Door {
     }
 
     fn module(&self) -> Result<Arc<Module>, Fault> {
-        /// By path. Each has its own lock, so that one which hangs while it is loaded keeps nobody from the others.
-        static LOADED: LazyLock<Mutex<HashMap<PathBuf, Shelf>>> = LazyLock::new(Mutex::default);
         let path = self.path()?;
-        let shelf = Arc::clone(locked(&LOADED).entry(path.clone()).or_default());
+        let shelf = shelf(&path);
         let mut shelf = locked(&shelf);
         if let Some(module) = &*shelf {
             return Ok(Arc::clone(module));
         }
         let library = Pkcs11::new(&path)?;
-        match library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)) {
-            // By another path to the same library.
-            Ok(()) | Err(ModuleError::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => {}
-            Err(error) => return Err(error.into()),
-        }
+        initialize(&library)?;
         if let Ok(info) = library.get_library_info() {
             tracing::info!(module = %path.display(), maker = info.manufacturer_id(), version = %info.library_version(), "module loaded");
         }
-        let module = Arc::new(Module { library, refused: Mutex::default() });
-        Ok(Arc::clone(shelf.insert(module)))
+        Ok(Arc::clone(shelf.insert(Arc::new(Module { library, refused: Mutex::default() }))))
     }
 
     fn path(&self) -> Result<PathBuf, Error> {
@@ -114,8 +123,7 @@ impl Door {
         }
         found.pop().ok_or_else(|| {
             let others = if others.is_empty() { "none".to_owned() } else { others.join(", ") };
-            let what = format!("no token that fits is in a slot; its module sees {others}");
-            Fault::Told(Error::Transient { key: Arc::clone(&self.uri), what })
+            Fault::NoToken(format!("no token that fits is in a slot; its module sees {others}"))
         })
     }
 
@@ -180,10 +188,24 @@ const FOLDERS: [&str; 8] = [
     "/usr/local/lib/softhsm",
 ];
 
+/// Where a module is once it is loaded. Each has its own lock, so that one which hangs while it is loaded keeps nobody from the
+/// others.
 type Shelf = Arc<Mutex<Option<Arc<Module>>>>;
 
-/// A shared library that this process has loaded and initialised. It stays so: a second `C_Initialize` is an error, and
-/// `C_Finalize` would take it from other keys.
+fn shelf(path: &Path) -> Shelf {
+    static SHELVES: LazyLock<Mutex<HashMap<PathBuf, Shelf>>> = LazyLock::new(Mutex::default);
+    Arc::clone(locked(&SHELVES).entry(path.to_owned()).or_default())
+}
+
+fn initialize(library: &Pkcs11) -> Result<(), ModuleError> {
+    match library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)) {
+        // By another path to the same library.
+        Err(ModuleError::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(()),
+        result => result,
+    }
+}
+
+/// A shared library that this process has loaded and initialised, once for all its keys. It stays loaded.
 struct Module {
     library: Pkcs11,
     /// The last PIN that each token refused, by the token's serial number and label.

@@ -1,6 +1,6 @@
 use std::{
     collections::HashMap,
-    fmt, io,
+    fmt, io, mem,
     sync::{
         Arc, LazyLock, Mutex, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -18,12 +18,12 @@ use tokio::{
 use super::module::locked;
 use crate::kms::{Error, KeyUri};
 
-/// Threads that wait for a module in the place of the async ones, each with a state `S` of its own: a session. They are made
-/// when they are needed, at most [`THREADS`] for one key in this process, whatever becomes of them: a module that never
+/// Threads that wait for a module in the place of the async ones, each at work with a state `S` of its own: a session. They are
+/// made when they are needed, at most [`THREADS`] for one key in this process, whatever becomes of them: a module that never
 /// answers keeps its threads, and no others are made for them.
 pub(super) struct Pool<S> {
     uri: Arc<KeyUri>,
-    idle: Mutex<Vec<Sender<Job<S>>>>,
+    idle: Mutex<Vec<Idle<S>>>,
     free: Arc<Semaphore>,
     /// Threads whose callers have given them up.
     stuck: AtomicUsize,
@@ -34,10 +34,15 @@ pub(super) const THREADS: usize = 8;
 /// For loading a module, logging in and the slowest smart card's largest key; then the caller is told.
 const ANSWER: Duration = Duration::from_secs(10);
 
+struct Idle<S> {
+    thread: Sender<Job<S>>,
+    state: S,
+}
+
 struct Job<S> {
     work: Box<dyn FnOnce(&mut S) -> Tell + Send>,
-    /// The thread that does it, which is idle again afterwards.
-    thread: Sender<Job<S>>,
+    /// Who does it, and is idle again afterwards.
+    by: Idle<S>,
     pool: Arc<Pool<S>>,
     turn: OwnedSemaphorePermit,
     given_up: Arc<AtomicBool>,
@@ -45,7 +50,7 @@ struct Job<S> {
 
 type Tell = Box<dyn FnOnce() + Send>;
 
-impl<S: Default + 'static> Pool<S> {
+impl<S: Default + Send + 'static> Pool<S> {
     /// The one pool of a key. It is there as long as something uses it, a thread that hangs included: opening a key again and
     /// again makes no more threads.
     pub(super) fn of(uri: &Arc<KeyUri>, all: &'static LazyLock<Pools<S>>) -> Arc<Self> {
@@ -58,6 +63,15 @@ impl<S: Default + 'static> Pool<S> {
         let pool = Arc::new(Self { uri: Arc::clone(uri), idle: Mutex::default(), free, stuck: AtomicUsize::new(0) });
         pools.insert(uri.as_ref().clone(), Arc::downgrade(&pool));
         pool
+    }
+
+    /// Those that there are.
+    pub(super) fn all(all: &'static LazyLock<Pools<S>>) -> Vec<Arc<Self>> {
+        locked(all).values().filter_map(Weak::upgrade).collect()
+    }
+
+    pub(super) fn uri(&self) -> &KeyUri {
+        &self.uri
     }
 
     /// Has this done on one of the threads. After [`ANSWER`] the caller is told that the module does not answer, and the thread
@@ -74,10 +88,10 @@ impl<S: Default + 'static> Pool<S> {
             Box::new(move || drop(tell.send(result))) as Tell
         });
         let idle = locked(&self.idle).pop();
-        let thread = idle.map_or_else(start, Ok).map_err(|error| self.unreachable(format!("no thread to ask it by: {error}")))?;
+        let by = idle.map_or_else(start, Ok).map_err(|error| self.unreachable(format!("no thread to ask it by: {error}")))?;
         let (pool, given) = (Arc::clone(self), Arc::clone(&given_up));
         // It fails, and drops the job, if the thread has died; then nobody tells.
-        let _ = thread.clone().send(Job { work, thread, pool, turn, given_up: given });
+        let _ = by.thread.clone().send(Job { work, by, pool, turn, given_up: given });
         match timeout(ANSWER, told).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(self.unreachable("the thread that asked it died".to_owned())),
@@ -90,6 +104,11 @@ impl<S: Default + 'static> Pool<S> {
                 Err(self.unreachable(what))
             }
         }
+    }
+
+    /// Takes their states from those who do nothing now. Dropping them may call the module.
+    pub(super) fn idle_states(&self) -> Vec<S> {
+        locked(&self.idle).iter_mut().map(|idle| mem::take(&mut idle.state)).collect()
     }
 
     /// Waits while all threads are at work, but not while all hang.
@@ -123,22 +142,21 @@ impl<S> fmt::Debug for Pool<S> {
     }
 }
 
-fn start<S: Default + 'static>() -> io::Result<Sender<Job<S>>> {
+fn start<S: Default + Send + 'static>() -> io::Result<Idle<S>> {
     let (thread, jobs) = channel();
     thread::Builder::new().name("pkcs11".to_owned()).spawn(move || work(&jobs))?;
-    Ok(thread)
+    Ok(Idle { thread, state: S::default() })
 }
 
 /// Until the pool is gone, and with it all that could send something.
-fn work<S: Default>(jobs: &Receiver<Job<S>>) {
-    let mut state = S::default();
-    while let Ok(Job { work, thread, pool, turn, given_up }) = jobs.recv() {
-        let tell = work(&mut state);
+fn work<S>(jobs: &Receiver<Job<S>>) {
+    while let Ok(Job { work, mut by, pool, turn, given_up }) = jobs.recv() {
+        let tell = work(&mut by.state);
         if given_up.swap(true, Ordering::AcqRel) {
             pool.stuck.fetch_sub(1, Ordering::AcqRel);
         }
         // Before the caller knows, so that the next one takes this thread and needs no other.
-        locked(&pool.idle).push(thread);
+        locked(&pool.idle).push(by);
         drop(turn);
         drop(pool);
         tell();
@@ -167,7 +185,8 @@ mod tests {
             });
             assert_eq!(counted.await.unwrap(), before + 1);
         }
-        assert_eq!(locked(&pool.idle).len(), 1);
+        assert_eq!(pool.idle_states(), [20]);
+        assert_eq!(pool.run(|state| Ok(*state)).await.unwrap(), 0);
     }
 
     #[tokio::test]
