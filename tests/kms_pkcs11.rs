@@ -151,13 +151,22 @@ async fn a_wrong_pin_is_tried_once_and_never_again() {
 }
 
 #[tokio::test]
-async fn a_locked_pin_is_refused_with_its_code() {
-    let Some(hsm) = SoftHsm::inside("a_locked_pin_is_refused_with_its_code") else { return };
+async fn a_login_that_fails_is_not_repeated_at_once() {
+    let Some(hsm) = SoftHsm::inside("a_login_that_fails_is_not_repeated_at_once") else { return };
     let uri = proxied(&hsm);
     hsm.fault("C_Login", "a4").unwrap();
     let error = open(&uri).await.unwrap_err();
     assert!(matches!(error, Error::Credentials { .. }) && told(&error).contains("CKR_PIN_LOCKED"), "{}", told(&error));
     assert_eq!(hsm.calls("C_Login").unwrap(), 1);
+    // DEVICE_ERROR, GENERAL_ERROR: some tokens mean a wrong PIN by it.
+    for (calls, code) in [(2, "30"), (3, "5")] {
+        hsm.fault("C_Login", code).unwrap();
+        let error = open(&uri).await.unwrap_err();
+        assert!(matches!(error.verdict(), Verdict::Retry { .. }), "{}", told(&error));
+        assert_eq!(hsm.calls("C_Login").unwrap(), calls);
+    }
+    hsm.mend("C_Login").unwrap();
+    signs(&*open(&uri).await.unwrap()).await.unwrap();
 }
 
 #[tokio::test]

@@ -147,9 +147,6 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
     let name = section.value("name").and_then(|value| value.parse(names::plain));
     let description = section.value("description").map(|value| value.text());
     let key = section.value("key").and_then(|value| {
-        if value.toml.get_ref().as_str().is_some_and(|text| text.to_ascii_lowercase().contains("pin-value")) {
-            section.report.hide(value.span.clone());
-        }
         let key = value.parse(key_uri);
         if matches!(&key, Some(KeyUri::Pkcs11(reference)) if reference.holds_pin()) {
             let help = "keep it in a file of its own: pin = { file = \"/run/secrets/pin\" } in this witness".to_owned();

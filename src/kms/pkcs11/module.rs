@@ -170,7 +170,8 @@ impl Door {
                     let what = format!("its token refuses the PIN in {pin}, which is not tried again until it is another one");
                     return Err(self.credentials(what).into());
                 }
-                Err(error.into())
+                // Whatever it is, not at once again: it might count as a wrong PIN.
+                Err(Fault::Module(error).into_error(&self.uri).into())
             }
         }
     }
