@@ -105,7 +105,13 @@ fn p256(pkcs8: &SecretDocument) -> Vec<(&'static str, Sign)> {
 }
 
 /// Prints a table; returns what share of the fastest one ours is, one after the other.
-fn compare(what: &str, runtime: &Runtime, cores: usize, ours: Ours, others: fn(&SecretDocument) -> Vec<(&'static str, Sign)>) -> f64 {
+fn compare(
+    what: &str,
+    runtime: &Runtime,
+    cores: usize,
+    ours: Ours,
+    others: fn(&SecretDocument) -> Vec<(&'static str, Sign)>,
+) -> f64 {
     let others = others(&ours.pkcs8);
     let algorithm = Algorithm::ALL.into_iter().find(|algorithm| ours.key.public_key().supports(*algorithm));
     let algorithm = algorithm.expect("every key signs somehow");
@@ -119,7 +125,10 @@ fn compare(what: &str, runtime: &Runtime, cores: usize, ours: Ours, others: fn(&
         }
     }
     let fastest = best[1..].iter().fold((0.0_f64, 0.0_f64), |fastest, rate| (fastest.0.max(rate.0), fastest.1.max(rate.1)));
-    println!("\n{what}: signatures a second, and of the fastest library\n{:24}{:>10}{:>7}{:>14}{:>7}", "", "1 thread", "", "all threads", "");
+    println!(
+        "\n{what}: signatures a second, and of the fastest library\n{:24}{:>10}{:>7}{:>14}{:>7}",
+        "", "1 thread", "", "all threads", ""
+    );
     for (name, (one, many)) in ["countersign, file://"].into_iter().chain(others.iter().map(|(name, _)| *name)).zip(&best) {
         println!("{name:24}{one:>10.0}{:>7.2}{many:>14.0}{:>7.2}", one / fastest.0, many / fastest.1);
     }

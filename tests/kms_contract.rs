@@ -9,12 +9,12 @@ use countersign::{
     outcome::{Classify, Verdict},
 };
 use futures::future::join_all;
+#[cfg(feature = "pkcs11")]
+use integration_tests::softhsm::{PIN, SoftHsm};
 use integration_tests::{
     ministack::{Ministack, REGION},
     openbao::OpenBao,
 };
-#[cfg(feature = "pkcs11")]
-use integration_tests::softhsm::{PIN, SoftHsm};
 use reqwest::Method;
 use rsa::{
     pkcs8::DecodePublicKey,

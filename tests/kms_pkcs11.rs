@@ -59,7 +59,15 @@ async fn many_sign_at_once_in_few_sessions_after_one_login() {
     let uri = proxied(&hsm);
     let (p256, rsa) = (open(&uri).await.unwrap(), open(&uri.replace("release", "rsa")).await.unwrap());
     let again = open(&uri).await.unwrap();
-    let all = (0..300).map(|number| signs(if number % 3 == 0 { &*rsa } else if number % 3 == 1 { &*p256 } else { &*again }));
+    let all = (0..300).map(|number| {
+        signs(if number % 3 == 0 {
+            &*rsa
+        } else if number % 3 == 1 {
+            &*p256
+        } else {
+            &*again
+        })
+    });
     for signed in join_all(all).await {
         signed.unwrap();
     }
@@ -216,9 +224,12 @@ async fn a_module_that_hangs_is_given_up_and_asked_again_when_it_answers() {
 async fn what_cannot_be_found_or_used_is_said_with_the_cure() {
     let Some(hsm) = SoftHsm::inside("what_cannot_be_found_or_used_is_said_with_the_cure") else { return };
     hsm.token("spare").unwrap();
-    for (kind, label, id) in
-        [("EC:prime256v1", "release", 1), ("EC:prime256v1", "twice", 2), ("EC:prime256v1", "twice", 3), ("EC:secp384r1", "p384", 4)]
-    {
+    for (kind, label, id) in [
+        ("EC:prime256v1", "release", 1),
+        ("EC:prime256v1", "twice", 2),
+        ("EC:prime256v1", "twice", 3),
+        ("EC:secp384r1", "p384", 4),
+    ] {
         hsm.key(kind, label, id).unwrap();
     }
     let uri = hsm.uri("release");
@@ -270,8 +281,18 @@ async fn the_public_half_comes_from_wherever_it_is() {
     openssl(&["genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", &path("ca.pem")]);
     openssl(&["req", "-new", "-key", &path("ca.pem"), "-subj", "/CN=release", "-out", &path("request.pem")]);
     openssl(&[
-        "x509", "-req", "-in", &path("request.pem"), "-signkey", &path("ca.pem"), "-force_pubkey", &path("public.pem"), "-outform", "DER",
-        "-out", &path("certificate.der"),
+        "x509",
+        "-req",
+        "-in",
+        &path("request.pem"),
+        "-signkey",
+        &path("ca.pem"),
+        "-force_pubkey",
+        &path("public.pem"),
+        "-outform",
+        "DER",
+        "-out",
+        &path("certificate.der"),
     ]);
     hsm.tool(&["--write-object", &path("certificate.der"), "--type", "cert", "--id", "02", "--label", "ec"]).unwrap();
     let found = open(&hsm.uri("ec")).await.unwrap();

@@ -122,7 +122,11 @@ async fn what_is_pushed_while_a_token_is_out_is_signed_when_it_is_back() -> Resu
     let image = Image::oci("out")?;
     house.push(&image, "team/app", &["1.0"]).await?;
     eventually("a try to sign", LIMIT, async || {
-        Ok(house.daemon.logged().contains("CKR_").then_some(()).or(house.daemon.logged().contains("no token that fits").then_some(())))
+        Ok(house.daemon.logged().contains("CKR_").then_some(()).or(house
+            .daemon
+            .logged()
+            .contains("no token that fits")
+            .then_some(())))
     })
     .await?;
     hsm.put_back()?;

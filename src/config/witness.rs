@@ -179,7 +179,13 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
 }
 
 /// What opens the key itself.
-fn secret(section: &Section<'_>, key: Option<&KeyUri>, name: &'static str, scheme: &str, is: fn(&KeyUri) -> bool) -> Option<Option<Login>> {
+fn secret(
+    section: &Section<'_>,
+    key: Option<&KeyUri>,
+    name: &'static str,
+    scheme: &str,
+    is: fn(&KeyUri) -> bool,
+) -> Option<Option<Login>> {
     let secret = section.value(name).map(|value| value.secret_source().map(Login::Secret));
     if let (Some(key), Some(at)) = (key, section.written(name))
         && !is(key)

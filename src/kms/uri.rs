@@ -40,7 +40,9 @@ pub enum KeyUri {
 pub enum UriError {
     #[error("{0:?} has no scheme: write file:///path/key.pem or awskms:///alias/NAME?region=REGION")]
     NoScheme(String),
-    #[error("{0:?} is no key provider: this version has file://, awskms://, alibabakms://, hashivault://, openbao:// and pkcs11:")]
+    #[error(
+        "{0:?} is no key provider: this version has file://, awskms://, alibabakms://, hashivault://, openbao:// and pkcs11:"
+    )]
     UnknownScheme(String),
     #[error("{uri:?}: {what}")]
     Malformed { uri: String, what: &'static str },

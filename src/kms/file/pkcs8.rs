@@ -58,7 +58,8 @@ pub(super) fn read(path: &Path, passphrase: Option<&SecretString>) -> Result<Sec
     let text = text.trim();
     let label = pem_label(text).ok_or_else(|| misconfigured(path, not_pem(path)))?;
     let document = || {
-        let what = format!("what is between `-----BEGIN {label}-----` and `-----END {label}-----` is damaged, or something follows it");
+        let what =
+            format!("what is between `-----BEGIN {label}-----` and `-----END {label}-----` is damaged, or something follows it");
         SecretDocument::from_pem(text).map(|(_, document)| document).map_err(|_| misconfigured(path, what))
     };
     match (label, passphrase) {
@@ -149,7 +150,9 @@ fn wrong_label(path: &Path, label: &str, text: &str) -> String {
         );
     }
     if label.ends_with("SIGSTORE PRIVATE KEY") {
-        return format!("it is cosign's own {label}, which only cosign reads: make a key with `countersign key generate`, and cosign verifies with its public half");
+        return format!(
+            "it is cosign's own {label}, which only cosign reads: make a key with `countersign key generate`, and cosign verifies with its public half"
+        );
     }
     match label {
         "RSA PRIVATE KEY" | "EC PRIVATE KEY" | "EC PARAMETERS" => format!(

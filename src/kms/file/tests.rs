@@ -216,7 +216,8 @@ fn an_encrypted_key_is_one_that_openssl_reads() {
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.starts_with("-----BEGIN ENCRYPTED PRIVATE KEY-----"), "{text}");
         let passphrase = format!("pass:{PASSPHRASE}");
-        let output = Command::new("openssl").args(["pkey", "-pubout", "-passin", &passphrase, "-in"]).arg(&path).output().unwrap();
+        let output =
+            Command::new("openssl").args(["pkey", "-pubout", "-passin", &passphrase, "-in"]).arg(&path).output().unwrap();
         assert_eq!(String::from_utf8(output.stdout).unwrap(), public_key.to_pem());
         assert_eq!(opened(&path, PASSPHRASE).unwrap().public_key(), &public_key);
     }
@@ -287,7 +288,8 @@ fn ways_of_encryption_that_are_too_weak_or_cost_too_much_are_refused_with_the_co
     der[at + 6] = 127;
     der[at + 2] = 0x7f;
     der[at + 3] = 0xff;
-    let scrypt = SecretDocument::try_from(der.as_slice()).unwrap().to_pem("ENCRYPTED PRIVATE KEY", rsa::pkcs8::LineEnding::LF).unwrap();
+    let scrypt =
+        SecretDocument::try_from(der.as_slice()).unwrap().to_pem("ENCRYPTED PRIVATE KEY", rsa::pkcs8::LineEnding::LF).unwrap();
     let error = opened(&write(&folder, &scrypt, 0o600), PASSPHRASE).unwrap_err().to_string();
     assert!(error.contains("too much time or memory"), "{error}");
 }

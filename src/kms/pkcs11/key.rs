@@ -131,7 +131,9 @@ impl Station {
     fn renew(&mut self, door: &Door) -> Result<bool, Fault> {
         self.0 = None;
         // The sessions that lie idle, of other keys too: they are opened again when they are needed.
-        let pools = Pool::all(&POOLS).into_iter().filter(|pool| matches!(pool.uri(), KeyUri::Pkcs11(other) if other.module == door.reference.module));
+        let pools = Pool::all(&POOLS)
+            .into_iter()
+            .filter(|pool| matches!(pool.uri(), KeyUri::Pkcs11(other) if other.module == door.reference.module));
         drop(pools.flat_map(|pool| pool.idle_states()).collect::<Vec<_>>());
         door.renew()
     }

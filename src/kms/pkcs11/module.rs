@@ -144,7 +144,9 @@ impl Door {
         let secret = pin.read_line(&self.environment).map_err(|what| self.credentials(format!("the PIN: {what}")))?;
         let name = format!("{} {}", token.serial_number(), token.label());
         if refused.get(&name).is_some_and(|refused| refused.expose_secret() == secret.expose_secret()) {
-            let what = format!("the PIN in {pin} was refused by the token before and is not tried again, because tokens lock: correct it");
+            let what = format!(
+                "the PIN in {pin} was refused by the token before and is not tried again, because tokens lock: correct it"
+            );
             return Err(self.credentials(what).into());
         }
         // As it is now: somebody may have tried since.

@@ -9,7 +9,11 @@ use rsa::{
     BigUint, RsaPublicKey,
     pkcs8::{
         EncodePublicKey,
-        der::{Decode, Reader, SliceReader, Tag, Tagged, asn1::{AnyRef, OctetStringRef}, oid::ObjectIdentifier},
+        der::{
+            Decode, Reader, SliceReader, Tag, Tagged,
+            asn1::{AnyRef, OctetStringRef},
+            oid::ObjectIdentifier,
+        },
     },
 };
 
@@ -34,7 +38,8 @@ pub(super) fn private_key(door: &Door, session: &Session) -> Result<ObjectHandle
             Err(Error::NotFound { key: key(), what: what.to_owned() }.into())
         }
         many => {
-            let what = format!("{} private keys of its token fit: labels need not be unique, so add id= to the reference", many.len());
+            let what =
+                format!("{} private keys of its token fit: labels need not be unique, so add id= to the reference", many.len());
             Err(Error::Misconfigured { key: key(), what }.into())
         }
     }
@@ -45,7 +50,8 @@ pub(super) fn describe(door: &Door, entered: &Entered, private: ObjectHandle) ->
     let (session, token) = (&entered.session, &entered.token);
     let own = Attributes::of(session, private)?;
     if own.flag(AttributeType::AlwaysAuthenticate) == Some(true) {
-        let what = "the key wants the PIN for every signature (CKA_ALWAYS_AUTHENTICATE), which is not supported: make one that does not";
+        let what =
+            "the key wants the PIN for every signature (CKA_ALWAYS_AUTHENTICATE), which is not supported: make one that does not";
         return Err(Error::KeyUnusable { key: Arc::clone(&door.uri), what: what.to_owned() }.into());
     }
     if own.flag(AttributeType::Sign) == Some(false) {
@@ -176,8 +182,8 @@ fn spki_of_rsa(n: &[u8], e: &[u8]) -> Spki {
 fn spki_of_p256(curve: &[u8], point: &[u8]) -> Spki {
     /// A P-256 key's `SubjectPublicKeyInfo` up to its point (RFC 5480 section 2).
     const HEAD: [u8; 26] = [
-        0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03,
-        0x01, 0x07, 0x03, 0x42, 0x00,
+        0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d,
+        0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
     ];
     const PRIME256V1: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
     match ObjectIdentifier::from_der(curve) {

@@ -104,7 +104,9 @@ impl Parts {
             "object" => once(&mut self.object, text(value)?),
             "type" if value == b"private" => once(&mut self.kind, ()),
             "type" => Err("what signs is a private key: type=private, or leave type out"),
-            _ => Err("before the ? stand token, serial, manufacturer, model, slot-id, object, id and type=private, and nothing else"),
+            _ => Err(
+                "before the ? stand token, serial, manufacturer, model, slot-id, object, id and type=private, and nothing else",
+            ),
         }
     }
 
@@ -216,7 +218,11 @@ impl fmt::Display for Pkcs11Reference {
 
 fn encoded(text: &str, others: &[u8]) -> String {
     text.bytes().fold(String::with_capacity(text.len()), |text, byte| {
-        if is_unreserved(byte) || others.contains(&byte) { text + from_utf8(&[byte]).unwrap_or_default() } else { format!("{text}%{byte:02X}") }
+        if is_unreserved(byte) || others.contains(&byte) {
+            text + from_utf8(&[byte]).unwrap_or_default()
+        } else {
+            format!("{text}%{byte:02X}")
+        }
     })
 }
 
@@ -250,9 +256,13 @@ mod tests {
         }
         let written = "PKCS11:type=private;id=ab%01;serial=1?pin-source=/run/pin&module-path=/m.so";
         assert_eq!(read(written).to_string(), "pkcs11:serial=1;id=%61%62%01?module-path=/m.so&pin-source=file:/run/pin");
-        let (a, b) = (read("pkcs11:token=a;object=%7e?module-name=m"), read("pkcs11:object=~;token=a;type=private?module-name=m"));
+        let (a, b) =
+            (read("pkcs11:token=a;object=%7e?module-name=m"), read("pkcs11:object=~;token=a;type=private?module-name=m"));
         assert_eq!(a, b);
-        assert_eq!(read("pkcs11:token=a;object=o?module-path=/m&pin-source=file:///p").pin, Some(SecretSource::File("/p".into())));
+        assert_eq!(
+            read("pkcs11:token=a;object=o?module-path=/m&pin-source=file:///p").pin,
+            Some(SecretSource::File("/p".into()))
+        );
     }
 
     #[test]
