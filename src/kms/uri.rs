@@ -1,6 +1,6 @@
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use super::{aws, azure::AzureReference, gcp::GcpReference, vault::VaultReference};
+use super::{aws, azure::AzureReference, gcp::GcpReference, pkcs11::Pkcs11Reference, vault::VaultReference};
 
 /// Where a key is: a URI as cosign's users know them. It names a key and never holds a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -35,6 +35,8 @@ pub enum KeyUri {
     AzureKms(AzureReference),
     /// `hashivault://KEY` or `openbao://KEY`: a key in a Transit engine.
     Vault(VaultReference),
+    /// `pkcs11:token=LABEL;object=LABEL?module-path=PATH`: a key in a hardware security module or another token.
+    Pkcs11(Pkcs11Reference),
 }
 
 /// Why a text is no key reference.
@@ -43,7 +45,7 @@ pub enum UriError {
     #[error("{0:?} has no scheme: write file:///path/key.pem or awskms:///alias/NAME?region=REGION")]
     NoScheme(String),
     #[error(
-        "{0:?} is no key provider: this version has file://, awskms://, alibabakms://, gcpkms://, azurekms://, hashivault:// and openbao://"
+        "{0:?} is no key provider: this version has file://, awskms://, alibabakms://, gcpkms://, azurekms://, hashivault://, openbao:// and pkcs11:"
     )]
     UnknownScheme(String),
     #[error("{uri:?}: {what}")]
@@ -57,6 +59,10 @@ impl FromStr for KeyUri {
     type Err = UriError;
 
     fn from_str(text: &str) -> Result<Self, UriError> {
+        if let Some(rest) = Pkcs11Reference::after_scheme(text) {
+            let malformed = |what| UriError::Malformed { uri: Pkcs11Reference::shown(text), what };
+            return Pkcs11Reference::read(rest).map(Self::Pkcs11).map_err(malformed);
+        }
         let (scheme, rest) = text.split_once("://").ok_or_else(|| UriError::NoScheme(text.to_owned()))?;
         if scheme != "file" && rest.contains('@') {
             return Err(UriError::Secret);
@@ -160,6 +166,7 @@ impl fmt::Display for KeyUri {
             Self::GcpKms(reference) => reference.fmt(f),
             Self::AzureKms(reference) => reference.fmt(f),
             Self::Vault(reference) => reference.fmt(f),
+            Self::Pkcs11(reference) => reference.fmt(f),
             Self::AwsKms { endpoint, key, region } => {
                 write!(f, "awskms://{}/{key}", endpoint.as_deref().unwrap_or_default())?;
                 region.as_ref().map_or(Ok(()), |region| write!(f, "?region={region}"))
