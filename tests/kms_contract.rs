@@ -473,6 +473,8 @@ async fn it_holds_for_azure_key_vault() {
     let cloud = azure::Fake::start(now()).await;
     let variables = cloud.variables();
     holds(&Azure { cloud, variables }).await;
+}
+
 #[cfg(feature = "pkcs11")]
 struct Token(SoftHsm);
 
