@@ -6,6 +6,7 @@
 //!
 //! Source: Notary Project's signature specification, "Certificate requirements"; RFC 5280.
 
+mod kept;
 mod make;
 mod profile;
 mod subject;
@@ -18,6 +19,7 @@ use sha2::{Digest as _, Sha256};
 use x509_cert::{Certificate, der::Decode as _, time::Time};
 
 use crate::kms::{KeySpec, PublicKey, PublicKeyError};
+pub use kept::{Error as KeptError, kept, kept_or_made, renewed};
 pub use make::{Error as MakeError, make};
 pub use subject::{SubjectName, WrongSubject};
 
