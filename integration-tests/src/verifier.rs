@@ -158,7 +158,8 @@ impl Notation {
     /// `reference` is `host/repo:tag` or `host/repo@digest`.
     pub async fn verify(&self, reference: &str) -> Result<Ruling> {
         let mut command = self.command("verify")?;
-        command.args(["--insecure-registry", reference]);
+        // Why a signature does not count, it says only when asked to be verbose.
+        command.args(["--verbose", "--insecure-registry", reference]);
         rule(command).await
     }
 

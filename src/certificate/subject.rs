@@ -117,7 +117,7 @@ impl FromStr for SubjectName {
         }
         for needed in [Attribute::Country, Attribute::State, Attribute::Organization] {
             if !parts.iter().any(|(attribute, _)| *attribute == needed) {
-                return wrong(format!("it has no {}, which notation's trust policies need beside C, ST and O", needed.name()));
+                return wrong(format!("it has no {}: notation's trust policies need C, ST and O", needed.name()));
             }
         }
         parts.sort_unstable_by_key(|(attribute, _)| *attribute);
