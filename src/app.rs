@@ -164,7 +164,8 @@ pub async fn certificates(config: &Config, witness: &config::Witness, clock: &Cl
     let known = TrustedKeys::offline(&settings).ok().and_then(|keys| keys.own().cloned());
     if let Some(key) = known.as_ref().filter(|_| !renew) {
         let kept = certificate::kept(&ledger, &witness.name, key.fingerprint()).await?;
-        if !kept.is_empty() {
+        if let Some(first) = kept.first() {
+            warn_of_end(&witness.name, first, clock);
             return Ok(kept);
         }
     }
@@ -185,21 +186,32 @@ pub async fn certificates(config: &Config, witness: &config::Witness, clock: &Cl
 /// That an administrator's certificate is for the witness's key, and valid. Warns if it will not be for long.
 pub fn check_certificate(witness: &config::Witness, key: &PublicKey, clock: &Clock) -> anyhow::Result<()> {
     let Some(chain) = &witness.certificate else { return Ok(()) };
-    let name = &witness.name;
-    if chain.public_key() != key {
-        let (certified, found) = (chain.public_key().fingerprint(), key.fingerprint());
-        anyhow::bail!(
-            "witness {name}: its `certificate` ({}) is for the key sha256:{certified}, and its `key` is sha256:{found}: have the issuer \
-             certify the witness's own key (`countersign witness public-key {name}`)",
-            chain.subject()
-        );
-    }
+    hold_certificate(witness, key)?;
     let (now, from, until) = (clock.now(), chain.not_before(), chain.not_after());
     if now < from || now > until {
-        anyhow::bail!("witness {name}: its `certificate` is valid only from {from} to {until}: renew it");
+        anyhow::bail!("witness {}: its `certificate` is valid only from {from} to {until}: renew it", witness.name);
     }
-    warn_of_end(name, chain, clock);
+    warn_of_end(&witness.name, chain, clock);
     Ok(())
+}
+
+/// The same for the daemon, which goes on with one that has ended: there may be more to sign than what names it.
+fn accept_certificate(witness: &config::Witness, key: &PublicKey, clock: &Clock) -> anyhow::Result<()> {
+    hold_certificate(witness, key)?;
+    if let Err(error) = check_certificate(witness, key, clock) {
+        error!("{error}");
+    }
+    Ok(())
+}
+
+fn hold_certificate(witness: &config::Witness, key: &PublicKey) -> anyhow::Result<()> {
+    let Some(chain) = witness.certificate.as_ref().filter(|chain| chain.public_key() != key) else { return Ok(()) };
+    let (name, certified, found) = (&witness.name, chain.public_key().fingerprint(), key.fingerprint());
+    anyhow::bail!(
+        "witness {name}: its `certificate` ({}) is for the key sha256:{certified}, and its `key` is sha256:{found}: have the issuer \
+         certify the witness's own key (`countersign witness public-key {name}`)",
+        chain.subject()
+    )
 }
 
 /// Signatures end with their certificates, so that readers need the next one in time.
@@ -232,7 +244,7 @@ pub async fn open_witnesses(
         match opened? {
             (witness, Ok(open)) => {
                 check_rules(config, &open)?;
-                check_certificate(witness, open.public_key(), clock)?;
+                accept_certificate(witness, open.public_key(), clock)?;
                 witnesses.insert(witness.name.clone(), watched(open, metrics));
             }
             (witness, Err(error)) => unopened.push((witness.clone(), error)),

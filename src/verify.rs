@@ -104,15 +104,14 @@ impl Rejection {
         match self {
             Self::UnknownKey => "unknown_key",
             Self::NoPayload => "no_payload",
-            Self::Malformed(_) => "malformed",
+            Self::Malformed(_) | Self::NotNotation(_) => "malformed",
             Self::OtherDigest(_) => "other_digest",
             Self::OtherReference(_) => "other_reference",
             Self::Expired { .. } => "expired",
             Self::Revoked { .. } => "revoked",
-            Self::NotNotation(_) => "malformed",
             Self::OtherCertificate { .. } => "other_certificate",
             Self::CertificateInvalid { .. } => "certificate_invalid",
-            Self::Over(_) => "expired",
+            Self::Over(_) => "signature_expired",
         }
     }
 }

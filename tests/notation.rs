@@ -49,8 +49,8 @@ impl Installation {
         let key = folder.path().join("key.pem");
         generate(spec, &key).unwrap();
         let config = format!(
-            "[queue]\npath = {:?}\n[[witness]]\nname = \"release\"\nkey = \"file://{}\"\n{more}\n",
-            folder.path().join("state"),
+            "[queue]\npath = \"{}\"\n[[witness]]\nname = \"release\"\nkey = \"file://{}\"\n{more}\n",
+            folder.path().join("state").display(),
             key.display()
         );
         fs::create_dir(folder.path().join("state")).unwrap();
@@ -164,9 +164,9 @@ async fn stock_notation_accepts_what_a_witness_signs_under_its_own_certificate()
         let witness = installation.witness().await;
         assert_eq!(chain.public_key(), witness.public_key());
         let judge = Notation::trusting(&pem, &identity, &name).unwrap();
-        let stranger = Notation::trusting(&text(&Installation::new(spec, "").certificate(""), "certificate"), "*", &name).unwrap();
-        let namesake =
-            Notation::trusting(&pem, "x509.subject: C=DE, ST=Berlin, O=Other, CN=release", &name).unwrap();
+        let stranger =
+            Notation::trusting(&text(&Installation::new(spec, "").certificate(""), "certificate"), "*", &name).unwrap();
+        let namesake = Notation::trusting(&pem, "x509.subject: C=DE, ST=Berlin, O=Other, CN=release", &name).unwrap();
         for envelope in Envelope::ALL {
             for layout in [Layout::ArtifactType, Layout::ConfigType] {
                 let image = Image::oci(&format!("{spec} {envelope:?} {layout:?}")).unwrap();

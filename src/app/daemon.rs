@@ -298,7 +298,7 @@ impl Reloader {
             };
             match Witness::open(&settings, self.clock.clone()).await {
                 Ok(open) => match super::check_rules(&self.config, &open)
-                    .and_then(|()| super::check_certificate(&witness, open.public_key(), &self.clock))
+                    .and_then(|()| super::accept_certificate(&witness, open.public_key(), &self.clock))
                 {
                     Ok(()) => {
                         info!(witness = witness.name, "its key is open now");

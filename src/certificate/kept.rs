@@ -29,7 +29,7 @@ impl Classify for Error {
             Self::Ledger { source, .. } => source.verdict(),
             Self::Make(error) => error.verdict(),
             Self::Damaged { .. } => {
-                Verdict::Refuse { cure: "restore the ledger's table of certificates, or renew the certificate" }
+                Verdict::Refuse { cure: "restore the ledger's table of certificates, or delete the damaged row of it" }
             }
             Self::Lost { .. } => Verdict::TRANSIENT,
         }

@@ -53,7 +53,9 @@ impl Classify for Error {
     fn verdict(&self) -> Verdict {
         match self {
             Self::Kms { source, .. } => source.verdict(),
-            Self::KeySpec { .. } => Verdict::Refuse { cure: "give the witness an RSA_2048 or EC_P256 key, or its rules other formats" },
+            Self::KeySpec { .. } => {
+                Verdict::Refuse { cure: "give the witness an RSA_2048 or EC_P256 key, or its rules other formats" }
+            }
             Self::Unfit { .. } => Verdict::Refuse { cure: "correct the witness's name or `subject`" },
         }
     }
@@ -81,12 +83,7 @@ pub async fn make(witness: &Witness, subject: &SubjectName, now: Timestamp) -> R
     }
 }
 
-async fn make_with(
-    algorithm: Algorithm,
-    witness: &Witness,
-    subject: &SubjectName,
-    now: Timestamp,
-) -> Result<Chain, Error> {
+async fn make_with(algorithm: Algorithm, witness: &Witness, subject: &SubjectName, now: Timestamp) -> Result<Chain, Error> {
     let unfit = |what: String| Error::Unfit { witness: witness.name().to_owned(), what };
     let written = |error: der::Error| unfit(error.to_string());
     let tbs = unsigned(algorithm, witness.public_key().spki_der(), subject, now).map_err(written)?;

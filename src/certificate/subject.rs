@@ -29,8 +29,7 @@ enum Attribute {
 }
 
 impl Attribute {
-    const ALL: [Self; 6] =
-        [Self::Country, Self::State, Self::Locality, Self::Organization, Self::Unit, Self::CommonName];
+    const ALL: [Self; 6] = [Self::Country, Self::State, Self::Locality, Self::Organization, Self::Unit, Self::CommonName];
 
     fn name(self) -> &'static str {
         match self {
@@ -60,11 +59,7 @@ impl SubjectName {
     #[must_use]
     pub fn unnamed() -> Self {
         let part = |attribute, value: &str| (attribute, value.to_owned());
-        Self(vec![
-            part(Attribute::Country, "XX"),
-            part(Attribute::State, "none"),
-            part(Attribute::Organization, "countersign"),
-        ])
+        Self(vec![part(Attribute::Country, "XX"), part(Attribute::State, "none"), part(Attribute::Organization, "countersign")])
     }
 
     /// The same with this common name, unless it has one.

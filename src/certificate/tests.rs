@@ -1,9 +1,11 @@
 use std::{path::Path, process::Command};
 
+use async_trait::async_trait;
+
 use super::*;
 use crate::{
     clock::Clock,
-    kms::generate,
+    kms::{self, Algorithm, KeyUri, RawSignature, SigningKey, generate},
     witness::{Witness, WitnessSettings},
 };
 
@@ -14,19 +16,22 @@ fn vector(file: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-async fn witness(folder: &Path, spec: KeySpec) -> Witness {
-    let file = folder.join(format!("{spec}.pem"));
-    generate(spec, &file).unwrap();
-    let settings = WitnessSettings {
+fn settings(file: &Path) -> WitnessSettings {
+    WitnessSettings {
         name: "release".into(),
         description: String::new(),
-        key: format!("file://{}", file.display()).parse().unwrap(),
+        key: KeyUri::File(file.to_owned()),
         login: None,
         verify: vec![],
         rate: None,
         pin: None,
-    };
-    Witness::open(&settings, Clock::manual(NOW.parse().unwrap()).0).await.unwrap()
+    }
+}
+
+async fn witness(folder: &Path, spec: KeySpec) -> Witness {
+    let file = folder.join(format!("{spec}.pem"));
+    generate(spec, &file).unwrap();
+    Witness::open(&settings(&file), Clock::manual(NOW.parse().unwrap()).0).await.unwrap()
 }
 
 fn openssl(folder: &Path, arguments: &str) -> String {
@@ -37,9 +42,7 @@ fn openssl(folder: &Path, arguments: &str) -> String {
 
 #[test]
 fn the_vectors_certificates_are_taken() {
-    for (name, thumbprint) in [
-        ("rsa2048", "c161ee623e8ed2c91efbf6c1986451e48db13e38cd0a2a50992e6c044fb6b56e"),
-        ("p256", "")] {
+    for (name, thumbprint) in [("rsa2048", "c161ee623e8ed2c91efbf6c1986451e48db13e38cd0a2a50992e6c044fb6b56e"), ("p256", "")] {
         let pem = vector(&format!("{name}.notation.crt.pem"));
         let chain = Chain::from_pem(&pem).unwrap();
         assert!(chain.thumbprint().starts_with(thumbprint));
@@ -68,7 +71,8 @@ async fn a_witness_certifies_itself_and_openssl_agrees() {
         let said = openssl(folder.path(), "verify -check_ss_sig -attime 1800000000 -purpose any -CAfile c.pem c.pem");
         assert_eq!(said, "c.pem: OK\n");
         let said = openssl(folder.path(), "x509 -in c.pem -noout -ext keyUsage,basicConstraints,extendedKeyUsage");
-        for expected in ["Key Usage: critical\n    Digital Signature\n", "Constraints: critical\n    CA:FALSE\n", "Code Signing"] {
+        for expected in ["Key Usage: critical\n    Digital Signature\n", "Constraints: critical\n    CA:FALSE\n", "Code Signing"]
+        {
             assert!(said.contains(expected), "{said}");
         }
         let again = make(&witness, &SubjectName::unnamed(), now).await.unwrap();
@@ -79,7 +83,49 @@ async fn a_witness_certifies_itself_and_openssl_agrees() {
     assert!(matches!(refused, MakeError::KeySpec { spec: KeySpec::Rsa3072, .. }), "{refused}");
 }
 
-const LEAF: &str = "[leaf]\nbasicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=codeSigning\n";
+/// A KMS that allows the key one padding only.
+#[derive(Debug)]
+struct OnlyPss(Arc<dyn SigningKey>);
+
+#[async_trait]
+impl SigningKey for OnlyPss {
+    fn uri(&self) -> &KeyUri {
+        self.0.uri()
+    }
+    fn resolved(&self) -> &str {
+        self.0.resolved()
+    }
+    fn public_key(&self) -> &PublicKey {
+        self.0.public_key()
+    }
+    async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, kms::Error> {
+        if algorithm == Algorithm::RsaPssSha256 {
+            return self.0.sign(algorithm, digest).await;
+        }
+        Err(kms::Error::KeyUnusable { key: Arc::new(self.uri().clone()), what: "the key signs with PSS alone".into() })
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_signs_with_pss_alone_certifies_itself_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("key.pem");
+    generate(KeySpec::Rsa2048, &file).unwrap();
+    let settings = settings(&file);
+    let clock = Clock::manual(NOW.parse().unwrap()).0;
+    let key = kms::open(&settings.key, None, clock.clone()).await.unwrap();
+    let witness = Witness::from_key(&settings, Arc::new(OnlyPss(key)), clock).unwrap();
+    let chain = make(&witness, &SubjectName::unnamed(), NOW.parse().unwrap()).await.unwrap();
+    std::fs::write(folder.path().join("c.pem"), chain.to_pem()).unwrap();
+    let said = openssl(folder.path(), "verify -check_ss_sig -attime 1800000000 -purpose any -CAfile c.pem c.pem");
+    assert_eq!(said, "c.pem: OK\n");
+    // Go takes the hash with an explicit NULL only.
+    let der = hex::encode(chain.certificates().next().unwrap());
+    assert_eq!(der.matches("a00f300d06096086480165030402010500a11c301a").count(), 2, "{der}");
+}
+
+const LEAF: &str =
+    "[leaf]\nbasicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=codeSigning\n";
 
 /// A root, an issuer and a leaf as an administrator makes them; `leaf` is the leaf's section of extensions.
 fn authority(folder: &Path, leaf: &str) {
@@ -88,15 +134,22 @@ fn authority(folder: &Path, leaf: &str) {
          [narrow]\nbasicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=critical,keyCertSign\n{leaf}"
     );
     std::fs::write(folder.join("o.cnf"), config).unwrap();
-    for (name, key) in [("root", "EC -pkeyopt ec_paramgen_curve:P-384"), ("issuer", "RSA"), ("leaf", "EC -pkeyopt ec_paramgen_curve:P-256")] {
+    for (name, key) in
+        [("root", "EC -pkeyopt ec_paramgen_curve:P-384"), ("issuer", "RSA"), ("leaf", "EC -pkeyopt ec_paramgen_curve:P-256")]
+    {
         openssl(folder, &format!("genpkey -algorithm {key} -out {name}.key"));
-        openssl(folder, &format!("req -new -config o.cnf -key {name}.key -subj /C=DE/ST=Berlin/O=Example/CN={name} -out {name}.csr"));
+        openssl(
+            folder,
+            &format!("req -new -config o.cnf -key {name}.key -subj /C=DE/ST=Berlin/O=Example/CN={name} -out {name}.csr"),
+        );
     }
     let sign = |name: &str, by: &str, section: &str, options: &str| {
         let issuer = if name == by { format!("-signkey {by}.key") } else { format!("-CA {by}.crt -CAkey {by}.key") };
         openssl(
             folder,
-            &format!("x509 -req -days 3650 -in {name}.csr {issuer} -set_serial 7 -extfile o.cnf -extensions {section} -out {name}.crt {options}"),
+            &format!(
+                "x509 -req -days 3650 -in {name}.csr {issuer} -set_serial 7 -extfile o.cnf -extensions {section} -out {name}.crt {options}"
+            ),
         );
     };
     sign("root", "root", "ca", "-sha384");

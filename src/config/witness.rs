@@ -105,7 +105,8 @@ pub(crate) static TABLE: Table = Table {
             "subject",
             Kind::Text(&SUBJECT),
             "\"C=DE, ST=Berlin, O=Example\"",
-            "Whom a certificate that the witness's key signs for itself is for: C, ST and O at least; CN is the witness's name, if absent.",
+            "Whom a certificate that the witness's key signs for itself is for: C, ST and O at least; CN is the witness's name, if absent. \
+             One that is kept already stays as it is until it is renewed.",
         ),
         Key::optional(
             "verify",
@@ -218,7 +219,8 @@ fn chain(pem: &str) -> Result<Chain, Wrong> {
 }
 
 fn subject(text: &str) -> Result<SubjectName, Wrong> {
-    text.parse().map_err(|wrong| Wrong::new(format!("\"{}\" is no subject: {wrong}", cut(text)), "write \"C=DE, ST=Berlin, O=Example\""))
+    text.parse()
+        .map_err(|wrong| Wrong::new(format!("\"{}\" is no subject: {wrong}", cut(text)), "write \"C=DE, ST=Berlin, O=Example\""))
 }
 
 fn former_key(section: &Section<'_>) -> Option<FormerKey> {

@@ -36,7 +36,7 @@ const APPLICATION_ID: i32 = 0x4353_4c47;
 /// Each brings a ledger one version further; its version is how many it has been through, in the file's `user_version`. One that
 /// was released never changes.
 const MIGRATIONS: [&str; 2] = [FIRST, CERTIFICATES];
-const VERSION: i64 = MIGRATIONS.len() as i64;
+const VERSION: i64 = 2;
 
 const ANOTHER_FILE: &str = "name another file, or move this one away and a new ledger is begun";
 
@@ -246,9 +246,8 @@ fn connect(path: &Path) -> Result<Connection, Error> {
     let mut connection = Connection::open_with_flags(path, flags).map_err(open)?;
     connection.busy_timeout(PATIENCE).map_err(open)?;
     match state(&connection).map_err(open)? {
-        State::Empty => bring_up(&mut connection).map_err(open)?,
+        State::Empty | State::Ours(1..VERSION) => bring_up(&mut connection).map_err(open)?,
         State::Ours(VERSION) => {}
-        State::Ours(1..VERSION) => bring_up(&mut connection).map_err(open)?,
         State::Ours(found) => return Err(Error::Newer { place: path.display().to_string(), found, known: VERSION }),
         State::Foreign => return Err(Error::Foreign { place: path.display().to_string(), cure: ANOTHER_FILE }),
     }

@@ -308,7 +308,9 @@ impl Claim {
         key.verify(self.attributes.algorithm, &self.sha256, &self.signature)
     }
 
-    /// Whether this is the signature, by this algorithm over this SHA-256 (as [`crate::witness::Signed::is`] knows it).
+    /// The algorithm, the SHA-256 that was signed, and the signature as a key answers it: what [`crate::witness::Signed::is`]
+    /// compares.
+    #[must_use]
     pub fn raw(&self) -> (Algorithm, &[u8; 32], &[u8]) {
         (self.attributes.algorithm, &self.sha256, &self.signature)
     }

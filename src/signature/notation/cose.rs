@@ -47,10 +47,7 @@ pub(super) fn sig_structure(protected: &[u8], payload: &[u8]) -> Vec<u8> {
 pub(super) fn assemble(protected: &[u8], payload: &[u8], signature: &[u8], chain: &Chain) -> Vec<u8> {
     let certificates = chain.certificates().map(|certificate| Value::Bytes(certificate.to_vec())).collect();
     let unprotected = Header {
-        rest: vec![
-            (X5CHAIN, Value::Array(certificates)),
-            (Label::Text(SIGNING_AGENT.to_owned()), Value::Text(AGENT.to_owned())),
-        ],
+        rest: vec![(X5CHAIN, Value::Array(certificates)), (Label::Text(SIGNING_AGENT.to_owned()), Value::Text(AGENT.to_owned()))],
         ..Header::default()
     };
     let mut sign1 =
@@ -85,8 +82,7 @@ pub(super) fn read(content: &[u8]) -> Result<Open, Error> {
     });
     check_critical(critical.collect::<Result<Vec<_>, _>>()?, expiry.is_some())?;
     let known = NAMES.iter().find(|(_, name)| protected.alg == Some(RegisteredLabelWithPrivate::Assigned(*name)));
-    let (algorithm, _) =
-        known.ok_or_else(|| Error::Unexpected("algorithm", format!("{:?}", protected.alg), "PS256 or ES256"))?;
+    let (algorithm, _) = known.ok_or_else(|| Error::Unexpected("algorithm", format!("{:?}", protected.alg), "PS256 or ES256"))?;
     let attributes = Attributes { algorithm: *algorithm, signing_time: time(signing_time)?, expiry };
     let certificates = unprotected.rest.into_iter().find(|(label, _)| *label == X5CHAIN).map(|(_, value)| value);
     let Some(Value::Array(certificates)) = certificates else {

@@ -7,9 +7,7 @@ use base64::{
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    AGENT, Attributes, EXPIRY, Error, Open, PAYLOAD_TYPE, SCHEME, SIGNING_SCHEME, check_critical, check_text,
-};
+use super::{AGENT, Attributes, EXPIRY, Error, Open, PAYLOAD_TYPE, SCHEME, SIGNING_SCHEME, check_critical, check_text};
 use crate::{certificate::Chain, kms::Algorithm};
 
 const NAMES: [(Algorithm, &str); 2] = [(Algorithm::RsaPssSha256, "PS256"), (Algorithm::EcdsaSha256, "ES256")];
@@ -89,8 +87,8 @@ pub(super) fn read(content: &[u8]) -> Result<Open, Error> {
         BASE64_URL_SAFE_NO_PAD.decode(text).map_err(|error| Error::Malformed(what, error.to_string()))
     };
     let protected = url_safe("its protected header", &jws.protected)?;
-    let protected: Protected = serde_json::from_slice(&protected)
-        .map_err(|error| Error::Malformed("its protected header", error.to_string()))?;
+    let protected: Protected =
+        serde_json::from_slice(&protected).map_err(|error| Error::Malformed("its protected header", error.to_string()))?;
     check_text("content type", &protected.cty, PAYLOAD_TYPE)?;
     check_text("signing scheme", &protected.signing_scheme, SCHEME)?;
     if protected.authentic_signing_time.is_some() {
@@ -98,18 +96,13 @@ pub(super) fn read(content: &[u8]) -> Result<Open, Error> {
     }
     check_critical(protected.crit.iter().map(String::as_str), protected.expiry.is_some())?;
     let known = NAMES.iter().find(|(_, name)| *name == protected.alg);
-    let (algorithm, _) = known.ok_or_else(|| {
-        Error::Unexpected("algorithm", protected.alg.chars().take(80).collect(), "PS256 or ES256")
-    })?;
+    let (algorithm, _) =
+        known.ok_or_else(|| Error::Unexpected("algorithm", protected.alg.chars().take(80).collect(), "PS256 or ES256"))?;
     let certificates = jws.header.x5c.iter().map(|text| {
         BASE64_STANDARD.decode(text).map_err(|error| Error::Malformed("its list of certificates", error.to_string()))
     });
     Ok(Open {
-        attributes: Attributes {
-            algorithm: *algorithm,
-            signing_time: protected.signing_time,
-            expiry: protected.expiry,
-        },
+        attributes: Attributes { algorithm: *algorithm, signing_time: protected.signing_time, expiry: protected.expiry },
         payload: url_safe("its payload", &jws.payload)?,
         signed: format!("{}.{}", jws.protected, jws.payload).into_bytes(),
         signature: url_safe("its signature", &jws.signature)?,

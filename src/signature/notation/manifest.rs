@@ -64,11 +64,7 @@ pub(super) fn write(artifact: &Artifact, layout: Layout) -> Bytes {
         config: descriptor(config, Digest::of(EMPTY_CONFIG), EMPTY_CONFIG.len() as u64),
         layers: vec![descriptor(artifact.envelope.media_type(), Digest::of(&artifact.content), artifact.content.len() as u64)],
         subject: descriptor(&artifact.target.media_type, artifact.target.digest.clone(), artifact.target.size),
-        annotations: [
-            (THUMBPRINTS.to_owned(), thumbprints),
-            (CREATED.to_owned(), artifact.signing_time.to_string()),
-        ]
-        .into(),
+        annotations: [(THUMBPRINTS.to_owned(), thumbprints), (CREATED.to_owned(), artifact.signing_time.to_string())].into(),
     };
     serde_json::to_vec(&document).expect("strings and numbers always serialise").into()
 }

@@ -64,10 +64,8 @@ fn envelopes_and_manifests_are_the_vectors_but_for_who_wrote_them() {
     for (folder, envelope, key) in VECTORS {
         let artifact = prepared(envelope, key, None).assemble(&answered(folder, envelope)).unwrap();
         assert_eq!(Claim::read(envelope, artifact.content()), Claim::read(envelope, &stored(folder, envelope)), "{folder}");
-        for (folder, layout) in [
-            (folder.to_owned(), Layout::ArtifactType),
-            (format!("{folder}-config-type"), Layout::ConfigType),
-        ] {
+        for (folder, layout) in [(folder.to_owned(), Layout::ArtifactType), (format!("{folder}-config-type"), Layout::ConfigType)]
+        {
             if folder != "C-jws-rsa-ps256-config-type" && layout == Layout::ConfigType {
                 continue;
             }
@@ -157,7 +155,8 @@ fn what_is_written_is_read() {
 fn jws(edit: impl FnOnce(&mut Value, &mut Value)) -> Vec<u8> {
     let mut outer: Value = serde_json::from_slice(&stored("C-jws-p256-es256", Envelope::Jws)).unwrap();
     let encoded = outer["protected"].clone();
-    let mut protected: Value = serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(encoded.as_str().unwrap()).unwrap()).unwrap();
+    let mut protected: Value =
+        serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(encoded.as_str().unwrap()).unwrap()).unwrap();
     edit(&mut outer, &mut protected);
     if outer["protected"] == encoded {
         outer["protected"] = BASE64_URL_SAFE_NO_PAD.encode(protected.to_string()).into();
@@ -202,7 +201,7 @@ fn jws_that_notation_refuses_are_refused() {
         ("cannot be read", outer("header", json!({}))),
         ("its payload", outer("payload", json!(BASE64_URL_SAFE_NO_PAD.encode("{}")))),
         ("its payload", outer("payload", json!(BASE64_URL_SAFE_NO_PAD.encode(r#"{"targetArtifact":{},"more":1}"#)))),
-        ("more than any", vec![b' '; MAX_ENVELOPE as usize + 1]),
+        ("more than any", vec![b' '; usize::try_from(MAX_ENVELOPE).unwrap() + 1]),
     ] {
         let words = wrong(Envelope::Jws, &content);
         assert!(words.contains(what), "{what}: {words}");
@@ -246,7 +245,10 @@ fn cose_that_notation_refuses_is_refused() {
         ("algorithm", cose(|sign1| sign1.protected.header.alg = Some(Name::Assigned(iana::Algorithm::PS256)))),
         ("content type", cose(|sign1| sign1.protected.header.content_type = Some(ContentType::Text("text/plain".into())))),
         ("content type", cose(|sign1| sign1.protected.header.content_type = None)),
-        ("critical about", cose(|sign1| sign1.protected.header.crit.push(Name::Text("io.cncf.notary.verificationPlugin".into())))),
+        (
+            "critical about",
+            cose(|sign1| sign1.protected.header.crit.push(Name::Text("io.cncf.notary.verificationPlugin".into()))),
+        ),
         ("critical about", cose(|sign1| sign1.protected.header.crit.push(Name::Assigned(iana::HeaderParameter::Alg)))),
         ("critical about", cose(|sign1| sign1.protected.header.crit.push(Name::PrivateUse(-70_000)))),
         ("does not mark", cose(|sign1| sign1.protected.header.crit.clear())),

@@ -76,7 +76,8 @@ fn the_vectors_that_notation_accepts_are_accepted_and_the_other_is_refused() {
     for (folder, key) in GOOD {
         let (keys, certificate) = (keys(key, None, None), certificate(key));
         for certificates in [&[certificate.clone()][..], &[]] {
-            let approval = judged(folder, &keys, certificates, &wanted, at(NOW)).unwrap_or_else(|name| panic!("{folder}: {name}"));
+            let approval =
+                judged(folder, &keys, certificates, &wanted, at(NOW)).unwrap_or_else(|name| panic!("{folder}: {name}"));
             assert_eq!((approval.witness(), approval.thumbprint()), ("release", certificate.thumbprint()));
             assert_eq!(approval.signing_time(), at("2025-01-02T03:04:05Z"));
         }
@@ -89,8 +90,7 @@ fn the_vectors_that_notation_accepts_are_accepted_and_the_other_is_refused() {
 fn a_signature_counts_for_its_manifest_its_key_and_its_certificate_alone() {
     let wanted = Target::of(&subject());
     let other = Target { digest: crate::oci::Digest::of(b"other"), ..wanted.clone() };
-    let (sized, typed) =
-        (Target { size: 400, ..wanted.clone() }, Target { media_type: "text/plain".into(), ..wanted.clone() });
+    let (sized, typed) = (Target { size: 400, ..wanted.clone() }, Target { media_type: "text/plain".into(), ..wanted.clone() });
     for (folder, key) in GOOD {
         let foreign = if key == "p256" { "rsa2048" } else { "p256" };
         let (own, stranger) = (keys(key, None, None), keys(foreign, None, None));
@@ -143,7 +143,7 @@ async fn what_a_witness_signs_counts_until_it_expires() {
             let judge = |content: &[u8], now| signature(envelope, content, &wanted, &witnesses, at(now));
             assert_eq!(judge(artifact.content(), NOW).unwrap(), approval);
             assert!(judge(artifact.content(), "2026-11-22T08:59:59Z").is_ok());
-            assert_eq!(judge(artifact.content(), "2026-11-22T09:00:00Z").unwrap_err().name(), "expired");
+            assert_eq!(judge(artifact.content(), "2026-11-22T09:00:00Z").unwrap_err().name(), "signature_expired");
 
             // Another signature by the same key, and this one under another certificate for the same key.
             let again = witness.sign(prepared.algorithm(), &[7; 32]).await.unwrap();
