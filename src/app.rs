@@ -135,15 +135,19 @@ pub fn trusts(known: &[(String, TrustedKeys)]) -> impl Iterator<Item = Trust<'_>
 /// A witness's public key: what is known here, else what its KMS says.
 pub async fn public_key(config: &Config, witness: &config::Witness, clock: &Clock) -> anyhow::Result<PublicKey> {
     let settings = witness_settings(config, witness)?;
-    let known = match TrustedKeys::offline(&settings) {
-        Ok(known) => known.own().cloned(),
-        Err(witness::Error::NoKeyOffline { .. }) => None,
-        Err(error) => return Err(error.into()),
-    };
-    match known {
+    match known_key(&settings)? {
         Some(key) => Ok(key),
         // Not pinned from here: only the daemon decides which key it saw first.
         None => Ok(crate::kms::open(&settings.key, settings.login.as_ref(), clock.clone()).await?.public_key().clone()),
+    }
+}
+
+/// None if only the KMS knows it. That it is another one than it was is an error.
+fn known_key(settings: &WitnessSettings) -> Result<Option<PublicKey>, witness::Error> {
+    match TrustedKeys::offline(settings) {
+        Ok(known) => Ok(known.own().cloned()),
+        Err(witness::Error::NoKeyOffline { .. }) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -161,7 +165,7 @@ pub async fn certificates(config: &Config, witness: &config::Witness, clock: &Cl
     }
     let ledger = open_ledger(config, clock).await?;
     let settings = witness_settings(config, witness)?;
-    let known = TrustedKeys::offline(&settings).ok().and_then(|keys| keys.own().cloned());
+    let known = known_key(&settings)?;
     if let Some(key) = known.as_ref().filter(|_| !renew) {
         let kept = certificate::kept(&ledger, &witness.name, key.fingerprint()).await?;
         if let Some(first) = kept.first() {
