@@ -3,7 +3,7 @@
 //!
 //! - [`registry`] starts Debian's docker-registry and talks to it; [`image`] builds what is pushed there.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
-//! - [`verifier`] asks the judges, stock cosign and stock skopeo; [`signature`] reads what is stored, and counts.
+//! - [`verifier`] asks the judges, stock cosign, stock notation and stock skopeo; [`signature`] reads what is stored, and counts.
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
 //! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers; [`alibaba`], [`azure`] and [`google`] are fakes of those clouds'
 //!   that do, of what [`fake`] has. [`softhsm`] is a PKCS#11 module with tokens, and a proxy before it that fails when a test wants it to.

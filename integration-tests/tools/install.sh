@@ -4,7 +4,7 @@
 # or changes the machine's own cosign or skopeo. Run again at any time: what is there already is left alone.
 set -euo pipefail
 
-# Which version of each; cosign 3 is whatever Debian unstable has.
+# Which version of each; cosign 3 and notation are whatever Debian unstable has.
 MINISTACK=1.5.33
 OPENBAO=2.7.2
 HADOLINT=2.15.1
@@ -128,6 +128,11 @@ cosign2() {
 cosign3() {
     unpack sid cosign-3 cosign
     wrap cosign3 '"$here/cosign-3/usr/bin/cosign"'
+}
+
+notation() {
+    unpack sid notation notation
+    wrap notation '"$here/notation/usr/bin/notation"'
 }
 
 skopeo() {
@@ -267,6 +272,7 @@ version_of() {
         rabbitmq) [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && echo "rabbitmq-server $(dpkg-query -W -f '${Version}' rabbitmq-server)" ;;
         cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
+        notation) "$tools/bin/notation" version | grep -i ^version && cat "$tools/notation/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
         postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
@@ -279,7 +285,7 @@ version_of() {
 }
 
 wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
+[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
@@ -288,10 +294,10 @@ for tool in "${wanted[@]}"; do
         *:) ;;
         "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | softhsm:* | hadolint:* | containers:* | kubernetes:*) continue ;;
+        docker-registry:* | cosign?:* | notation:* | skopeo:* | postgresql:* | rabbitmq:* | softhsm:* | hadolint:* | containers:* | kubernetes:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | softhsm | postgresql | rabbitmq | hadolint | containers | kubernetes | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | notation | skopeo | ministack | openbao | softhsm | postgresql | rabbitmq | hadolint | containers | kubernetes | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"

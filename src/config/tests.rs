@@ -67,6 +67,7 @@ name = "release"
 description = "Signs everything that production may run"
 key = "awskms:///alias/image-signing?region=eu-west-1"
 public_key = "release.pub.pem"
+certificate = "release.chain.pem"
 rate = { per_second = 100 }
 
 [[witness.verify]]
@@ -81,6 +82,7 @@ reason = "found in a build log"
 [[witness]]
 name = "vault"
 key = "openbao://release?version=3&address=https://bao.internal:8200"
+subject = "O=Example, C=DE, ST=Berlin"
 login = { method = "approle", path = "auth/teams/ci/", role_id = "59d6d1ca", secret_id = { file = "secret-id" } }
 
 [[witness]]
@@ -141,6 +143,7 @@ fn imagined() -> Outside {
             "denied" => Err(Unreadable::Io(std::io::ErrorKind::PermissionDenied.into())),
             "empty" => contents(""),
             "newline" => contents("\n"),
+            "release.chain.pem" => contents(include_str!("../../tests/data/vectors/keys/p256.notation.crt.pem")),
             "short" => contents("hunter2\n"),
             "spaced" => contents("hunter2 is a password\n"),
             "binary" => Ok(Contents { bytes: vec![0xff; 40], world_readable: false }),
@@ -238,6 +241,9 @@ fn every_key_is_read_into_what_the_code_needs() {
     assert_eq!(witness.verify[0].until, Some("2027-02-28T23:00:00Z".parse().unwrap()));
     assert_eq!(witness.verify[1].revoked, Some("2026-12-24T03:00:00Z".parse().unwrap()));
     assert_eq!(witness.place.to_string(), "countersign.toml:49:1");
+    assert_eq!(witness.certificate.as_ref().unwrap().subject(), "CN=kms-test-p256,O=Example,ST=Test,C=XX");
+    assert_eq!(vault.subject.to_string(), "C=DE, ST=Berlin, O=Example, CN=vault");
+    assert_eq!(pod.subject.to_string(), "C=XX, ST=none, O=countersign, CN=pod");
     assert_eq!(witness.login, None);
     assert_eq!(vault.key.to_string(), "openbao://release?address=https://bao.internal:8200&version=3");
     let jwt = |path: &str, jwt| Some(Login::Jwt { path: path.to_owned(), role: "countersign".to_owned(), jwt });

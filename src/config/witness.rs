@@ -2,7 +2,10 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
-use crate::kms::{KeyUri, Login, UriError};
+use crate::{
+    certificate::{self, Chain, SubjectName},
+    kms::{KeyUri, Login, UriError},
+};
 
 mod login;
 
@@ -26,6 +29,10 @@ pub struct Witness {
     pub login: Option<Login>,
     /// PEM (SPKI): what the key's public half must be. None: what it is when it is first opened.
     pub public_key: Option<PathBuf>,
+    /// What its notation signatures name. None: a certificate that its own key signs, and that is kept in the ledger.
+    pub certificate: Option<Chain>,
+    /// Whom a certificate that its own key signs is for.
+    pub subject: SubjectName,
     /// Further public keys whose signatures count.
     pub verify: Vec<FormerKey>,
     /// None: as fast as the KMS allows.
@@ -102,6 +109,20 @@ pub(crate) static TABLE: Table = Table {
             "The public key that it must turn out to have, as PEM. If absent, the one that it has at first is kept in the queue's folder.",
         ),
         Key::optional(
+            "certificate",
+            Kind::Path,
+            "\"release.chain.pem\"",
+            "The certificate that notation's signatures name, as PEM, with its issuers after it up to the root. If absent, the witness's \
+             key signs one for itself when it is first needed, and it is kept in the ledger.",
+        ),
+        Key::optional(
+            "subject",
+            Kind::Text(&SUBJECT),
+            "\"C=DE, ST=Berlin, O=Example\"",
+            "Whom a certificate that the witness's key signs for itself is for: C, ST and O at least; CN is the witness's name, if absent. \
+             One that is kept already stays as it is until it is renewed.",
+        ),
+        Key::optional(
             "verify",
             Kind::Tables(&VERIFY),
             "[{ key = \"release-2025.pub.pem\", until = 2027-03-01T00:00:00Z }]",
@@ -118,6 +139,8 @@ pub(crate) static TABLE: Table = Table {
 
 static KEY_URI: Grammar =
     Grammar { noun: "a key's URI in quotes", pattern: Some("^((file|awskms|alibabakms|gcpkms|azurekms|hashivault|openbao)://|pkcs11:)") };
+
+static SUBJECT: Grammar = Grammar { noun: "a distinguished name in quotes", pattern: Some("=") };
 
 static VERIFY: Table = Table {
     title: "`verify`",
@@ -165,14 +188,22 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
     let pin = secret(section, key.as_ref(), "pin", "pkcs11:", |key| matches!(key, KeyUri::Pkcs11(_)));
     let passphrase = secret(section, key.as_ref(), "passphrase", "file://", |key| matches!(key, KeyUri::File(_)));
     let public_key = section.value("public_key").map(|value| value.readable_file());
+    let certificate = section.value("certificate").map(|value| value.read_file(certificate::MAX_PEM, chain));
+    let subject = section.value("subject").map(|value| value.parse(subject));
+    if let (Some(_), Some(at)) = (&certificate, section.written("subject")) {
+        let help = "remove it: `certificate` says whom it is for".to_owned();
+        section.report.error(at, "`subject` is for certificates that are made here", help);
+    }
     let verify = section.value("verify").map(|value| value.each_table(former_key));
     let rate = section.value("rate").map(|value| value.table().as_ref().and_then(rate));
     Some(Witness {
+        subject: optional(subject)?.unwrap_or_else(SubjectName::unnamed).with_common_name(name.as_deref()?),
         name: name?,
         description: description.unwrap_or_else(|| Some(String::new()))?,
         key: key?,
         login: optional(login)?.or(optional(pin)?).or(optional(passphrase)?),
         public_key: optional(public_key)?,
+        certificate: optional(certificate)?,
         verify: verify.unwrap_or_else(|| Some(Vec::new()))?,
         rate: optional(rate)?,
         place: section.report.place(&section.span),
@@ -213,6 +244,19 @@ fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
         ),
         UriError::Malformed { uri, what } => Wrong::new(format!("\"{}\" is no key's URI", cut(&uri)), what),
     })
+}
+
+fn chain(pem: &str) -> Result<Chain, Wrong> {
+    Chain::from_pem(pem).map_err(|error| {
+        let because = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+        let help = "notation's readers want a certificate for signing code, then its issuers up to the root";
+        Wrong::new(format!("it is no chain that can be used: {error}{because}"), help)
+    })
+}
+
+fn subject(text: &str) -> Result<SubjectName, Wrong> {
+    text.parse()
+        .map_err(|wrong| Wrong::new(format!("\"{}\" is no subject: {wrong}", cut(text)), "write \"C=DE, ST=Berlin, O=Example\""))
 }
 
 fn former_key(section: &Section<'_>) -> Option<FormerKey> {
