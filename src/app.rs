@@ -190,8 +190,8 @@ fn check_rules(config: &Config, witness: &Witness) -> anyhow::Result<()> {
         if !witness.allows(rule.algorithm) {
             let (place, name, wanted, own) = (&rule.place, &rule.name, rule.algorithm, own_algorithm(witness));
             bail!(
-                "{place}: rule \"{name}\" signs with {wanted}, and the KMS holds the key of its witness \"{}\" to {own}: write algorithm = \
-                 \"{own}\", or name a key that was made for the other",
+                "{place}: rule \"{name}\" signs with {wanted}, and the KMS holds the key of its witness \"{}\" to {own}: name a \
+                 key that was made for the former, or write algorithm = \"{own}\"",
                 witness.name()
             );
         }
