@@ -271,12 +271,11 @@ fn check_rules(config: &Config, witness: &Witness) -> anyhow::Result<()> {
     for rule in config.rules.iter().filter(|rule| rule.witness == witness.name()) {
         config::check_rule_against_key(rule, witness.public_key().spec().name()).map_err(|problem| anyhow!(problem))?;
         if !witness.allows(rule.algorithm) {
-            let (name, algorithm) = (witness.name(), rule.algorithm);
+            let (place, name, wanted, own) = (&rule.place, &rule.name, rule.algorithm, own_algorithm(witness));
             bail!(
-                "{}: rule \"{}\" signs with {algorithm}, and the KMS holds the key of its witness \"{name}\" to {}",
-                rule.place,
-                rule.name,
-                own_algorithm(witness)
+                "{place}: rule \"{name}\" signs with {wanted}, and the KMS holds the key of its witness \"{}\" to {own}: name a \
+                 key that was made for the former, or write algorithm = \"{own}\"",
+                witness.name()
             );
         }
     }

@@ -322,10 +322,10 @@ impl Given {
 
     fn bundle(&self, pair: &Pair, kid: &str) -> Value {
         let [one, other] = pair.numbers().map(|number| BASE64_URL_SAFE_NO_PAD.encode(number));
-        let kind = |plain: &str| if self.hsm { format!("{plain}-HSM") } else { plain.to_owned() };
+        let placed = |plain: &str| if self.hsm { format!("{plain}-HSM") } else { plain.to_owned() };
         let mut key = match pair {
-            Pair::Rsa(_) => json!({ "kty": kind("RSA"), "n": one, "e": other }),
-            Pair::Ec { .. } => json!({ "kty": kind("EC"), "crv": "P-256", "x": one, "y": other }),
+            Pair::Rsa(_) => json!({ "kty": placed("RSA"), "n": one, "e": other }),
+            Pair::Ec { .. } => json!({ "kty": placed("EC"), "crv": "P-256", "x": one, "y": other }),
         };
         key["kid"] = kid.into();
         key["key_ops"] = self.key_ops.clone().into();

@@ -421,13 +421,12 @@ fn kind(algorithm: &str) -> Option<(&'static str, Padding)> {
     Some(match algorithm {
         "RSA_SIGN_PKCS1_2048_SHA256" => ("RSA_2048", Padding::Pkcs1),
         "RSA_SIGN_PKCS1_3072_SHA256" => ("RSA_3072", Padding::Pkcs1),
-        "RSA_SIGN_PKCS1_4096_SHA256" => ("RSA_4096", Padding::Pkcs1),
+        // Countersign has no use for the latter.
+        "RSA_SIGN_PKCS1_4096_SHA256" | "RSA_SIGN_PKCS1_4096_SHA512" => ("RSA_4096", Padding::Pkcs1),
         "RSA_SIGN_PSS_2048_SHA256" => ("RSA_2048", Padding::Pss),
         "RSA_SIGN_PSS_3072_SHA256" => ("RSA_3072", Padding::Pss),
         "RSA_SIGN_PSS_4096_SHA256" => ("RSA_4096", Padding::Pss),
         "EC_SIGN_P256_SHA256" => ("EC_P256", Padding::Asn1),
-        // One that countersign has no use for.
-        "RSA_SIGN_PKCS1_4096_SHA512" => ("RSA_4096", Padding::Pkcs1),
         _ => return None,
     })
 }

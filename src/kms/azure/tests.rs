@@ -103,12 +103,15 @@ async fn the_current_version_is_kept_and_a_named_one_is_that() {
     }
 }
 
+/// What makes a key useless, what is said when it is opened then, and what when it is to sign.
+type Way = (fn(&Fake, Timestamp), &'static str, &'static str);
+
 #[tokio::test]
 async fn a_key_that_may_not_sign_is_refused_with_its_reason() {
     let scene = Scene::set().await;
     let key = scene.opened("RSA-2048").await;
     let now = scene.clock.now();
-    let ways: [(fn(&Fake, Timestamp), &str, &str); 4] = [
+    let ways: [Way; 4] = [
         (|cloud, _| cloud.given().enabled = false, "is disabled", "KeyDisabled"),
         (
             |cloud, now| cloud.given().not_before = Some(now + SignedDuration::from_hours(1)),

@@ -1,5 +1,8 @@
+use std::time::Duration;
+
 use http::StatusCode;
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::kms::{
     exchange::Answer,
@@ -19,13 +22,24 @@ struct ErrorStatus {
     status: String,
     #[serde(default)]
     message: String,
+    #[serde(default)]
+    details: Vec<Value>,
 }
 
 /// What an error answer of a Google API says (<https://google.aip.dev/193>). `secret` is the request's.
 pub(super) fn fault(answer: &Answer, secret: &str) -> Fault {
-    let ErrorStatus { status, message } = serde_json::from_slice::<ErrorBody>(&answer.body).unwrap_or_default().error;
+    let ErrorStatus { status, message, details } = serde_json::from_slice::<ErrorBody>(&answer.body).unwrap_or_default().error;
     let told = Told { code: &status, message: &message, request: "" };
-    Fault::new(classify(answer.status, &status, &message), answer, &told, [secret])
+    let fault = Fault::new(classify(answer.status, &status, &message), answer, &told, [secret]);
+    let retry_after = fault.retry_after.or_else(|| details.iter().find_map(retry_delay));
+    Fault { retry_after, ..fault }
+}
+
+/// That of a `google.rpc.RetryInfo`: seconds, as `"3.5s"`.
+fn retry_delay(detail: &Value) -> Option<Duration> {
+    detail["@type"].as_str().filter(|kind| kind.ends_with("/google.rpc.RetryInfo"))?;
+    let seconds = detail["retryDelay"].as_str()?.strip_suffix('s')?.parse().ok()?;
+    Duration::try_from_secs_f64(seconds).ok()
 }
 
 fn classify(http: StatusCode, status: &str, message: &str) -> Class {
@@ -80,6 +94,17 @@ mod tests {
             let body = serde_json::json!({ "error": { "code": http, "status": status, "message": message } });
             assert_eq!(fault_of(http, &body.to_string()).class, expected, "{status} {message}");
         }
+    }
+
+    #[test]
+    fn the_time_to_wait_is_heard_in_the_body_too() {
+        let after = |delay: &str| {
+            let info = serde_json::json!({ "@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay });
+            let body = serde_json::json!({ "error": { "status": "RESOURCE_EXHAUSTED", "details": [{ "@type": "x" }, info] } });
+            fault_of(429, &body.to_string()).retry_after
+        };
+        assert_eq!((after("3.5s"), after("7s")), (Some(Duration::from_millis(3500)), Some(Duration::from_secs(7))));
+        assert_eq!((after("-1s"), after("soon"), after("1e99s")), (None, None, None));
     }
 
     #[test]
