@@ -98,7 +98,7 @@ impl SoftHsm {
         self.tool(&["--keypairgen", "--key-type", kind, "--label", label, "--id", &format!("{id:02x}")])
     }
 
-    /// Has `OpenSC`'s tool do something in the token, as its user.
+    /// Has OpenSC's tool do something in the token, as its user.
     pub fn tool(&self, arguments: &[&str]) -> Result<()> {
         let mut tool = Command::new("pkcs11-tool");
         tool.args(["--module", MODULE, "--token-label", TOKEN, "--login", "--pin", PIN]).args(arguments);

@@ -185,8 +185,12 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
         let help = "remove it: other keys take what they need from the environment".to_owned();
         section.report.error(at, "`login` is for hashivault:// and openbao:// keys", help);
     }
-    let pin = secret(section, key.as_ref(), "pin", "pkcs11:", |key| matches!(key, KeyUri::Pkcs11(_)));
-    let passphrase = secret(section, key.as_ref(), "passphrase", "file://", |key| matches!(key, KeyUri::File(_)));
+    if let Some(key) = &key {
+        only_for(section, "pin", "pkcs11:", matches!(key, KeyUri::Pkcs11(_)));
+        only_for(section, "passphrase", "file://", matches!(key, KeyUri::File(_)));
+    }
+    let secret = |name| section.value(name).map(|value| value.secret_source());
+    let (pin, passphrase) = (secret("pin"), secret("passphrase"));
     let public_key = section.value("public_key").map(|value| value.readable_file());
     let certificate = section.value("certificate").map(|value| value.read_file(certificate::MAX_PEM, chain));
     let subject = section.value("subject").map(|value| value.parse(subject));
@@ -201,7 +205,7 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
         name: name?,
         description: description.unwrap_or_else(|| Some(String::new()))?,
         key: key?,
-        login: optional(login)?.or(optional(pin)?).or(optional(passphrase)?),
+        login: optional(login)?.or(optional(pin)?.or(optional(passphrase)?).map(Login::Secret)),
         public_key: optional(public_key)?,
         certificate: optional(certificate)?,
         verify: verify.unwrap_or_else(|| Some(Vec::new()))?,
@@ -210,21 +214,11 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
     })
 }
 
-/// What opens the key itself.
-fn secret(
-    section: &Section<'_>,
-    key: Option<&KeyUri>,
-    name: &'static str,
-    scheme: &str,
-    is: fn(&KeyUri) -> bool,
-) -> Option<Option<Login>> {
-    let secret = section.value(name).map(|value| value.secret_source().map(Login::Secret));
-    if let (Some(key), Some(at)) = (key, section.written(name))
-        && !is(key)
-    {
+/// Refuses what opens keys of one kind beside a key of another.
+fn only_for(section: &Section<'_>, name: &'static str, scheme: &str, is_such: bool) {
+    if let Some(at) = section.written(name).filter(|_| !is_such) {
         section.report.error(at, format!("`{name}` is for {scheme} keys"), "remove it".to_owned());
     }
-    secret
 }
 
 fn key_uri(text: &str) -> Result<KeyUri, Wrong> {

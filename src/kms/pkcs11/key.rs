@@ -139,13 +139,12 @@ impl Station {
     }
 
     fn once<T>(&mut self, door: &Door, work: impl Fn(&Entered, ObjectHandle) -> Result<T, Fault>) -> Result<T, Fault> {
-        let (entered, private) = match self.0.take() {
-            Some(known) => known,
-            None => {
-                let entered = door.enter()?;
-                let private = object::private_key(door, &entered.session)?;
-                (entered, private)
-            }
+        let (entered, private) = if let Some(known) = self.0.take() {
+            known
+        } else {
+            let entered = door.enter()?;
+            let private = object::private_key(door, &entered.session)?;
+            (entered, private)
         };
         // A session in which something failed is closed, because an operation may be half done in it.
         let done = work(&entered, private)?;

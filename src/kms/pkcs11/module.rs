@@ -47,10 +47,10 @@ impl Door {
     /// Finalises the module and initialises it again, which not a few of them want before they see a token that was put back, or
     /// a server that was gone. Does nothing, and says false, while this process uses the module in any way.
     pub(super) fn renew(&self) -> Result<bool, Fault> {
-        let shelf = shelf(&self.path()?);
-        let shelf = locked(&shelf);
+        let place = shelf(&self.path()?);
+        let held = locked(&place);
         // Nobody gets another from the shelf now.
-        let Some(module) = shelf.as_ref().filter(|module| Arc::strong_count(module) == 1) else { return Ok(false) };
+        let Some(module) = held.as_ref().filter(|module| Arc::strong_count(module) == 1) else { return Ok(false) };
         tracing::info!(key = %self.uri, "initialising the module anew");
         // It may have been finalised by another path to the same library.
         let _ = module.library.clone().finalize();
@@ -68,9 +68,9 @@ impl Door {
 
     fn module(&self) -> Result<Arc<Module>, Fault> {
         let path = self.path()?;
-        let shelf = shelf(&path);
-        let mut shelf = locked(&shelf);
-        if let Some(module) = &*shelf {
+        let place = shelf(&path);
+        let mut held = locked(&place);
+        if let Some(module) = &*held {
             return Ok(Arc::clone(module));
         }
         let library = Pkcs11::new(&path)?;
@@ -78,7 +78,7 @@ impl Door {
         if let Ok(info) = library.get_library_info() {
             tracing::info!(module = %path.display(), maker = info.manufacturer_id(), version = %info.library_version(), "module loaded");
         }
-        Ok(Arc::clone(shelf.insert(Arc::new(Module { library, refused: Mutex::default() }))))
+        Ok(Arc::clone(held.insert(Arc::new(Module { library, refused: Mutex::default() }))))
     }
 
     fn path(&self) -> Result<PathBuf, Error> {

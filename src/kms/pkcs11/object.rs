@@ -66,7 +66,7 @@ pub(super) fn describe(door: &Door, entered: &Entered, private: ObjectHandle) ->
     let public_key = spki
         .and_then(|spki| PublicKey::from_spki_der(&spki))
         .map_err(|source| Error::PublicKey { key: Arc::clone(&door.uri), source })?;
-    let id: String = own.bytes(AttributeType::Id).unwrap_or_default().iter().map(|byte| format!("%{byte:02X}")).collect();
+    let id = hex::encode(own.bytes(AttributeType::Id).unwrap_or_default());
     let label = String::from_utf8_lossy(own.bytes(AttributeType::Label).unwrap_or_default()).into_owned();
     let resolved = format!("token {} serial {} key {label} id {id}", token.label(), token.serial_number());
     Ok((public_key, resolved))
@@ -211,7 +211,7 @@ fn spki_of_certificate(der: &[u8]) -> Option<Vec<u8>> {
 }
 
 fn inside(sequence: &[u8]) -> Option<&[u8]> {
-    AnyRef::from_der(sequence).ok().filter(|any| any.tag() == Tag::Sequence).map(|any| any.value())
+    AnyRef::from_der(sequence).ok().filter(|any| any.tag() == Tag::Sequence).map(AnyRef::value)
 }
 
 #[cfg(test)]
