@@ -176,6 +176,7 @@ pub struct Sender {
 
 #[derive(Debug, Default)]
 struct Counts {
+    taken: AtomicU64,
     refused: AtomicU64,
     broken: AtomicU64,
 }
@@ -196,7 +197,10 @@ impl Sender {
         let mut pause = 10;
         loop {
             match self.post(fastrand::usize(..self.urls.len()), body).await {
-                Ok(answer) if answer.status() == StatusCode::ACCEPTED => return Ok(()),
+                Ok(answer) if answer.status() == StatusCode::ACCEPTED => {
+                    self.counts.taken.fetch_add(1, Ordering::Relaxed);
+                    return Ok(());
+                }
                 Ok(answer) => {
                     let status = answer.status();
                     ensure!(status == StatusCode::SERVICE_UNAVAILABLE, "{status}: {}", answer.text().await.unwrap_or_default());
@@ -210,6 +214,11 @@ impl Sender {
             tokio::time::sleep(Duration::from_millis(pause)).await;
             pause = (pause * 2).min(300);
         }
+    }
+
+    /// Events that were answered 202.
+    pub fn taken(&self) -> u64 {
+        self.counts.taken.load(Ordering::Relaxed)
     }
 
     /// Answers of 503.
