@@ -221,8 +221,9 @@ impl Queue for Amqp {
     async fn pull(&self) -> Result<Option<Delivery>, Error> {
         let Some(held) = self.core.inbox.take().await else { return Ok(None) };
         let Envelope { message, pushed_at, attempts, waited, .. } = held.envelope.clone();
+        let lost = held.lost.clone();
         let hand = Hand::new(Arc::clone(&self.core), held);
-        Ok(Some(Delivery::new(message, pushed_at, attempts, waited, Box::new(hand))))
+        Ok(Some(Delivery::new(message, pushed_at, attempts, waited, Box::new(hand)).until(lost)))
     }
 
     async fn stats(&self) -> Result<Stats, Error> {

@@ -11,6 +11,7 @@ use std::{
 use jiff::Timestamp;
 use lapin::Acker;
 use tokio::sync::{Notify, Semaphore};
+use tokio_util::sync::CancellationToken;
 
 use super::envelope::Envelope;
 use crate::PartitionKey;
@@ -26,6 +27,8 @@ pub(super) struct Held {
     pub acker: Acker,
     /// The connection that it came by: only there can it be settled.
     pub session: u64,
+    /// Cancelled when that is over.
+    pub lost: CancellationToken,
 }
 
 impl Held {

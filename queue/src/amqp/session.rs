@@ -350,6 +350,11 @@ impl Session {
         }
     }
 
+    /// Cancelled when the session is over.
+    pub fn cut(&self) -> CancellationToken {
+        self.cut.clone()
+    }
+
     pub async fn failed(&self) {
         self.cut.cancelled().await;
     }

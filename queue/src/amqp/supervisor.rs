@@ -233,7 +233,8 @@ async fn close(core: &Arc<Core>, session: &Arc<Session>) {
 /// Takes what the broker delivered.
 pub(super) fn arrive(core: &Core, session: &Session, source: usize, delivery: Delivery) {
     let envelope = Envelope::read(&delivery.properties, delivery.data, core.now());
-    let held = Held { envelope, source, redelivered: delivery.redelivered, acker: delivery.acker, session: session.number };
+    let (redelivered, acker) = (delivery.redelivered, delivery.acker);
+    let held = Held { envelope, source, redelivered, acker, session: session.number, lost: session.cut() };
     core.no_longer_waiting(&held.envelope);
     let tasks = if let Some(settlement) = core.remembered(&held) {
         vec![Chore::Carry(held, settlement)]
