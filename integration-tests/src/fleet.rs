@@ -32,7 +32,9 @@ pub struct Fleet {
     pub database: Postgres,
     /// Of the ledger.
     name: String,
-    _proxies: Vec<Proxy>,
+    /// What each replica reaches the registry by.
+    pub registries: Vec<Proxy>,
+    _ledgers: Vec<Proxy>,
 }
 
 /// Where a replica runs.
@@ -91,7 +93,7 @@ impl Fleet {
         broker.stop().await?;
         broker.start_again().await?;
 
-        let (mut replicas, mut proxies) = (vec![], vec![]);
+        let (mut replicas, mut registries, mut ledgers) = (vec![], vec![], vec![]);
         for (number, place) in places.into_iter().enumerate() {
             let registry = Proxy::start_between(place.servers, &house.registry.host(), place.source).await?;
             let ledger = Proxy::start_between(place.servers, &database.host(), Ipv4Addr::LOCALHOST).await?;
@@ -104,9 +106,10 @@ impl Fleet {
                 Some(namespace) => replica.moved_to(namespace, place.listen)?,
                 None => replica,
             });
-            proxies.extend([registry, ledger]);
+            registries.push(registry);
+            ledgers.push(ledger);
         }
-        Ok(Self { replicas, house, broker, database, name, _proxies: proxies })
+        Ok(Self { replicas, house, broker, database, name, registries, _ledgers: ledgers })
     }
 
     /// Starts all that do not run, and waits until each is ready.

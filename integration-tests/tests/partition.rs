@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use integration_tests::fleet::{Fleet, ensure_one_writer_at_a_time, sums};
 use integration_tests::house::House;
@@ -35,7 +35,11 @@ async fn replica_that_a_minute_of_lost_packets_cuts_off_is_relieved_and_no_image
         let push = numbers.map(async |number| {
             let image = Image::oci(&format!("image {number}"))?;
             let tags: Vec<_> = (0..3).map(|tag| format!("{number}.{tag}")).collect();
-            for tag in &tags {
+            for (place, tag) in tags.iter().enumerate() {
+                if place == 1 {
+                    // So that the network has changed meanwhile for some.
+                    tokio::time::sleep(Duration::from_secs(4)).await;
+                }
                 house.push(&image, REPOSITORY, &[tag]).await?;
                 let event = House::event(&house.registry.host(), REPOSITORY, Some(tag), &image.manifest.digest);
                 // The one that is cut off takes none, so that others do.
@@ -43,10 +47,13 @@ async fn replica_that_a_minute_of_lost_packets_cuts_off_is_relieved_and_no_image
             }
             Ok((image, tags))
         });
-        push.buffer_unordered(4).try_collect::<Vec<_>>().await
+        push.buffer_unordered(64).try_collect::<Vec<_>>().await
     };
     let cutting = async {
-        tokio::time::sleep(Duration::from_secs(5)).await;
+        tokio::time::sleep(Duration::from_secs(8)).await;
+        // What it has in hand then takes it longer than it takes the broker to give that to others.
+        fleet.registries[cut_off].delay(Duration::from_secs(2));
+        tokio::time::sleep(Duration::from_secs(4)).await;
         namespaces[cut_off].drop_packets(port, true)?;
         let since = Instant::now();
         let url = format!("{}/readyz", fleet.replicas[cut_off].url());
@@ -64,6 +71,7 @@ async fn replica_that_a_minute_of_lost_packets_cuts_off_is_relieved_and_no_image
         tokio::time::sleep(MINUTE.saturating_sub(since.elapsed())).await;
         ensure!(!ready().await?, "packets came through");
         namespaces[cut_off].drop_packets(port, false)?;
+        fleet.registries[cut_off].delay(Duration::ZERO);
         eventually("it is back", LIMIT, async || Ok(ready().await?.then_some(()))).await?;
         Ok((known, relieved))
     };
@@ -90,6 +98,5 @@ async fn replica_that_a_minute_of_lost_packets_cuts_off_is_relieved_and_no_image
         sums(&metrics),
     );
     ensure!(writers.iter().filter(|&&writes| writes > 0).count() > 1, "nobody else had to work: {writers:?}");
-    writers.first().context("there are three")?;
     Ok(())
 }

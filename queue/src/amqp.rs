@@ -21,6 +21,7 @@ mod layouts;
 mod past;
 mod session;
 mod settle;
+mod shares;
 mod stats;
 mod stream;
 mod supervisor;
@@ -258,7 +259,8 @@ impl Queue for Amqp {
         }
         self.core.inbox.close();
         let (done, closed) = tokio::sync::oneshot::channel();
-        if self.core.chores.send(Chore::Close(done)).is_ok() {
+        // Whoever closes may be the one who has something in hand, which is waited for.
+        if self.core.chores.send(Chore::Close(done)).is_ok() && self.core.inbox.level().in_hand == 0 {
             // Or there is nobody who could consume.
             let _ = closed.await;
         }
