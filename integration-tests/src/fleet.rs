@@ -251,11 +251,11 @@ pub fn ensure_one_writer_at_a_time(served: &[Served]) -> Result<(usize, usize)> 
         writers.dedup();
         shared += usize::from(writers.len() > 1);
         for put in &puts {
-            let looks = requests.iter().filter(|look| look.source == put.source && look.method == "GET" && look.ended <= put.began);
+            let looks =
+                requests.iter().filter(|look| look.source == put.source && look.method == "GET" && look.ended <= put.began);
             let look = looks.max_by_key(|look| look.ended).with_context(|| format!("{tag} was written unseen: {put:?}"))?;
-            let other = puts.iter().find(|other| {
-                other.source != put.source && other.began < put.ended && other.ended > look.began
-            });
+            let other =
+                puts.iter().find(|other| other.source != put.source && other.began < put.ended && other.ended > look.began);
             ensure!(other.is_none(), "{tag} was written by two at once: {look:?}, {put:?}, {other:?}");
         }
     }

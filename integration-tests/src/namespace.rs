@@ -18,7 +18,10 @@ pub fn inside(test: &str) -> Result<bool> {
     let mut again = Command::new("unshare");
     again.arg("--net").arg("--").arg(std::env::current_exe()?).args(["--exact", test, "--nocapture", "--test-threads=1"]);
     let status = again.env(MARK, "1").status().context("run unshare")?;
-    ensure!(status.success(), "{test}: {status}. It needs network namespaces and iptables: root with CAP_SYS_ADMIN and CAP_NET_ADMIN");
+    ensure!(
+        status.success(),
+        "{test}: {status}. It needs network namespaces and iptables: root with CAP_SYS_ADMIN and CAP_NET_ADMIN"
+    );
     Ok(false)
 }
 

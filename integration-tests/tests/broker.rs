@@ -43,7 +43,8 @@ async fn short_of_disk_or_memory_events_are_refused_with_503_and_all_go_through_
     let mut accepted = 0;
     for kind in ["disk", "memory"] {
         let stop = AtomicBool::new(false);
-        let alarm = async |on| if kind == "disk" { fleet.broker.disk_alarm(on).await } else { fleet.broker.memory_alarm(on).await };
+        let alarm =
+            async |on| if kind == "disk" { fleet.broker.disk_alarm(on).await } else { fleet.broker.memory_alarm(on).await };
         let alarming = async {
             let before = sender.refused();
             alarm(true).await?;
@@ -109,7 +110,8 @@ async fn broker_that_comes_back_with_an_empty_disk_is_set_up_again_and_the_loss_
     let told = |log: String| log.lines().any(|line| line.contains("ERROR") && line.contains("came back without"));
     ensure!(fleet.replicas.iter().any(|replica| told(replica.logged())), "nobody tells of the loss");
     // One that only was away is no such thing.
-    let tell = |fleet: &Fleet| fleet.replicas.iter().map(|replica| replica.logged().matches("came back without").count()).sum::<usize>();
+    let tell =
+        |fleet: &Fleet| fleet.replicas.iter().map(|replica| replica.logged().matches("came back without").count()).sum::<usize>();
     let said = tell(&fleet);
     fleet.broker.stop().await?;
     fleet.broker.start_again().await?;

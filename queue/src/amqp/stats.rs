@@ -232,7 +232,8 @@ impl Core {
     /// Those that share the partitions of our layout, this one included.
     pub(super) fn replicas(&self) -> BTreeSet<String> {
         let others = lock(&self.others);
-        let sharing = others.iter().filter(|(_, report)| report.at.elapsed() < SILENCE && report.shares == self.topology.partitions);
+        let sharing =
+            others.iter().filter(|(_, report)| report.at.elapsed() < SILENCE && report.shares == self.topology.partitions);
         sharing.map(|(replica, _)| replica.clone()).chain([self.options.replica.clone()]).collect()
     }
 
