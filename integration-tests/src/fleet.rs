@@ -1,7 +1,7 @@
 //! Several replicas of one installation, on one RabbitMQ and one PostgreSQL ledger, before one registry whose log tells them
 //! apart.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -239,17 +239,15 @@ impl Sender {
 /// write, nobody else wrote the same. Returns how many writes there were, and how many tags more than one replica wrote.
 pub fn ensure_one_writer_at_a_time(served: &[Served]) -> Result<(usize, usize)> {
     let mut tags: BTreeMap<&str, Vec<&Served>> = BTreeMap::new();
-    for request in served.iter().filter(|request| request.path.ends_with(".sig")) {
+    for request in served.iter().filter(|request| request.path.contains(".sig")) {
         tags.entry(&request.path).or_default().push(request);
     }
     let (mut writes, mut shared) = (0, 0);
     for (tag, requests) in tags {
         let puts: Vec<_> = requests.iter().filter(|request| request.method == "PUT").collect();
         writes += puts.len();
-        let mut writers: Vec<IpAddr> = puts.iter().map(|put| put.source).collect();
-        writers.sort_unstable();
-        writers.dedup();
-        shared += usize::from(writers.len() > 1);
+        let sources: BTreeSet<IpAddr> = puts.iter().map(|put| put.source).collect();
+        shared += usize::from(sources.len() > 1);
         for put in &puts {
             let looks =
                 requests.iter().filter(|look| look.source == put.source && look.method == "GET" && look.ended <= put.began);

@@ -87,7 +87,7 @@ async fn replica_that_a_minute_of_lost_packets_cuts_off_is_relieved_and_no_image
     let served = fleet.house.registry.served()?;
     let (writes, shared) = ensure_one_writer_at_a_time(&served)?;
     let writers = namespaces.iter().map(|namespace| {
-        let by = served.iter().filter(|one| one.method == "PUT" && one.path.ends_with(".sig") && one.source == namespace.here);
+        let by = served.iter().filter(|one| one.method == "PUT" && one.path.contains(".sig") && one.source == namespace.here);
         by.count()
     });
     let writers: Vec<_> = writers.collect();

@@ -110,7 +110,7 @@ async fn kill_9_of_replicas_and_broker_at_random_under_load_loses_nothing_and_do
     let Fleet { replicas, house, broker, .. } = &mut fleet;
     let house = &*house;
     let sending = async {
-        let send = |&(image, tag): &(usize, usize)| {
+        let deliver = |&(image, tag): &(usize, usize)| {
             let (sender, pushes, sent) = (&sender, &pushes, &sent);
             async move {
                 sender.send(&pushes[image].event(house, tag).await?).await?;
@@ -118,11 +118,11 @@ async fn kill_9_of_replicas_and_broker_at_random_under_load_loses_nothing_and_do
                 anyhow::Ok(())
             }
         };
-        stream::iter(deliveries.iter().map(send)).buffer_unordered(SENDERS).try_for_each(async |()| Ok(())).await?;
+        stream::iter(deliveries.iter().map(deliver)).buffer_unordered(SENDERS).try_for_each(async |()| Ok(())).await?;
         done.store(true, Ordering::Relaxed);
         anyhow::Ok(())
     };
-    let (_, blows) = tokio::try_join!(sending, strike(replicas, broker, &mut rng, &done))?;
+    let ((), blows) = tokio::try_join!(sending, strike(replicas, broker, &mut rng, events, &done))?;
     let count = |blow| blows.iter().filter(|one| **one == blow).count();
     let (sent_after, stood) = (began.elapsed(), (sender.refused(), sender.broken()));
     fleet.start().await?;
@@ -156,9 +156,15 @@ async fn kill_9_of_replicas_and_broker_at_random_under_load_loses_nothing_and_do
     Ok(())
 }
 
-/// Until all is sent, and each blow has fallen at least once.
-async fn strike(replicas: &mut [Daemon], broker: &mut RabbitMq, rng: &mut Rng, done: &AtomicBool) -> Result<Vec<Blow>> {
-    let mut blows = vec![];
+/// Until all is sent, and each blow has fallen at least once. The more events, the rarer.
+async fn strike(
+    replicas: &mut [Daemon],
+    broker: &mut RabbitMq,
+    rng: &mut Rng,
+    events: usize,
+    done: &AtomicBool,
+) -> Result<Vec<Blow>> {
+    let (mut blows, longest) = (vec![], 1_000 + events as u64 / 2);
     loop {
         let mut round = [[Blow::Replica; 6].as_slice(), &[Blow::BrokerStops, Blow::BrokerDies]].concat();
         rng.shuffle(&mut round);
@@ -166,7 +172,7 @@ async fn strike(replicas: &mut [Daemon], broker: &mut RabbitMq, rng: &mut Rng, d
             if done.load(Ordering::Relaxed) && blows.len() >= 8 {
                 return Ok(blows);
             }
-            tokio::time::sleep(Duration::from_millis(rng.u64(300..2_500))).await;
+            tokio::time::sleep(Duration::from_millis(rng.u64(300..longest))).await;
             match blow {
                 Blow::Replica => {
                     let replica = rng.choice(replicas.iter_mut()).context("there are three")?;

@@ -133,8 +133,11 @@ impl Inbox {
             let Some(key) = inner.turns.pop_front() else { continue };
             let Some(line) = inner.lines.get_mut(&key) else { continue };
             // What is lost stays until all of its connection is taken away.
-            let is_due = |held: &mut Held| !inner.frozen.contains(&held.source) && !held.lost.is_cancelled();
-            let Some(held) = line.waiting.pop_front_if(is_due) else { continue };
+            let is_due = |held: &Held| !inner.frozen.contains(&held.source) && !held.lost.is_cancelled();
+            if !line.waiting.front().is_some_and(is_due) {
+                continue;
+            }
+            let Some(held) = line.waiting.pop_front() else { continue };
             line.in_hand = Some(InHand { pushed_at: held.envelope.pushed_at, source: held.source });
             inner.waiting -= 1;
             inner.in_hand += 1;
