@@ -133,18 +133,31 @@ impl Fleet {
         self.database.sql(&self.name, sql)
     }
 
-    /// Waits until all replicas say the same: so many events at least were received, and none is queued any more.
+    /// Waits until all replicas say the same: so many events at least were received, none is queued any more, and the sums add up.
     pub async fn wait_settled(&self, received: u64) -> Result<Metrics> {
-        let what = format!("{received} events are received and settled");
-        let metrics = eventually(&what, LIMIT, async || {
+        self.wait_until(&format!("{received} events are received and settled"), |metrics| {
+            metrics.received() >= received && metrics.queued() == 0 && metrics.adds_up()
+        })
+        .await
+    }
+
+    /// The same, whatever the sums are.
+    pub async fn wait_quiet(&self, received: u64) -> Result<Metrics> {
+        self.wait_until(&format!("{received} events are received, and none is queued"), |metrics| {
+            metrics.received() >= received && metrics.queued() == 0
+        })
+        .await
+    }
+
+    async fn wait_until(&self, what: &str, settled: impl Fn(&Metrics) -> bool) -> Result<Metrics> {
+        let metrics = eventually(what, LIMIT, async || {
             let mut all = vec![];
             for replica in &self.replicas {
                 // It answers 503 until it is connected.
                 let Ok(metrics) = replica.metrics().await else { return Ok(None) };
                 all.push(metrics);
             }
-            let settled = |metrics: &Metrics| metrics.received() >= received && metrics.queued() == 0 && metrics.adds_up();
-            Ok(all.iter().all(settled).then(|| all.remove(0)))
+            Ok(all.iter().all(&settled).then(|| all.remove(0)))
         });
         match metrics.await {
             Ok(metrics) => Ok(metrics),
