@@ -3,6 +3,7 @@
 //!
 //! - [`registry`] starts Debian's docker-registry and talks to it; [`image`] builds what is pushed there.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
+//! - [`fleet`] is several replicas of it on one broker and one database, and [`namespace`] a network between them that can be cut.
 //! - [`verifier`] asks the judges, stock cosign, stock notation and stock skopeo; [`signature`] reads what is stored, and counts.
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
 //! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers; [`alibaba`], [`azure`] and [`google`] are fakes of those clouds'
@@ -16,10 +17,12 @@ pub mod alibaba;
 pub mod azure;
 pub mod daemon;
 pub mod fake;
+pub mod fleet;
 pub mod google;
 pub mod house;
 pub mod image;
 pub mod ministack;
+pub mod namespace;
 pub mod openbao;
 pub mod postgres;
 pub mod process;

@@ -41,11 +41,11 @@ impl RabbitMq {
         Self::start_with("").await
     }
 
-    /// The same, with further lines in its configuration; `{tls}` in them is a free port.
+    /// The same, with further lines in its configuration; `{amqp}` in them is its port, `{tls}` a free one.
     pub async fn start_with(extra: &str) -> Result<Self> {
         ensure!(Path::new(SERVER).exists(), "{SERVER} is missing: run `make tools`");
         let port = free_ports(5)?;
-        let extra = extra.replace("{tls}", &(port + 3).to_string());
+        let extra = extra.replace("{amqp}", &port.to_string()).replace("{tls}", &(port + 3).to_string());
         let limit = Duration::from_secs(20);
         // A connection that is kept belongs to the runtime of the test that made it.
         let http =
@@ -63,6 +63,10 @@ impl RabbitMq {
     /// `127.0.0.1:PORT`
     pub fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// The port that the configuration of [`RabbitMq::start_with`] may use for TLS.
@@ -185,6 +189,12 @@ impl RabbitMq {
     pub async fn disk_alarm(&self, on: bool) -> Result<()> {
         let limit = if on { "mem_relative, 10000.0" } else { "mem_relative, 0.00001" };
         self.evaluate(&format!("rabbit_disk_monitor:set_disk_free_limit({{{limit}}}).")).await
+    }
+
+    /// From now on the broker has too little memory, or no longer: it takes no messages then.
+    pub async fn memory_alarm(&self, on: bool) -> Result<()> {
+        let limit = if on { "0.000001" } else { "0.4" };
+        self.evaluate(&format!("vm_memory_monitor:set_vm_memory_high_watermark({limit}).")).await
     }
 
     /// Has an Erlang expression evaluated in the broker.

@@ -120,6 +120,11 @@ rabbitmq() {
     [ -z "$made" ] || as_root rm $deny
 }
 
+# The commands for network namespaces, and for losing packets in them.
+namespaces() {
+    debian_packages iproute2 iptables
+}
+
 cosign2() {
     unpack trixie cosign-2 cosign
     wrap cosign2 '"$here/cosign-2/usr/bin/cosign"'
@@ -279,27 +284,30 @@ version_of() {
         openbao) "$tools/bin/bao" version ;;
         kubernetes) "$tools/bin/etcd" --version > /dev/null && "$tools/bin/kubectl" version --client > /dev/null && "$tools/bin/kube-apiserver" --version ;;
         softhsm) command -v pkcs11-tool > /dev/null && [ -e /usr/lib/softhsm/libsofthsm2.so ] && echo "SoftHSM $(softhsm2-util --version)" ;;
+        namespaces) ip -Version && iptables --version ;;
         containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
         cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
     esac 2> /dev/null | tail -n 1
 }
 
-wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
+# What `make test` and `make check` need, and what other targets ask for by name.
+usual=(docker-registry cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
+others=(containers kubernetes namespaces cargo-fuzz)
+wanted=("${@:-${usual[@]}}")
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
+    [[ " ${usual[*]} ${others[*]} " == *" $tool "* ]] || fail "there is no tool named $tool"
     version=$(version_of "$tool") || true
     case $tool:$version in
         *:) ;;
-        "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
-        "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | notation:* | skopeo:* | postgresql:* | rabbitmq:* | softhsm:* | hadolint:* | containers:* | kubernetes:*) continue ;;
+        openbao:*) [[ $version != "OpenBao v$OPENBAO"[,\ ]* ]] || continue ;;
+        ministack:*) [ "$version" != "ministack $MINISTACK" ] || continue ;;
+        cargo-deny:*) [ "$version" != "cargo-deny $CARGO_DENY" ] || continue ;;
+        cargo-fuzz:*) [ "$version" != "cargo-fuzz $CARGO_FUZZ" ] || continue ;;
+        *) continue ;;
     esac
-    case $tool in
-        docker-registry | cosign2 | cosign3 | notation | skopeo | ministack | openbao | softhsm | postgresql | rabbitmq | hadolint | containers | kubernetes | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
-        *) fail "there is no tool named $tool" ;;
-    esac
+    "${tool//-/_}"
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"
 done
 

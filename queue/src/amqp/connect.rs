@@ -22,13 +22,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     session::unavailable,
-    wire::{Kit, Wire},
+    wire::{Kit, Patience, Wire},
 };
 use crate::Error;
 
 /// How long a broker may take until it has let us in.
 const LIMIT: Duration = Duration::from_secs(10);
-/// In seconds. A broker that is silent for two of these is gone.
+/// In seconds, unless the URL or the broker say less: [`Patience`] has what follows from it.
 const HEARTBEAT: u16 = 10;
 /// The largest frame, in bytes; lapin keeps room for 32 of them each way. Bodies are cut into as many as it takes.
 const FRAME: u32 = 32 * 1024;
@@ -141,7 +141,8 @@ pub(super) async fn open(
     let what = || format!("{} cannot be reached, or does not let us in", address.shown());
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     let AMQPAuthority { host, port, .. } = &address.uri.authority;
-    let connected = timeout(LIMIT, Wire::open(host, *port, address.tls.clone(), cut.clone())).await;
+    let patience = Patience::new(address.uri.query.heartbeat.unwrap_or(HEARTBEAT));
+    let connected = timeout(LIMIT, Wire::open(host, *port, address.tls.clone(), cut.clone(), patience.clone())).await;
     let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
     let wire = connected.map_err(|error| Error::Unavailable { what: what(), source: Some(error.into()) })?;
     // lapin would connect itself, but leaves a task behind for each time that it could not.
@@ -152,7 +153,11 @@ pub(super) async fn open(
     };
     let connecting = Connection::connector(address.uri.clone(), Runtime::new(Kit::new(tracker.clone())), connect, properties);
     match timeout(2 * LIMIT, connecting).await {
-        Ok(connected) => connected.map_err(|error| unavailable(what(), error)),
+        Ok(connected) => {
+            let connection = connected.map_err(|error| unavailable(what(), error))?;
+            patience.agree(connection.configuration().heartbeat());
+            Ok(connection)
+        }
         Err(_) => Err(Error::Unavailable { what: what(), source: None }),
     }
 }
