@@ -120,6 +120,27 @@ rabbitmq() {
     [ -z "$made" ] || as_root rm $deny
 }
 
+rabbitmq4() {
+    # A later one beside Debian 12's: it has Erlang and libc of its own, which its programs have to be started with.
+    unpack trixie rabbitmq-4 rabbitmq-server erlang-base erlang-asn1 erlang-crypto erlang-eldap erlang-inets erlang-mnesia \
+        erlang-os-mon erlang-parsetools erlang-public-key erlang-runtime-tools erlang-ssl erlang-syntax-tools erlang-tools \
+        erlang-xmerl libc6 libgcc-s1 libstdc++6 libsystemd0 libtinfo6 zlib1g libssl3t64 libcap2 libgcrypt20 libgpg-error0 \
+        liblz4-1 liblzma5 libzstd1
+    local tree erlang program
+    # The links of a work tree may go.
+    tree=$(realpath "$tools/rabbitmq-4")
+    erlang=$tree/usr/lib/erlang
+    sed -i "s#=/usr/lib/erlang#=$erlang#" "$erlang"/bin/erl "$erlang"/erts-*/bin/erl
+    for program in "$erlang"/bin/* "$erlang"/erts-*/bin/* "$erlang"/lib/*/priv/bin/*; do
+        # Programs, and not the scripts among them.
+        { [ -L "$program" ] || [ "$(head -c 4 "$program" | tail -c 3)" != ELF ]; } && continue
+        mv "$program" "$program.elf"
+        printf '#!/bin/sh\nexec %s --library-path %s --argv0 "$0" %s "$@"\n' \
+            "$(find "$tree/usr" -name 'ld-linux*.so.*' | head -n 1)" "$(echo "$tree"/usr/lib/*-linux-gnu*)" "$program.elf" > "$program"
+        chmod +x "$program"
+    done
+}
+
 cosign2() {
     unpack trixie cosign-2 cosign
     wrap cosign2 '"$here/cosign-2/usr/bin/cosign"'
@@ -228,6 +249,7 @@ version_of() {
     case $1 in
         docker-registry) "$tools/bin/docker-registry" --version && cat "$tools/docker-registry/VERSION" ;;
         rabbitmq) [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && echo "rabbitmq-server $(dpkg-query -W -f '${Version}' rabbitmq-server)" ;;
+        rabbitmq4) "$tools/rabbitmq-4/usr/lib/erlang/bin/erl" -noshell -eval 'crypto:start(), halt().' && cat "$tools/rabbitmq-4/VERSION" ;;
         cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
@@ -249,10 +271,10 @@ for tool in "${wanted[@]}"; do
         *:) ;;
         "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | hadolint:* | containers:*) continue ;;
+        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | rabbitmq4:* | hadolint:* | containers:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | rabbitmq | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | rabbitmq | rabbitmq4 | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"

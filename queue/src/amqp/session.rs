@@ -4,6 +4,7 @@
 //! (`connection.blocked`), and acks must go through all the same.
 
 use std::{
+    collections::HashSet,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard,
@@ -70,6 +71,8 @@ pub(super) enum Source {
 struct Sources {
     /// Their places are the numbers that deliveries are known by.
     all: Vec<Source>,
+    /// Those that something was delivered from. Whoever is a queue's single active consumer stays that as long as it consumes.
+    active: HashSet<usize>,
     consumers: SelectAll<Numbered>,
 }
 
@@ -165,6 +168,16 @@ impl Session {
 
     pub fn source(&self, number: usize) -> Option<Source> {
         self.sources().all.get(number).cloned()
+    }
+
+    /// Something was delivered from this source: it is ours.
+    pub fn is_ours(&self, number: usize) {
+        self.sources().active.insert(number);
+    }
+
+    /// Sources whose messages come to us and to nobody else.
+    pub fn ours(&self) -> Vec<usize> {
+        if self.is_closing() { vec![] } else { self.sources().active.iter().copied().collect() }
     }
 
     pub fn all_sources(&self) -> Vec<Source> {

@@ -234,6 +234,7 @@ async fn close(core: &Arc<Core>, session: &Arc<Session>) {
 pub(super) fn arrive(core: &Core, session: &Session, source: usize, delivery: Delivery) {
     let envelope = Envelope::read(&delivery.properties, delivery.data, core.now());
     let held = Held { envelope, source, redelivered: delivery.redelivered, acker: delivery.acker, session: session.number };
+    session.is_ours(source);
     core.no_longer_waiting(&held.envelope);
     let tasks = if let Some(settlement) = core.remembered(&held) {
         vec![Chore::Carry(held, settlement)]

@@ -69,6 +69,31 @@ pub async fn listing_loses_none_while_letters_are_taken_away(backend: impl Backe
     assert_eq!(listed, order.into_iter().collect());
 }
 
+pub async fn order_of_many_dead_letters_stays_as_it_is(backend: impl Backend) {
+    let queue = backend.queue();
+    let mut order = bury_some(&*queue, 300).await;
+    for round in 0..3 {
+        let mut listed = Vec::new();
+        loop {
+            let page = queue.dead_letters(listed.last().map(String::as_str), 70).await.unwrap();
+            if page.is_empty() {
+                break;
+            }
+            listed.extend(page.into_iter().map(|letter| letter.message.id));
+        }
+        assert_eq!(listed, order, "{round}");
+        // A few, far between, and at once.
+        let taken: Vec<_> = order.iter().skip(round).step_by(7).cloned().collect();
+        let replays = taken.iter().map(|id| async { queue.replay(id).await.unwrap() });
+        assert!(futures::future::join_all(replays).await.into_iter().all(|was_there| was_there));
+        order.retain(|id| !taken.contains(id));
+        for _ in &taken {
+            next(&*queue).await.ack().await.unwrap();
+        }
+    }
+    assert_eq!(queue.stats().await.unwrap().dead, order.len() as u64);
+}
+
 pub async fn replayed_message_is_delivered_with_new_patience(mut backend: impl Backend) {
     let queue = backend.queue();
     queue.push(vec![message(1)]).await.unwrap();
