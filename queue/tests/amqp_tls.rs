@@ -118,16 +118,25 @@ async fn client_certificate_lets_in_and_what_is_wrong_with_one_is_told_with_the_
     queue.push(vec![message("2")]).await.unwrap();
     drop(queue);
 
+    // What the broker says of our certificate may be lost with the connection: then it is one of several things.
     for (ca, identity, expected) in [
-        ("other", Some("client"), "its certificate is of nobody that we believe; `ca` in `tls`"),
-        ("ca", None, "it wants a client certificate; name it as `certificate` and `key`"),
-        ("ca", Some("expired"), "our client certificate has expired; renew `certificate`"),
-        ("ca", Some("stranger"), "it does not believe our client certificate"),
+        ("other", Some("client"), ["its certificate is of nobody that we believe; `ca` in `tls`"; 2]),
+        (
+            "ca",
+            None,
+            ["it wants a client certificate; name it as `certificate` and `key`", "may want a client certificate; name it"],
+        ),
+        (
+            "ca",
+            Some("expired"),
+            ["our client certificate has expired; renew `certificate`", "`certificate` in `tls` may have expired"],
+        ),
+        ("ca", Some("stranger"), ["who signed `certificate` in `tls`", "or it has to know who signed it"]),
     ] {
         let queue = Amqp::open(certificates.options(&url, ca, identity), &tracker).await.unwrap();
         match queue.push(vec![message("3")]).await {
             Err(Error::Unavailable { what, .. }) => {
-                assert!(what.contains(expected), "{ca} {identity:?}: {what}");
+                assert!(expected.iter().any(|expected| what.contains(expected)), "{ca} {identity:?}: {what}");
                 assert!(what.contains("127.0.0.1") && !what.contains("guest"), "{what}");
             }
             other => panic!("{ca} {identity:?}: {other:?}"),

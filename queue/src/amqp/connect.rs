@@ -139,7 +139,8 @@ pub(super) async fn open(
     cut: &CancellationToken,
 ) -> Result<Connection, Error> {
     let what = |cause: Option<&io::Error>| {
-        let cure = cause.and_then(cure).map(|cure| format!(": {cure}")).unwrap_or_default();
+        let cure =
+            cause.and_then(|cause| cure(cause, address.tls.as_deref())).map(|cure| format!(": {cure}")).unwrap_or_default();
         format!("{} cannot be reached, or does not let us in{cure}", address.shown())
     };
     let properties = ConnectionProperties::default().with_connection_name(name.into());
@@ -165,8 +166,19 @@ pub(super) async fn open(
 }
 
 /// What an administrator does about a failure of TLS.
-fn cure(error: &io::Error) -> Option<&'static str> {
+fn cure(error: &io::Error, tls: Option<&ClientConfig>) -> Option<&'static str> {
     use CertificateError as Wrong;
+    if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe) {
+        // What it said before it hung up may be lost, because we had begun to speak.
+        return tls.map(|tls| {
+            if tls.client_auth_cert_resolver.has_certs() {
+                "it hangs up once it has seen our client certificate; `certificate` in `tls` may have expired, or it has to know \
+                 who signed it"
+            } else {
+                "it hangs up without a word, and may want a client certificate; name it as `certificate` and `key` in `tls`"
+            }
+        });
+    }
     let error = error.get_ref()?.downcast_ref::<rustls::Error>()?;
     Some(match error {
         rustls::Error::InvalidCertificate(Wrong::UnknownIssuer) => {
