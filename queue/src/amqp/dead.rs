@@ -1,12 +1,16 @@
 //! Dead letters: a queue that is looked through without taking anything away.
 //!
 //! A queue has no way to be listed but to consume it. So a cursor does that on a channel of its own and holds what it listed
-//! unacked, some seconds from page to page; when it is let go of, everything is back in its place. While one is open the
-//! others would see gaps: an exclusive queue is the lock between replicas.
+//! unacked, some seconds from page to page; when it is let go of, everything is back. While one is open the others would see
+//! gaps: an exclusive queue is the lock between replicas.
+//!
+//! RabbitMQ keeps the order of what is given back, and puts it before what was never read, but after what was given back before.
+//! So a listing that went to its end leaves the order as it was, and one that was broken off leaves what it had behind the rest.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     hash::{BuildHasher as _, RandomState},
+    iter,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -31,6 +35,7 @@ use tokio::{
 use super::{
     Core,
     envelope::Envelope,
+    lock,
     session::{Session, lost},
 };
 use crate::{DeadLetter, Error};
@@ -59,6 +64,10 @@ pub(super) struct Graveyard {
     cursor: Mutex<Option<Cursor>>,
     /// Letters that we hold, and that the broker does not count as there.
     held: AtomicU64,
+    /// A listing whose cursor was let go of: its last letter, and all that it had. What was given back may come after what was
+    /// not looked at yet, so it goes on by what it had and not by place.
+    broken_off: std::sync::Mutex<Option<(String, HashSet<Mark>)>>,
+    marks: Marks,
     /// Passed by each letter that is being taken away: nothing is given back meanwhile.
     gate: RwLock<()>,
 }
@@ -101,8 +110,11 @@ impl Graveyard {
         if is_next {
             return self.page(core, place, limit).await;
         }
+        let broken_off = lock(&self.broken_off).take().filter(|(last, _)| Some(last.as_str()) == after);
         self.let_go(core, place).await;
-        if let Some(after) = after {
+        if let Some((_, had)) = broken_off {
+            place.insert(Cursor::open(core, &self.marks).await?).skip = had;
+        } else if let Some(after) = after {
             loop {
                 let mut page = self.page(core, place, limit).await?;
                 if page.is_empty() {
@@ -122,7 +134,7 @@ impl Graveyard {
     async fn page(&self, core: &Core, place: &mut Option<Cursor>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
         let cursor = match place {
             Some(cursor) => cursor,
-            None => place.insert(Cursor::open(core).await?),
+            None => place.insert(Cursor::open(core, &self.marks).await?),
         };
         cursor.page(core, limit, &self.held).await
     }
@@ -157,7 +169,7 @@ impl Graveyard {
     /// reading of the queue, whether they are its next ones or a few far between.
     async fn take(&self, core: &Core, id: &str, whole: bool) -> Result<Option<Taken<'_>>, Error> {
         let mut place = self.cursor.lock().await;
-        if place.as_ref().is_some_and(|cursor| !cursor.works()) {
+        if place.as_ref().is_some_and(|cursor| !cursor.works() || !cursor.skip.is_empty()) {
             self.let_go(core, &mut place).await;
         }
         match self.find(core, &mut place, id, whole).await {
@@ -229,6 +241,10 @@ impl Graveyard {
 
     async fn let_go(&self, core: &Core, place: &mut Option<Cursor>) {
         let Some(cursor) = place.take() else { return };
+        if let Some(last) = &cursor.last {
+            let had = cursor.tags.keys().chain(&cursor.skip).copied().collect();
+            *lock(&self.broken_off) = Some((last.clone(), had));
+        }
         let _closed = self.gate.write().await;
         if !cursor.session.is_over()
             && let Err(error) = cursor.close(core).await
@@ -246,6 +262,8 @@ struct Cursor {
     marks: Marks,
     /// What was listed and is still there, by its mark.
     tags: HashMap<Mark, Tag>,
+    /// What an earlier part of this listing had.
+    skip: HashSet<Mark>,
     /// The last two pages: many that are taken away at once may come to the next page while some are on the one before.
     shown: [HashMap<String, DeadLetter>; 2],
     last: Option<String>,
@@ -261,7 +279,7 @@ type Tag = (usize, u64);
 /// Stands for an id of any length: 128 bits that nobody can foresee, so that no two are the same.
 type Mark = [u64; 2];
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Marks([RandomState; 2]);
 
 impl Marks {
@@ -271,14 +289,15 @@ impl Marks {
 }
 
 impl Cursor {
-    async fn open(core: &Core) -> Result<Self, Error> {
+    async fn open(core: &Core, marks: &Marks) -> Result<Self, Error> {
         let session = core.session()?;
         take_lock(core, &session).await?;
         let now = Instant::now();
         Ok(Self {
             session,
             channels: vec![],
-            marks: Marks::default(),
+            marks: marks.clone(),
+            skip: HashSet::new(),
             tags: HashMap::new(),
             shown: Default::default(),
             last: None,
@@ -300,7 +319,7 @@ impl Cursor {
                 break;
             }
             bytes += chunk.iter().map(|letter| letter.message.body.len()).sum::<usize>();
-            page.extend(chunk);
+            page.extend(chunk.into_iter().filter(|letter| !self.skip.contains(&self.marks.of(&letter.message.id))));
         }
         if let Some(last) = page.last() {
             self.shown.rotate_left(1);
@@ -365,7 +384,9 @@ impl Cursor {
         let chunk = |tag: &Tag| self.chunks.partition_point(|last| last < tag);
         let chunks: Vec<&[Tag]> = tags.chunk_by(|one, next| chunk(one) == chunk(next)).collect();
         let mut there = session.depth(&queue).await?.0;
-        for some in chunks.chunks(CHUNKS) {
+        // Alone, the first one waits for the acks before it, which count as well.
+        let (first, rest) = chunks.split_at(chunks.len().min(1));
+        for some in iter::once(first).chain(rest.chunks(CHUNKS)) {
             for chunk in some {
                 let (channel, last) = *chunk.last().expect("a chunk has letters");
                 session

@@ -69,6 +69,29 @@ pub async fn listing_loses_none_while_letters_are_taken_away(backend: impl Backe
     assert_eq!(listed, order.into_iter().collect());
 }
 
+pub async fn two_who_list_at_once_see_each_letter_once(backend: impl Backend) {
+    let queue = backend.queue();
+    let order = bury_some(&*queue, 100).await;
+    // From now on none is one that was never looked at.
+    assert_eq!(queue.dead_letters(None, 1000).await.unwrap().len(), 100);
+    assert!(queue.dead_letters(order.last().map(String::as_str), 1000).await.unwrap().is_empty());
+    let mut listed = [vec![], vec![]];
+    let mut ended = [false; 2];
+    while ended != [true; 2] {
+        for ((listed, limit), ended) in listed.iter_mut().zip([7, 40]).zip(&mut ended).filter(|(_, ended)| !**ended) {
+            let page = queue.dead_letters(listed.last().map(String::as_str), limit).await.unwrap();
+            *ended = page.is_empty();
+            listed.extend(page.into_iter().map(|letter| letter.message.id));
+        }
+    }
+    for mut listed in listed {
+        listed.sort();
+        let mut order = order.clone();
+        order.sort();
+        assert_eq!(listed, order);
+    }
+}
+
 pub async fn order_of_many_dead_letters_stays_as_it_is(backend: impl Backend) {
     let queue = backend.queue();
     let mut order = bury_some(&*queue, 300).await;
