@@ -59,7 +59,7 @@ image-test: ## the image, built on a base made here (a quarter of an hour, root)
 
 bench: export COUNTERSIGN_BIN = $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/release/countersign
 bench: ## signatures, events and bytes: how many, how fast, beside bare clients (ARGS="--quick --only signing")
-	@$(INSTALL) docker-registry cosign2 ministack
+	@$(INSTALL) docker-registry cosign2 ministack postgresql rabbitmq
 	cargo build --release --workspace
 	cargo run --release --quiet --package integration-tests --bin bench -- $(ARGS)
 

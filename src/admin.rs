@@ -126,7 +126,7 @@ impl QueueStatus {
 pub struct PartitionView {
     /// `8.3`: the fourth of eight.
     pub name: String,
-    /// The replica that has messages of it now.
+    /// The replica that its messages come to: the broker does not say, so it is unknown until the first one has.
     pub holder: Option<String>,
     pub ready: u64,
     pub in_flight: u64,

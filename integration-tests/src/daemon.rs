@@ -163,7 +163,10 @@ impl Daemon {
 
     pub async fn metrics(&self) -> Result<Metrics> {
         let response = http_client()?.get(format!("{}/metrics", self.url)).send().await?.error_for_status()?;
-        Metrics::parse(&response.text().await?)
+        let metrics = Metrics::parse(&response.text().await?)?;
+        // What is left out of a scrape is not zero.
+        ensure!(metrics.count("countersign_up", &[]) == 2, "the queue or the ledger is away: {metrics:?}");
+        Ok(metrics)
     }
 
     /// Where it logs.

@@ -125,6 +125,27 @@ namespaces() {
     debian_packages iproute2 iptables
 }
 
+rabbitmq4() {
+    # A later one beside Debian 12's: it has Erlang and libc of its own, which its programs have to be started with.
+    unpack trixie rabbitmq-4 rabbitmq-server erlang-base erlang-asn1 erlang-crypto erlang-eldap erlang-inets erlang-mnesia \
+        erlang-os-mon erlang-parsetools erlang-public-key erlang-runtime-tools erlang-ssl erlang-syntax-tools erlang-tools \
+        erlang-xmerl libc6 libgcc-s1 libstdc++6 libsystemd0 libtinfo6 zlib1g libssl3t64 libcap2 libgcrypt20 libgpg-error0 \
+        liblz4-1 liblzma5 libzstd1
+    local tree erlang program
+    # The links of a work tree may go.
+    tree=$(realpath "$tools/rabbitmq-4")
+    erlang=$tree/usr/lib/erlang
+    sed -i "s#=/usr/lib/erlang#=$erlang#" "$erlang"/bin/erl "$erlang"/erts-*/bin/erl
+    for program in "$erlang"/bin/* "$erlang"/erts-*/bin/* "$erlang"/lib/*/priv/bin/*; do
+        # Programs, and not the scripts among them.
+        { [ -L "$program" ] || [ "$(head -c 4 "$program" | tail -c 3)" != ELF ]; } && continue
+        mv "$program" "$program.elf"
+        printf '#!/bin/sh\nexec %s --library-path %s --argv0 "$0" %s "$@"\n' \
+            "$(find "$tree/usr" -name 'ld-linux*.so.*' | head -n 1)" "$(echo "$tree"/usr/lib/*-linux-gnu*)" "$program.elf" > "$program"
+        chmod +x "$program"
+    done
+}
+
 cosign2() {
     unpack trixie cosign-2 cosign
     wrap cosign2 '"$here/cosign-2/usr/bin/cosign"'
@@ -275,6 +296,7 @@ version_of() {
     case $1 in
         docker-registry) "$tools/bin/docker-registry" --version && cat "$tools/docker-registry/VERSION" ;;
         rabbitmq) [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && echo "rabbitmq-server $(dpkg-query -W -f '${Version}' rabbitmq-server)" ;;
+        rabbitmq4) "$tools/rabbitmq-4/usr/lib/erlang/bin/erl" -noshell -eval 'crypto:start(), halt().' && cat "$tools/rabbitmq-4/VERSION" ;;
         cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         notation) "$tools/bin/notation" version | grep -i ^version && cat "$tools/notation/VERSION" ;;
@@ -292,7 +314,7 @@ version_of() {
 
 # What `make test` and `make check` need, and what other targets ask for by name.
 usual=(docker-registry cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
-others=(containers kubernetes namespaces cargo-fuzz)
+others=(containers kubernetes namespaces rabbitmq4 cargo-fuzz)
 wanted=("${@:-${usual[@]}}")
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace

@@ -528,7 +528,23 @@ async fn who_does_not_consume_sees_everything_and_takes_nothing() {
     let stats = later.stats().await.unwrap();
     assert_eq!((stats.ready, stats.in_flight), (8, 1), "{stats:?}");
     assert!(stats.partitions.iter().any(|partition| partition.holder.as_deref() == Some("replica")), "{stats:?}");
+    let route = |stats: &countersign_queue::Stats| {
+        let held: Vec<_> = stats.partitions.iter().filter(|partition| partition.in_flight == 1).cloned().collect();
+        held[0].name.clone()
+    };
+    let busy = route(&stats);
     in_hand.bury(Burial { kind: "denied".to_owned(), reason: "no".to_owned() }).await.unwrap();
+    for _ in 0..8 {
+        next(&queue).await.ack().await.unwrap();
+    }
+    // Idle, it is still held by the one that its messages come to.
+    let idle = eventually("it is told by the next report", LIMIT, async || {
+        let stats = later.stats().await?;
+        Ok((stats.queued() == 0).then_some(stats))
+    });
+    let idle = idle.await.unwrap();
+    let partition = idle.partitions.iter().find(|partition| partition.name == busy).unwrap();
+    assert_eq!((partition.holder.as_deref(), partition.in_flight), (Some("replica"), 0));
     let letters = later.dead_letters(None, 5).await.unwrap();
     assert!(later.discard(&letters[0].message.id).await.unwrap());
 }

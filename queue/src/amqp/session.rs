@@ -75,6 +75,8 @@ struct Sources {
     all: Vec<Source>,
     /// Those whose consumers end because we want it.
     left: HashSet<usize>,
+    /// Those that something was delivered from. Whoever is a queue's single active consumer stays that as long as it consumes.
+    active: HashSet<usize>,
     consumers: SelectAll<Numbered>,
 }
 
@@ -169,7 +171,11 @@ impl Session {
 
     /// Ends one consumer; what was delivered stays.
     pub async fn leave(&self, number: usize) -> Result<(), Error> {
-        self.sources().left.insert(number);
+        {
+            let mut sources = self.sources();
+            sources.left.insert(number);
+            sources.active.remove(&number);
+        }
         let options = BasicCancelOptions { nowait: false };
         self.asked(self.consume.basic_cancel(tag(number).into(), options)).await
     }
@@ -189,6 +195,19 @@ impl Session {
 
     pub fn source(&self, number: usize) -> Option<Source> {
         self.sources().all.get(number).cloned()
+    }
+
+    /// Something was delivered from this source: it is ours.
+    pub fn is_ours(&self, number: usize) {
+        let mut sources = self.sources();
+        if !sources.left.contains(&number) {
+            sources.active.insert(number);
+        }
+    }
+
+    /// Sources whose messages come to us and to nobody else.
+    pub fn ours(&self) -> Vec<usize> {
+        if self.is_closing() { vec![] } else { self.sources().active.iter().copied().collect() }
     }
 
     pub fn all_sources(&self) -> Vec<Source> {

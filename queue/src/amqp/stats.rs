@@ -115,8 +115,13 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     Ok(stats)
 }
 
+/// With those that are idle and ours.
 fn own_partitions(core: &Core, session: &Session) -> Vec<Partition> {
-    let held = core.inbox.levels().into_iter().filter_map(|(source, level)| {
+    let mut levels = core.inbox.levels();
+    for source in session.ours() {
+        levels.entry(source).or_default();
+    }
+    let held = levels.into_iter().filter_map(|(source, level)| {
         let Some(Source::Partition { route: name }) = session.source(source) else { return None };
         Some(Partition {
             name,

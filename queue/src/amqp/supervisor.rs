@@ -238,6 +238,7 @@ pub(super) fn arrive(core: &Core, session: &Session, source: usize, delivery: De
     let envelope = Envelope::read(&delivery.properties, delivery.data, core.now());
     let (redelivered, acker) = (delivery.redelivered, delivery.acker);
     let held = Held { envelope, source, redelivered, acker, session: session.number, lost: session.cut() };
+    session.is_ours(source);
     core.no_longer_waiting(&held.envelope);
     let tasks = if let Some(settlement) = core.remembered(&held) {
         vec![Chore::Carry(held, settlement)]

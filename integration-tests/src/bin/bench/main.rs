@@ -5,11 +5,14 @@
 //! `target/bench.json`.
 
 mod bare;
+mod broker;
 mod cosign;
+mod dead_letters;
 mod events;
 mod latency;
 mod memory;
 mod meter;
+mod rabbitmq;
 mod report;
 mod requests;
 mod rules;
@@ -26,10 +29,11 @@ use integration_tests::{daemon, process};
 
 use crate::report::{load_average, summary, target};
 
-const PARTS: [&str; 7] = ["signing", "requests", "latency", "events", "memory", "rules", "cosign"];
+const PARTS: [&str; 9] = ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign"];
 const USAGE: &str = "usage: bench [--quick] [--only NAME]...
   --quick       small numbers and one round, to see that it works
-  --only NAME   only this part: signing, requests, latency, events, memory, rules or cosign";
+  --only NAME   only this part: signing, requests, latency, events, memory, rules, rabbitmq,
+                dead-letters or cosign";
 
 /// How much of it.
 #[derive(Debug, Clone, Copy)]
@@ -73,6 +77,8 @@ async fn main() -> Result<ExitCode> {
             "events" => events::measure(scale).await,
             "memory" => memory::measure(scale).await,
             "rules" => rules::measure(scale).await,
+            "rabbitmq" => rabbitmq::measure(scale).await,
+            "dead-letters" => dead_letters::measure(scale).await,
             "cosign" => cosign::measure(scale).await,
             other => unreachable!("{other} is no part"),
         };
