@@ -4,6 +4,7 @@
 //! - [`registry`] starts Debian's docker-registry and talks to it; [`image`] builds what is pushed there.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`verifier`] asks the judges, stock cosign and stock skopeo; [`signature`] reads what is stored, and counts.
+//! - [`webhook`] is `countersign admission`, called as a cluster calls it.
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
 //! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers, and [`alibaba`] a fake of Alibaba Cloud's that does; [`proxy`]
 //!   makes a network that is slow or broken; [`recorder`] keeps what was said.
@@ -25,3 +26,4 @@ pub mod recorder;
 pub mod registry;
 pub mod signature;
 pub mod verifier;
+pub mod webhook;
