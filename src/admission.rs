@@ -133,7 +133,9 @@ impl Judge {
         }
         let terms = Terms { pins: endpoint == Endpoint::Mutate, deadline, patience };
         let Some(verdicts) = self.images(images.iter().map(|image| image.text.as_str()), &policies, terms).await else {
-            return denied(format!("the object has more than {MOST_IMAGES} different images, which is more than is ever looked at"));
+            return denied(format!(
+                "the object has more than {MOST_IMAGES} different images, which is more than is ever looked at"
+            ));
         };
         counters.judged(&verdicts);
         self.respond(request, &policies, &images, &verdicts)
@@ -155,7 +157,8 @@ impl Judge {
         let decision = if response.denied.is_some() { Decision::Denied } else { Decision::Attested };
         if decision == Decision::Attested {
             for image in images {
-                let pinned = verdicts.iter().find(|verdict| verdict.text == image.text).and_then(|verdict| verdict.pinned.as_ref());
+                let pinned =
+                    verdicts.iter().find(|verdict| verdict.text == image.text).and_then(|verdict| verdict.pinned.as_ref());
                 response.patch.extend(pinned.map(|pinned| image.replaced_by(pinned.to_string())));
             }
         }
@@ -187,7 +190,9 @@ impl Judge {
         if request.sub_resource.is_empty() && request.object.is_some() && !self.policies.of(&request.namespace).is_empty() {
             let GroupKind { group, kind } = &request.kind;
             let (group, kind) = (shown(group), shown(kind));
-            response.warnings.push(format!("countersign does not know where {kind} of {group:?} has its pods: see [admission] kinds"));
+            response
+                .warnings
+                .push(format!("countersign does not know where {kind} of {group:?} has its pods: see [admission] kinds"));
         }
         (Decision::NotAsked, response)
     }

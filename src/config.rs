@@ -158,7 +158,9 @@ static ROOT: Table = Table {
 };
 
 fn read(report: &Report<'_>, document: &DeTable<'_>) -> Option<Config> {
-    for given in [&report.names.registries, &report.names.sources, &report.names.witnesses, &report.names.rules, &report.names.policies] {
+    for given in
+        [&report.names.registries, &report.names.sources, &report.names.witnesses, &report.names.rules, &report.names.policies]
+    {
         given.report_repeated(report);
     }
     let root = Section::new(report, &ROOT, Cow::Borrowed(document), 0..0);

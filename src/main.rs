@@ -88,7 +88,12 @@ async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
             let client = app::client(&config, &clock, false).await?;
             cli::queue::run(&client, &clock, command, output).await
         }
-        Command::Serve | Command::Admission(_) | Command::Check(_) | Command::Key(_) | Command::Health(_) | Command::Completions { .. } => {
+        Command::Serve
+        | Command::Admission(_)
+        | Command::Check(_)
+        | Command::Key(_)
+        | Command::Health(_)
+        | Command::Completions { .. } => {
             unreachable!("handled above")
         }
     }

@@ -45,12 +45,8 @@ impl Webhook {
         let bundle = daemon::run(&["admission", "--ca-bundle", "--config", path], &[]).await?.expect_code(0)?.stdout;
         let authority = reqwest::Certificate::from_pem(&STANDARD.decode(bundle.trim())?)?;
         let limit = Duration::from_secs(40);
-        let http = reqwest::Client::builder()
-            .no_proxy()
-            .tls_certs_only([authority])
-            .connect_timeout(limit)
-            .timeout(limit)
-            .build()?;
+        let http =
+            reqwest::Client::builder().no_proxy().tls_certs_only([authority]).connect_timeout(limit).timeout(limit).build()?;
         let mut command = Command::new(binary()?);
         command.args(["admission", "--config", path]);
         let mut process = Process::start("countersign admission", &mut command, &folder.path().join("log"))?;
@@ -92,8 +88,13 @@ impl Webhook {
     }
 
     pub async fn metrics(&self) -> Result<Metrics> {
-        let url = format!("https://127.0.0.1:{}/metrics", self.port);
-        Metrics::parse(&self.http.get(url).send().await?.error_for_status()?.text().await?)
+        Metrics::parse(&self.get("/metrics").await?)
+    }
+
+    /// What `GET` of this path answers, if it is a success.
+    pub async fn get(&self, path: &str) -> Result<String> {
+        let url = format!("https://127.0.0.1:{}{path}", self.port);
+        Ok(self.http.get(url).send().await?.error_for_status()?.text().await?)
     }
 
     /// `path` is `/validate` or `/mutate`, with the query that an API server adds if there is to be one.
@@ -128,9 +129,7 @@ impl Answer {
 }
 
 fn with_listener(config: &str, port: u16) -> String {
-    format!(
-        "[admission]\nlisten = \"127.0.0.1:{port}\"\ntls = {{ folder = \"authority\", names = [\"127.0.0.1\"] }}\n{config}"
-    )
+    format!("[admission]\nlisten = \"127.0.0.1:{port}\"\ntls = {{ folder = \"authority\", names = [\"127.0.0.1\"] }}\n{config}")
 }
 
 /// A pod with one container for each image.

@@ -205,7 +205,8 @@ async fn a_tag_is_pinned_to_the_digest_that_verified() -> Result<()> {
     let tag = house.reference("team/app", "1.0");
     let pinned = format!("{tag}@{digest}");
     for (version, kind, object) in kinds(&tag).into_iter().filter(|(_, kind, _)| *kind != "Rollout") {
-        let answer = webhook.call("/mutate?timeout=30s", &review("CREATE", "payments", version, kind, &object, &Value::Null)).await?;
+        let answer =
+            webhook.call("/mutate?timeout=30s", &review("CREATE", "payments", version, kind, &object, &Value::Null)).await?;
         assert!(answer.allowed, "{kind}: {answer:?}");
         let [operation] = answer.patch.as_slice() else { panic!("{kind}: {answer:?}") };
         let path = operation["path"].as_str().expect("a pointer");
@@ -213,7 +214,8 @@ async fn a_tag_is_pinned_to_the_digest_that_verified() -> Result<()> {
         assert_eq!(operation["value"], json!(pinned), "{kind}");
         let mut patched = object.clone();
         *patched.pointer_mut(path).expect("it is there") = operation["value"].clone();
-        let validated = webhook.call("/validate?timeout=30s", &review("CREATE", "payments", version, kind, &patched, &Value::Null)).await?;
+        let validated =
+            webhook.call("/validate?timeout=30s", &review("CREATE", "payments", version, kind, &patched, &Value::Null)).await?;
         assert!(validated.allowed && validated.patch.is_empty(), "{kind}: {validated:?}");
     }
     // Where only the validating webhook is called, a tag is still one that can be moved.

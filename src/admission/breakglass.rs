@@ -16,7 +16,9 @@ pub struct Emergency {
 /// is not to be had.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    #[error("it is written \"until TIME because REASON\", for example \"until 2026-11-22T18:00:00Z because INC-42: registry down\"")]
+    #[error(
+        "it is written \"until TIME because REASON\", for example \"until 2026-11-22T18:00:00Z because INC-42: registry down\""
+    )]
     Malformed,
     #[error("{0:?} is none of the users and groups that [admission] breakglass names")]
     NotAllowed(String),
@@ -39,8 +41,7 @@ pub fn judge(
 ) -> Result<Emergency, Refusal> {
     let [annotation] = annotations else { return Err(Refusal::Ambiguous) };
     let allowed = allowed.ok_or(Refusal::Off)?;
-    let is_allowed =
-        allowed.users.contains(&user.username) || user.groups.iter().any(|group| allowed.groups.contains(group));
+    let is_allowed = allowed.users.contains(&user.username) || user.groups.iter().any(|group| allowed.groups.contains(group));
     if !is_allowed {
         return Err(Refusal::NotAllowed(user.username.clone()));
     }
@@ -79,11 +80,8 @@ mod tests {
     use super::*;
 
     fn judged(annotations: &[&str], user: &str, groups: &[&str]) -> Result<Emergency, Refusal> {
-        let allowed = Breakglass {
-            users: vec!["anna".into()],
-            groups: vec!["oncall".into()],
-            longest: Duration::from_secs(24 * 3600),
-        };
+        let allowed =
+            Breakglass { users: vec!["anna".into()], groups: vec!["oncall".into()], longest: Duration::from_secs(24 * 3600) };
         let user = UserInfo { username: user.into(), groups: groups.iter().map(|&group| group.into()).collect() };
         let annotations: Vec<_> = annotations.iter().map(|&text| text.to_owned()).collect();
         judge(&annotations, &user, Some(&allowed), "2026-11-22T12:00:00Z".parse().unwrap())

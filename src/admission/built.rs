@@ -58,11 +58,7 @@ async fn read(registry: &Registry, image: &Reference, digest: &Digest) -> Result
     registry.manifest(&image.repository, &Address::Digest(digest.clone())).await
 }
 
-async fn of_manifest(
-    registry: &Registry,
-    image: &Reference,
-    manifest: &Manifest,
-) -> Result<Option<Timestamp>, registry::Error> {
+async fn of_manifest(registry: &Registry, image: &Reference, manifest: &Manifest) -> Result<Option<Timestamp>, registry::Error> {
     #[derive(Deserialize)]
     struct OfImage {
         config: Descriptor,

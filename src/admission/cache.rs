@@ -41,7 +41,8 @@ impl<K: Hash + Eq + Clone, V: Clone> Generations<K, V> {
         self.old.clear();
     }
 
-    pub(super) fn len(&self) -> usize {
+    #[cfg(test)]
+    fn len(&self) -> usize {
         self.young.len() + self.old.len()
     }
 }

@@ -37,10 +37,8 @@ impl fmt::Display for Pending {
 impl Daemon {
     /// `url` is `http://…`, `https://…` or `unix:///path/of/countersign.sock`.
     pub fn new(url: &Url) -> Result<Self, reqwest::Error> {
-        let builder = reqwest::Client::builder()
-            .connect_timeout(PATIENCE)
-            .timeout(PATIENCE)
-            .redirect(reqwest::redirect::Policy::none());
+        let builder =
+            reqwest::Client::builder().connect_timeout(PATIENCE).timeout(PATIENCE).redirect(reqwest::redirect::Policy::none());
         let (builder, base) = if url.scheme() == "unix" {
             let base = "http://localhost/".parse().expect("it is a URL");
             (builder.no_proxy().unix_socket(PathBuf::from(url.path())), base)

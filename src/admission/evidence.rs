@@ -91,8 +91,6 @@ pub struct Settings {
     pub registries: HashMap<RegistryName, Registry>,
     /// The witnesses whose signatures count, by name.
     pub witnesses: Vec<(String, TrustedKeys)>,
-    /// Whether any policy takes signatures under other names.
-    pub elsewhere: bool,
     /// Images that are remembered, and for how long.
     pub entries: usize,
     pub keep: Duration,
@@ -210,10 +208,10 @@ impl Examiner {
         self.0.settings.registries.values()
     }
 
-    /// Images that are remembered, questions that memory answered, and those that it did not.
+    /// Questions that memory answered, and those that it did not.
     #[must_use]
-    pub fn counts(&self) -> (usize, u64, u64) {
-        (self.0.memory().standing.len(), self.0.hits.load(Relaxed), self.0.misses.load(Relaxed))
+    pub fn counts(&self) -> (u64, u64) {
+        (self.0.hits.load(Relaxed), self.0.misses.load(Relaxed))
     }
 }
 
@@ -251,8 +249,7 @@ impl Inner {
         let registry = self.registry(&image)?;
         let at = Instant::now();
         let now = self.settings.clock.now();
-        let trusts: Vec<Trust<'_>> =
-            self.settings.witnesses.iter().map(|(witness, keys)| Trust { witness, keys }).collect();
+        let trusts: Vec<Trust<'_>> = self.settings.witnesses.iter().map(|(witness, keys)| Trust { witness, keys }).collect();
         let examination = verify::examine(registry, &image, &trusts, now).await?;
         let mut evidence = Evidence {
             exists: examination.digest.is_some(),
@@ -261,7 +258,7 @@ impl Inner {
             at,
         };
         let is_elsewhere = |signature: &Signature| matches!(signature, Signature::Elsewhere { witness: None, .. });
-        if self.settings.elsewhere && evidence.signatures.iter().any(is_elsewhere) {
+        if evidence.signatures.iter().any(is_elsewhere) {
             // Whose they are is told by asking for each witness alone.
             evidence.signatures.retain(|signature| !is_elsewhere(signature));
             for trust in &trusts {

@@ -84,7 +84,12 @@ pub struct Terms {
 
 impl Judge {
     /// Judges each different text once, in the order they first come. None if there are more than [`MOST_IMAGES`].
-    pub async fn images(&self, texts: impl IntoIterator<Item = &str>, policies: &[Arc<Bound>], terms: Terms) -> Option<Vec<Verdict>> {
+    pub async fn images(
+        &self,
+        texts: impl IntoIterator<Item = &str>,
+        policies: &[Arc<Bound>],
+        terms: Terms,
+    ) -> Option<Vec<Verdict>> {
         let mut seen = HashSet::new();
         let different: Vec<&str> = texts.into_iter().filter(|text| seen.insert(*text)).take(MOST_IMAGES + 1).collect();
         if different.len() > MOST_IMAGES {
@@ -152,7 +157,8 @@ impl Judge {
         let mut unmet = vec![];
         for bound in demands {
             let policy = &bound.policy;
-            let why = self.objection(policy, &image, &evidence).await?;
+            // What cannot be asked for one policy's sake is held against that one alone.
+            let why = self.objection(policy, &image, &evidence).await.unwrap_or_else(|failure| Some(failure.into()));
             let why = match (why, by_tag, policy.tags) {
                 (why, false, _) => why,
                 (why, true, Tags::Deny) => Some(Why::Tag { pinned: Box::new(image.clone()), otherwise: why.map(Box::new) }),
@@ -179,7 +185,8 @@ impl Judge {
         }
         let Some(max_age) = policy.max_age else { return Ok(None) };
         let Some(built) = self.examiner.built(image).await? else { return Ok(Some(Why::Ageless)) };
-        let is_old = self.clock.now().duration_since(built) > jiff::SignedDuration::try_from(max_age).unwrap_or(jiff::SignedDuration::MAX);
+        let is_old =
+            self.clock.now().duration_since(built) > jiff::SignedDuration::try_from(max_age).unwrap_or(jiff::SignedDuration::MAX);
         Ok(is_old.then_some(Why::Old { built, max_age }))
     }
 

@@ -167,7 +167,11 @@ fn spans(text: &str) -> Result<Spans, Error> {
                     *open = Some("\u{0}".to_owned());
                     levels.push(Level::Key);
                 }
-                levels.push(if matches!(event, Event::MappingStart(..)) { Level::Map { key: None } } else { Level::List { index: 0 } });
+                levels.push(if matches!(event, Event::MappingStart(..)) {
+                    Level::Map { key: None }
+                } else {
+                    Level::List { index: 0 }
+                });
             }
             Event::MappingEnd | Event::SequenceEnd => {
                 levels.pop();
@@ -185,8 +189,12 @@ fn spans(text: &str) -> Result<Spans, Error> {
 
 enum Level {
     /// None: the key comes next.
-    Map { key: Option<String> },
-    List { index: usize },
+    Map {
+        key: Option<String>,
+    },
+    List {
+        index: usize,
+    },
     /// Within a key that is itself a collection.
     Key,
 }
@@ -283,7 +291,8 @@ items:
 
     #[test]
     fn an_alias_is_pinned_at_its_anchor_and_once() {
-        let text = "x: &i app:1\napiVersion: v1\nkind: Pod\nspec:\n  containers:\n  - {name: a, image: *i}\n  - {name: b, image: *i}\n";
+        let text =
+            "x: &i app:1\napiVersion: v1\nkind: Pod\nspec:\n  containers:\n  - {name: a, image: *i}\n  - {name: b, image: *i}\n";
         let objects = objects(text).unwrap();
         let change = |pointer| Change { object: &objects[0], pointer, before: "app:1", after: "app:1@d".to_owned() };
         let changed = replace(text, &[change("/spec/containers/0/image"), change("/spec/containers/1/image")]).unwrap();

@@ -178,7 +178,8 @@ mod tests {
 
     #[test]
     fn a_review_is_read_and_its_objects_stay_as_they_came() {
-        let body = br#"{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1","request":{"uid":"u-1","kind":{"group":"apps",
+        let body =
+            br#"{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1","request":{"uid":"u-1","kind":{"group":"apps",
             "version":"v1","kind":"Deployment"},"operation":"CREATE","namespace":"payments","userInfo":{"username":"\u0061nna",
             "groups":["devs"],"extra":{"a":["b"]}},"object":{"spec": {}},"oldObject":null,"dryRun":true,"options":null}}"#;
         let request = Request::parse(body).unwrap();
@@ -211,7 +212,10 @@ mod tests {
         assert_eq!(decoded, br#"[{"op":"replace","path":"/spec/containers/0/image","value":"a@b"}]"#);
         let denied = Response { denied: Some("no".into()), patch, ..Response::default() };
         let told: serde_json::Value = serde_json::from_slice(&denied.to_json("u")).unwrap();
-        assert_eq!((&told["response"]["patch"], &told["response"]["status"]["message"]), (&serde_json::Value::Null, &"no".into()));
+        assert_eq!(
+            (&told["response"]["patch"], &told["response"]["status"]["message"]),
+            (&serde_json::Value::Null, &"no".into())
+        );
     }
 
     #[test]

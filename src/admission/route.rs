@@ -84,7 +84,9 @@ const WAY_BACK: Duration = Duration::from_millis(200);
 /// `POST /validate` and `POST /mutate`.
 pub fn router(webhook: Arc<Webhook>) -> Router {
     let at = |endpoint| {
-        post(move |State(webhook): State<Arc<Webhook>>, request: HttpRequest| async move { webhook.answer(endpoint, request).await })
+        post(
+            move |State(webhook): State<Arc<Webhook>>, request: HttpRequest| async move { webhook.answer(endpoint, request).await },
+        )
     };
     Router::new().route("/validate", at(Endpoint::Validate)).route("/mutate", at(Endpoint::Mutate)).with_state(webhook)
 }

@@ -47,16 +47,11 @@ async fn bench(policies: Vec<Policy>) -> Bench {
         examiner: Examiner::new(ExaminerSettings {
             registries: HashMap::from([(silent.parse().unwrap(), registry)]),
             witnesses: vec![],
-            elsewhere: false,
             entries: 100,
             keep: Duration::from_secs(60),
             clock: clock.clone(),
         }),
-        breakglass: Some(Breakglass {
-            users: vec!["anna".into()],
-            groups: vec![],
-            longest: Duration::from_secs(24 * 3600),
-        }),
+        breakglass: Some(Breakglass { users: vec!["anna".into()], groups: vec![], longest: Duration::from_secs(24 * 3600) }),
         daemon: None,
         clock,
     };
@@ -130,7 +125,10 @@ async fn an_image_that_cannot_be_verified_is_denied_with_the_line_that_users_kno
     let bench = bench(vec![policy()]).await;
     let response = bench.create("payments", &["alpine:3.11", "alpine:3.11", "Bad Reference"]).await;
     let text = message(&response);
-    assert!(text.starts_with("image alpine:3.11 is not attested\n  policy payments: images of the registry docker.io "), "{text}");
+    assert!(
+        text.starts_with("image alpine:3.11 is not attested\n  policy payments: images of the registry docker.io "),
+        "{text}"
+    );
     assert_eq!(text.matches("alpine:3.11 is not attested").count(), 1);
     assert!(text.contains("\nimage Bad Reference is not attested\n  policy payments: it is no image reference"), "{text}");
 }

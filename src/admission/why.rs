@@ -154,7 +154,10 @@ fn write_fault(f: &mut fmt::Formatter<'_>, witness: &str, fault: &Fault) -> fmt:
             write!(f, "witness {witness} signed it in the format {}, which this policy does not take", formats.join(" and "))
         }
         Fault::OtherName(name) => {
-            write!(f, "witness {witness} signed it as {name}, and not under this name: use that name, or have it signed under this")
+            write!(
+                f,
+                "witness {witness} signed it as {name}, and not under this name: use that name, or have it signed under this"
+            )
         }
         Fault::Rejected(rejection @ (Rejection::Expired { .. } | Rejection::Revoked { .. })) => {
             write!(f, "{rejection}: have it signed again, with a key that counts")

@@ -335,7 +335,15 @@ mod tests {
     #[test]
     fn objects_that_are_not_what_they_say_are_errors_and_never_panics() {
         let pod = GroupKind { group: String::new(), kind: "Pod".to_owned() };
-        for object in [json!(null), json!([]), json!("x"), json!({"spec": 1}), json!({"spec": {"containers": {}}}), json!({"metadata": []}), json!({"spec": {"containers": [["web", "web:1"]]}})] {
+        for object in [
+            json!(null),
+            json!([]),
+            json!("x"),
+            json!({"spec": 1}),
+            json!({"spec": {"containers": {}}}),
+            json!({"metadata": []}),
+            json!({"spec": {"containers": [["web", "web:1"]]}}),
+        ] {
             assert!(Kinds::default().read(&pod, &to_raw_value(&object).unwrap()).is_err(), "{object}");
         }
         for object in [json!({}), json!({"spec": null}), json!({"metadata": null, "spec": {"containers": null}})] {

@@ -21,7 +21,7 @@ use crate::{
     config::{self, Certificate, Config},
     http::{Readiness, Server, Tls},
     lifecycle::Lifecycle,
-    policy::{Patterns, Policies, SignedAs},
+    policy::{Patterns, Policies},
     registry::{Credentials, Registry, Timeouts},
     telemetry::{CONTENT_TYPE as METRICS_TYPE, LogHandle, Metrics, Sample},
     witness::{self, TrustedKeys},
@@ -32,7 +32,6 @@ const LOOK: Duration = Duration::from_secs(10);
 const REMEMBERED: &[(&str, &str)] = &[
     ("admission_cache_hits", "Questions about images that were answered from memory"),
     ("admission_cache_misses", "Questions about images that a registry was asked"),
-    ("admission_cache_entries", "Images that are remembered for having verified"),
 ];
 
 /// What images are judged by, as the configuration has it. `cluster` is the one that policies are to be taken of.
@@ -50,14 +49,14 @@ pub fn judge(config: &Config, clock: &Clock, metrics: Option<&Metrics>, cluster:
     let examiner = Examiner::new(ExaminerSettings {
         registries: registries.collect::<anyhow::Result<_>>()?,
         witnesses,
-        elsewhere: policies.all().iter().any(|bound| bound.policy.signed_as == SignedAs::Digest),
         entries: settings.cache.entries,
         keep: settings.cache.keep,
         clock: clock.clone(),
     });
-    let kinds = settings.kinds.iter().map(|custom| {
-        (GroupKind { group: custom.group.clone(), kind: custom.kind.clone() }, custom.paths.clone())
-    });
+    let kinds = settings
+        .kinds
+        .iter()
+        .map(|custom| (GroupKind { group: custom.group.clone(), kind: custom.kind.clone() }, custom.paths.clone()));
     Ok(Judge {
         policies,
         allow: Patterns::parse(&settings.allow).map_err(|problem| anyhow!(problem).context("[admission] allow"))?,
@@ -89,7 +88,8 @@ fn open_registry(
     let mut settings = registry_settings(registry, metrics)?;
     settings.credentials = settings.credentials.or(login);
     // Who waits longer than a review may take waits for nobody.
-    settings.timeouts = Timeouts { connect: settings.timeouts.connect.min(deadline), request: settings.timeouts.request.min(deadline) };
+    settings.timeouts =
+        Timeouts { connect: settings.timeouts.connect.min(deadline), request: settings.timeouts.request.min(deadline) };
     Ok(Registry::new(settings)?)
 }
 
@@ -144,8 +144,8 @@ fn attach_counters(metrics: &Metrics, webhook: &Arc<Webhook>) {
     metrics.attach(admission::FAMILIES, move || counters.samples());
     let webhook = webhook.clone();
     metrics.attach(REMEMBERED, move || {
-        let (entries, hits, misses) = webhook.judge().examiner.counts();
-        let values = [hits, misses, entries as u64];
+        let (hits, misses) = webhook.judge().examiner.counts();
+        let values = [hits, misses];
         let sample = |((name, _), value): (&(&'static str, &str), u64)| Sample { name, labels: vec![], value };
         REMEMBERED.iter().zip(values).map(sample).collect()
     });
@@ -251,7 +251,9 @@ impl Reloader {
             (admission.listen, certificate, admission.deadline)
         };
         if of_start(&config) != of_start(&self.config) || fixed(&config.server) != fixed(&self.config.server) {
-            return Err(anyhow!("[server], and `listen`, `tls` and `deadline` of [admission], cannot be changed while it runs: restart it"));
+            return Err(anyhow!(
+                "[server], and `listen`, `tls` and `deadline` of [admission], cannot be changed while it runs: restart it"
+            ));
         }
         let judge = judge(&config, &self.clock, Some(&self.metrics), config.admission.cluster.as_deref())?;
         let policies = judge.policies.all().len();

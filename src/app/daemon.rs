@@ -112,7 +112,11 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
 
 /// Lets `task` finish while draining, and drops it when most of the grace period is over: what it has in hand goes back to the
 /// queue, and a registry or a KMS that hangs does not make an orderly stop a failure.
-pub(super) async fn in_time<T: IntoEnd>(drain: CancellationToken, grace: Duration, task: impl Future<Output = T>) -> Result<(), BoxError> {
+pub(super) async fn in_time<T: IntoEnd>(
+    drain: CancellationToken,
+    grace: Duration,
+    task: impl Future<Output = T>,
+) -> Result<(), BoxError> {
     let late = async {
         drain.cancelled().await;
         tokio::time::sleep(grace * 3 / 4).await;

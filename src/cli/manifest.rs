@@ -141,17 +141,16 @@ async fn pin(judge: &Judge, verdict: &Verdict) -> anyhow::Result<Pin> {
         return Ok(Pin::To(pinned.clone()));
     }
     // A policy that denies tags has nothing against the digest that it is about to get.
-    let tags: Option<Vec<&Reference>> = verdict
-        .enforced()
-        .map(|unmet| match &unmet.why {
-            Why::Tag { pinned, otherwise: None } => Some(&**pinned),
-            _ => None,
-        })
-        .collect();
-    match tags.as_deref() {
-        None => return Ok(Pin::Unmet),
-        Some([pinned, ..]) => return Ok(Pin::To((*pinned).clone())),
-        Some([]) => {}
+    let is_only_tag = |why: &Why| matches!(why, Why::Tag { otherwise: None, .. });
+    if !verdict.enforced().all(|unmet| is_only_tag(&unmet.why)) {
+        return Ok(Pin::Unmet);
+    }
+    let looked_at = verdict.unmet.iter().find_map(|unmet| match &unmet.why {
+        Why::Tag { pinned, .. } => Some(&**pinned),
+        _ => None,
+    });
+    if let Some(pinned) = looked_at {
+        return Ok(Pin::To(pinned.clone()));
     }
     let Ok(mut image) = verdict.text.parse::<Reference>() else { return Ok(Pin::Not) };
     if image.digest.is_some() || !judge.examiner.knows(&image.registry) || judge.allow.hold(&image) {

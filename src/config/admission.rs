@@ -87,7 +87,12 @@ pub(crate) static TABLE: Table = Table {
             "The certificate that the cluster's API server sees: made and rotated by itself, or read from files and read again when \
              they change.",
         ),
-        Key::optional("cluster", Kind::Text(&PLAIN), "\"prod-eu\"", "The cluster that this webhook stands in, as policies name it."),
+        Key::optional(
+            "cluster",
+            Kind::Text(&PLAIN),
+            "\"prod-eu\"",
+            "The cluster that this webhook stands in, as policies name it.",
+        ),
         Key::defaulted(
             "deadline",
             Kind::Duration { least: 100, most: 30_000 },
@@ -138,7 +143,12 @@ static TLS: Table = Table {
     title: "`tls`",
     doc: "The certificate that the API server sees.",
     keys: &[
-        Key::optional("certificate", Kind::Path, "\"tls/tls.crt\"", "A PEM file: the certificate, then those that lead to its root."),
+        Key::optional(
+            "certificate",
+            Kind::Path,
+            "\"tls/tls.crt\"",
+            "A PEM file: the certificate, then those that lead to its root.",
+        ),
         Key::optional("key", Kind::Secret, "{ file = \"tls/tls.key\" }", "The certificate's private key, as PEM."),
         Key::optional(
             "folder",
@@ -310,7 +320,8 @@ fn custom_kind(section: &Section<'_>) -> Option<CustomKind> {
 }
 
 fn daemon(text: &str) -> Result<Url, Wrong> {
-    const HELP: &str = "write \"unix:///var/lib/countersign/countersign.sock\", the socket in the daemon's folder, or an https:// URL";
+    const HELP: &str =
+        "write \"unix:///var/lib/countersign/countersign.sock\", the socket in the daemon's folder, or an https:// URL";
     let url: Url = text.parse().map_err(|error| Wrong::new(format!("`daemon` is no URL: {error}"), HELP))?;
     let is_socket = url.scheme() == "unix" && url.path().len() > 1;
     let is_web = matches!(url.scheme(), "http" | "https") && url.has_host();

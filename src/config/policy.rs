@@ -201,7 +201,8 @@ pub(crate) fn patterns(value: &Value<'_>) -> Option<Vec<String>> {
 fn formats(value: &Value<'_>) -> Option<Vec<Format>> {
     let mut formats = rule::each_format(value)?;
     if formats.is_empty() {
-        return value.wrong(Wrong::new("no signature could count: `formats` is empty", "leave `formats` out to take all of them"));
+        return value
+            .wrong(Wrong::new("no signature could count: `formats` is empty", "leave `formats` out to take all of them"));
     }
     let mut seen = HashSet::new();
     formats.retain(|format| seen.insert(*format));

@@ -23,7 +23,11 @@ impl Patterns {
                 .literal_separator(true)
                 .build()
                 .map_err(|error| format!("\"{pattern}\" is no pattern: {}", error.kind()))?;
-            if names_an_image(&text) { references.add(glob) } else { names.add(glob) };
+            if names_an_image(&text) {
+                references.add(glob)
+            } else {
+                names.add(glob)
+            };
         }
         let build = |set: GlobSetBuilder| set.build().map_err(|error| format!("the patterns together are too large: {error}"));
         Ok(Self { names: build(names)?, references: build(references)? })

@@ -240,7 +240,11 @@ impl Inner {
             "From the receipt of an event to its signature in the registry",
             self.push_to_signed_seconds.clone(),
         );
-        to.register("admission_review_seconds", "How long admission reviews took, by what came of them", self.review_seconds.clone());
+        to.register(
+            "admission_review_seconds",
+            "How long admission reviews took, by what came of them",
+            self.review_seconds.clone(),
+        );
         to.register("config_reloads", "How often the configuration was read again", self.config_reloads.clone());
         to.register(
             "config_last_reload_success",

@@ -21,10 +21,8 @@ fn judged(policy: &Policy, tag: &str, signatures: &[Signature]) -> &'static str 
 
 #[test]
 fn the_nearest_miss_is_the_reason() {
-    let revoked =
-        || Rejection::Revoked { witness: "release".into(), at: jiff::Timestamp::UNIX_EPOCH, reason: "stolen".into() };
-    let of_other =
-        || Rejection::Revoked { witness: "dev".into(), at: jiff::Timestamp::UNIX_EPOCH, reason: String::new() };
+    let revoked = || Rejection::Revoked { witness: "release".into(), at: jiff::Timestamp::UNIX_EPOCH, reason: "stolen".into() };
+    let of_other = || Rejection::Revoked { witness: "dev".into(), at: jiff::Timestamp::UNIX_EPOCH, reason: String::new() };
     let elsewhere =
         || Signature::Elsewhere { witness: Some("release".into()), format: "cosign", reference: "r.example.com/other:1".into() };
     let unknown = || Signature::Falls(Rejection::UnknownKey);
@@ -54,7 +52,8 @@ fn every_witness_must_have_signed() {
 #[test]
 fn the_name_that_was_signed_counts_as_the_policy_says() {
     let simple = format!("r.example.com/team/app@{DIGEST}");
-    let elsewhere = Signature::Elsewhere { witness: Some("release".into()), format: "cosign", reference: "m.example.com/app:1".into() };
+    let elsewhere =
+        Signature::Elsewhere { witness: Some("release".into()), format: "cosign", reference: "m.example.com/app:1".into() };
     for (signature, tag, name, by_tag, digest) in [
         (stands("release", "r.example.com/team/app:1"), ":1", true, true, true),
         (stands("release", "r.example.com/team/app:1"), "", true, false, true),

@@ -4,6 +4,7 @@
 //! a round of one, a round of the other, three times over; what is printed are medians. The numbers are also left in
 //! `target/bench.json`.
 
+mod admission;
 mod bare;
 mod cosign;
 mod events;
@@ -26,10 +27,10 @@ use integration_tests::{daemon, process};
 
 use crate::report::{load_average, summary, target};
 
-const PARTS: [&str; 7] = ["signing", "requests", "latency", "events", "memory", "rules", "cosign"];
+const PARTS: [&str; 8] = ["signing", "requests", "latency", "events", "memory", "rules", "cosign", "admission"];
 const USAGE: &str = "usage: bench [--quick] [--only NAME]...
   --quick       small numbers and one round, to see that it works
-  --only NAME   only this part: signing, requests, latency, events, memory, rules or cosign";
+  --only NAME   only this part: signing, requests, latency, events, memory, rules, cosign or admission";
 
 /// How much of it.
 #[derive(Debug, Clone, Copy)]
@@ -74,6 +75,7 @@ async fn main() -> Result<ExitCode> {
             "memory" => memory::measure(scale).await,
             "rules" => rules::measure(scale).await,
             "cosign" => cosign::measure(scale).await,
+            "admission" => admission::measure(scale).await,
             other => unreachable!("{other} is no part"),
         };
         tables.push(table.with_context(|| format!("measure {part}"))?);
