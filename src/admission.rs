@@ -138,46 +138,7 @@ impl Judge {
             ));
         };
         counters.judged(&verdicts);
-        self.respond(request, &policies, &images, &verdicts)
-    }
-
-    fn respond(
-        &self,
-        request: &Request<'_>,
-        policies: &[Arc<Bound>],
-        images: &[Image],
-        verdicts: &[Verdict],
-    ) -> (Decision, Response) {
-        let mut response = Response {
-            denied: answer::denial(verdicts),
-            warnings: answer::warnings(verdicts),
-            audit: answer::audit(verdicts),
-            patch: vec![],
-        };
-        let decision = if response.denied.is_some() { Decision::Denied } else { Decision::Attested };
-        if decision == Decision::Attested {
-            for image in images {
-                let pinned =
-                    verdicts.iter().find(|verdict| verdict.text == image.text).and_then(|verdict| verdict.pinned.as_ref());
-                response.patch.extend(pinned.map(|pinned| image.replaced_by(pinned.to_string())));
-            }
-        }
-        for verdict in verdicts.iter().filter(|verdict| !verdict.unmet.is_empty()) {
-            let reasons: Vec<_> =
-                verdict.unmet.iter().take(8).map(|unmet| (unmet.bound.policy.name.as_str(), unmet.why.name())).collect();
-            info!(
-                namespace = request.namespace,
-                kind = request.kind.kind,
-                name = request.name,
-                user = request.user_info.username,
-                image = shown(&verdict.text),
-                policies = policies.len(),
-                reasons = ?reasons,
-                denied = response.denied.is_some(),
-                "an image is not attested"
-            );
-        }
-        (decision, response)
+        respond(request, &policies, &images, &verdicts)
     }
 
     fn read_old(&self, request: &Request<'_>, old: &RawValue) -> Result<Workload, String> {
@@ -233,6 +194,39 @@ impl Judge {
             }
         }
     }
+}
+
+/// What the API server is told of the images that were judged.
+fn respond(request: &Request<'_>, policies: &[Arc<Bound>], images: &[Image], verdicts: &[Verdict]) -> (Decision, Response) {
+    let mut response = Response {
+        denied: answer::denial(verdicts),
+        warnings: answer::warnings(verdicts),
+        audit: answer::audit(verdicts),
+        patch: vec![],
+    };
+    let decision = if response.denied.is_some() { Decision::Denied } else { Decision::Attested };
+    if decision == Decision::Attested {
+        for image in images {
+            let pinned = verdicts.iter().find(|verdict| verdict.text == image.text).and_then(|verdict| verdict.pinned.as_ref());
+            response.patch.extend(pinned.map(|pinned| image.replaced_by(pinned.to_string())));
+        }
+    }
+    for verdict in verdicts.iter().filter(|verdict| !verdict.unmet.is_empty()) {
+        let reasons: Vec<_> =
+            verdict.unmet.iter().take(8).map(|unmet| (unmet.bound.policy.name.as_str(), unmet.why.name())).collect();
+        info!(
+            namespace = request.namespace,
+            kind = request.kind.kind,
+            name = request.name,
+            user = request.user_info.username,
+            image = shown(&verdict.text),
+            policies = policies.len(),
+            reasons = ?reasons,
+            denied = response.denied.is_some(),
+            "an image is not attested"
+        );
+    }
+    (decision, response)
 }
 
 #[cfg(test)]

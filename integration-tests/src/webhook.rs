@@ -106,12 +106,12 @@ impl Webhook {
         ensure!(answer["apiVersion"] == "admission.k8s.io/v1" && answer["kind"] == "AdmissionReview", "no review: {answer}");
         let response = answer["response"].clone();
         ensure!(response["uid"] == review["request"]["uid"], "the answer to another review: {response}");
-        let patch = match response["patch"].as_str() {
-            Some(patch) => serde_json::from_slice(&STANDARD.decode(patch)?)?,
+        let operations = match response["patch"].as_str() {
+            Some(encoded) => serde_json::from_slice(&STANDARD.decode(encoded)?)?,
             None => Vec::new(),
         };
         let message = response["status"]["message"].as_str().unwrap_or_default().to_owned();
-        Ok(Answer { allowed: response["allowed"] == true, message, patch, response })
+        Ok(Answer { allowed: response["allowed"] == true, message, patch: operations, response })
     }
 
     /// Whether a pod of this image may be created in the namespace.

@@ -107,7 +107,7 @@ async fn in_every_kind_a_tag_and_an_unsigned_digest_are_denied_and_a_signed_dige
         review
     };
     assert!(webhook.call(path, &with_debugger(&signed)).await?.allowed);
-    let denied = webhook.call(path, &with_debugger(&format!("{unsigned}"))).await?;
+    let denied = webhook.call(path, &with_debugger(&unsigned)).await?;
     assert!(denied.why(&unsigned)?.contains("it is not signed"));
     Ok(())
 }

@@ -100,7 +100,8 @@ fn cut(text: &str, most: usize) -> String {
     if text.len() <= most {
         return text.to_owned();
     }
-    let end = text.floor_char_boundary(most - '…'.len_utf8());
+    let room = most - '…'.len_utf8();
+    let end = text.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= room).last().unwrap_or_default();
     format!("{}…", &text[..end])
 }
 

@@ -51,19 +51,19 @@ impl DockerConfig {
         #[derive(Deserialize)]
         struct Wire {
             #[serde(default)]
-            auths: HashMap<String, Auth>,
+            auths: HashMap<String, Login>,
         }
         #[derive(Deserialize)]
-        struct Auth {
+        struct Login {
             auth: Option<String>,
             username: Option<String>,
             password: Option<String>,
         }
         // What the parser says of it could quote a password.
         let wire: Wire = serde_json::from_slice(text).map_err(|_| Error::Malformed)?;
-        let login = |(key, auth): (String, Auth)| {
+        let login = |(key, login): (String, Login)| {
             let registry = registry_of(&key)?;
-            let (username, password) = match (auth.username, auth.password, auth.auth) {
+            let (username, password) = match (login.username, login.password, login.auth) {
                 (Some(username), Some(password), _) => (username, password.into()),
                 (_, _, Some(auth)) => decode(&auth)?,
                 _ => return None,

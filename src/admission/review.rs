@@ -148,7 +148,7 @@ impl Response {
         }
         let operations = || {
             let replace = |one: &Replace| serde_json::json!(Operation { op: "replace", path: &one.path, value: &one.value });
-            serde_json::Value::from_iter(self.patch.iter().map(replace)).to_string()
+            self.patch.iter().map(replace).collect::<serde_json::Value>().to_string()
         };
         let is_patched = self.denied.is_none() && !self.patch.is_empty();
         let response = Wire {

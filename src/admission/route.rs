@@ -50,8 +50,8 @@ impl Webhook {
 
     /// How long a call may take: some of what the API server waits is needed for the way back.
     fn patience(&self, query: Option<&str>) -> Duration {
-        let asked = timeout_of(query).map_or(self.patience, |timeout| timeout - (timeout / 10).max(WAY_BACK).min(timeout / 2));
-        asked.min(self.patience)
+        let within = |timeout: Duration| timeout.saturating_sub((timeout / 10).max(WAY_BACK).min(timeout / 2));
+        timeout_of(query).map_or(self.patience, within).min(self.patience)
     }
 
     async fn answer(&self, endpoint: Endpoint, request: HttpRequest) -> Result<HttpResponse, Problem> {

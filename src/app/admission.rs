@@ -159,16 +159,18 @@ fn metrics_route(metrics: &Metrics) -> Router {
 /// Where the certificate comes from.
 enum Serving {
     Files(config::Tls),
-    Own { authority: Authority, names: Vec<String>, clock: Clock },
+    Own { authority: Box<Authority>, names: Vec<String>, clock: Clock },
 }
 
 impl Serving {
     fn open(certificate: &Certificate, clock: &Clock) -> anyhow::Result<Self> {
         Ok(match certificate {
             Certificate::Files(tls) => Self::Files(tls.clone()),
-            Certificate::Own { folder, names } => {
-                Self::Own { authority: Authority::open(folder, clock.now())?, names: names.clone(), clock: clock.clone() }
-            }
+            Certificate::Own { folder, names } => Self::Own {
+                authority: Box::new(Authority::open(folder, clock.now())?),
+                names: names.clone(),
+                clock: clock.clone(),
+            },
         })
     }
 

@@ -10,6 +10,7 @@ use super::{
     report::{Wrong, cut},
     server::{self, ADDRESS},
     shape::{ANY_TEXT, Grammar, Key, Kind, Table},
+    value::Value,
 };
 
 /// The admission webhook.
@@ -290,8 +291,8 @@ fn cache(section: &Section<'_>) -> Option<Cache> {
 }
 
 fn breakglass(section: &Section<'_>) -> Option<Breakglass> {
-    let users = section.value("users").and_then(|value| value.each(|element| element.text()));
-    let groups = section.value("groups").and_then(|value| value.each(|element| element.text()));
+    let users = section.value("users").and_then(|value| value.each(Value::text));
+    let groups = section.value("groups").and_then(|value| value.each(Value::text));
     let longest = section.value("longest").and_then(|value| value.duration());
     let (users, groups) = (users?, groups?);
     if users.is_empty() && groups.is_empty() {

@@ -1,6 +1,7 @@
 //! What a review costs the cluster that waits for it: from memory and from the registry, with many containers and many
 //! policies, beside a request to the same server that does nothing.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -32,14 +33,14 @@ pub async fn measure(scale: Scale) -> Result<Table> {
     let key = folder.path().join("release.pub.pem");
     fs::write(&key, stage.public_key_pem().await?)?;
     let config = |policies: usize| {
-        let policies: String = (0..policies)
-            .map(|number| {
-                format!("[[policy]]\nname = \"p{number}\"\nwitness = \"release\"\nnamespace = \"payments\"\nenabled = true\n\n")
-            })
-            .collect();
+        let mut text = String::new();
+        for number in 0..policies {
+            let policy = format!("name = \"p{number}\"\nwitness = \"release\"\nnamespace = \"payments\"\nenabled = true");
+            writeln!(text, "[[policy]]\n{policy}\n").expect("a String takes everything");
+        }
         format!(
             "[[registry]]\nname = \"{host}\"\nurl = \"http://{host}\"\n\n[[witness]]\nname = \"release\"\n\
-             key = \"awskms:///alias/never-asked?region=eu-west-1\"\npublic_key = \"{}\"\n\n{policies}",
+             key = \"awskms:///alias/never-asked?region=eu-west-1\"\npublic_key = \"{}\"\n\n{text}",
             key.display(),
             host = registry.host(),
         )
