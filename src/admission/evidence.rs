@@ -204,10 +204,6 @@ impl Examiner {
         self.0.settings.registries.contains_key(registry)
     }
 
-    pub fn registries(&self) -> impl Iterator<Item = &Registry> {
-        self.0.settings.registries.values()
-    }
-
     /// Questions that memory answered, and those that it did not.
     #[must_use]
     pub fn counts(&self) -> (u64, u64) {
