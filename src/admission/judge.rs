@@ -148,45 +148,52 @@ impl Judge {
             image.digest = Some(digest);
         }
         let mut evidence = self.examiner.evidence(&image, Freshness::Any).await?;
-        if evidence.age() >= DENIAL && demands.iter().any(|bound| objection(&bound.policy, &image, &evidence).is_some()) {
+        let judge_by = |evidence: &Evidence| -> Vec<Option<Why>> {
+            demands.iter().map(|bound| objection(&bound.policy, &image, evidence)).collect()
+        };
+        let mut objections = judge_by(&evidence);
+        if evidence.age() >= DENIAL && objections.iter().any(Option::is_some) {
             // It may have been signed since. If that cannot be asked now, what is known counts.
             if let Ok(newer) = self.examiner.evidence(&image, Freshness::Fresh).await {
                 evidence = newer;
+                objections = judge_by(&evidence);
             }
         }
         let mut unmet = vec![];
-        for bound in demands {
+        let mut is_approved = false;
+        for (bound, mut why) in demands.iter().zip(objections) {
             let policy = &bound.policy;
-            // What cannot be asked for one policy's sake is held against that one alone.
-            let why = self.objection(policy, &image, &evidence).await.unwrap_or_else(|failure| Some(failure.into()));
-            let why = match (why, by_tag, policy.tags) {
-                (why, false, _) => why,
-                (why, true, Tags::Deny) => Some(Why::Tag { pinned: Box::new(image.clone()), otherwise: why.map(Box::new) }),
-                (Some(why), true, Tags::Resolve) => Some(why),
-                (None, true, Tags::Resolve) if pins => None,
-                (None, true, Tags::Resolve) => Some(Why::NotPinned { pinned: Box::new(image.clone()) }),
-            };
+            if policy.through_index || policy.max_age.is_some() {
+                // What cannot be asked for one policy's sake is held against that one alone.
+                why = self.look_further(policy, &image, why).await.unwrap_or_else(|failure| Some(failure.into()));
+            }
+            if by_tag {
+                why = match (why, policy.tags) {
+                    (why, Tags::Deny) => Some(Why::Tag { pinned: Box::new(image.clone()), otherwise: why.map(Box::new) }),
+                    (None, Tags::Resolve) if !pins => Some(Why::NotPinned { pinned: Box::new(image.clone()) }),
+                    (why, Tags::Resolve) => {
+                        is_approved |= why.is_none();
+                        why
+                    }
+                };
+            }
             unmet.extend(why.map(|why| Unmet { bound: bound.clone(), why }));
         }
         // Only what some policy that resolves tags has approved, and no policy keeps from running.
-        let is_unmet = |bound: &Arc<Bound>| unmet.iter().any(|unmet: &Unmet| Arc::ptr_eq(&unmet.bound, bound));
-        let is_approved = demands.iter().any(|bound| bound.policy.tags == Tags::Resolve && !is_unmet(bound));
         let is_kept = unmet.iter().any(|unmet| unmet.bound.policy.mode == Mode::Enforce);
-        let pinned = by_tag && pins && is_approved && !is_kept;
-        Ok((unmet, pinned.then_some(image)))
+        Ok((unmet, (is_approved && !is_kept).then_some(image)))
     }
 
-    /// What this policy has against an image with a digest.
-    async fn objection(&self, policy: &Policy, image: &Reference, evidence: &Evidence) -> Result<Option<Why>, Failure> {
-        if let Some(why) = objection(policy, image, evidence)
-            && !(policy.through_index && self.index_is_signed(policy, image).await?)
-        {
-            return Ok(Some(why));
+    /// What this policy has against an image with a digest, once the index that lists it and its age were asked for; `why` is
+    /// what it has against the image's own signatures.
+    async fn look_further(&self, policy: &Policy, image: &Reference, why: Option<Why>) -> Result<Option<Why>, Failure> {
+        if why.is_some() && !(policy.through_index && self.index_is_signed(policy, image).await?) {
+            return Ok(why);
         }
         let Some(max_age) = policy.max_age else { return Ok(None) };
         let Some(built) = self.examiner.built(image).await? else { return Ok(Some(Why::Ageless)) };
-        let is_old =
-            self.clock.now().duration_since(built) > jiff::SignedDuration::try_from(max_age).unwrap_or(jiff::SignedDuration::MAX);
+        let age = self.clock.now().duration_since(built);
+        let is_old = jiff::SignedDuration::try_from(max_age).is_ok_and(|max_age| age > max_age);
         Ok(is_old.then_some(Why::Old { built, max_age }))
     }
 
