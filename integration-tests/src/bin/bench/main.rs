@@ -4,6 +4,7 @@
 //! a round of one, a round of the other, three times over; what is printed are medians. The numbers are also left in
 //! `target/bench.json`.
 
+mod admission;
 mod bare;
 mod broker;
 mod cosign;
@@ -29,11 +30,12 @@ use integration_tests::{daemon, process};
 
 use crate::report::{load_average, summary, target};
 
-const PARTS: [&str; 9] = ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign"];
+const PARTS: [&str; 10] =
+    ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign", "admission"];
 const USAGE: &str = "usage: bench [--quick] [--only NAME]...
   --quick       small numbers and one round, to see that it works
   --only NAME   only this part: signing, requests, latency, events, memory, rules, rabbitmq,
-                dead-letters or cosign";
+                dead-letters, cosign or admission";
 
 /// How much of it.
 #[derive(Debug, Clone, Copy)]
@@ -80,6 +82,7 @@ async fn main() -> Result<ExitCode> {
             "rabbitmq" => rabbitmq::measure(scale).await,
             "dead-letters" => dead_letters::measure(scale).await,
             "cosign" => cosign::measure(scale).await,
+            "admission" => admission::measure(scale).await,
             other => unreachable!("{other} is no part"),
         };
         tables.push(table.with_context(|| format!("measure {part}"))?);
