@@ -12,6 +12,8 @@ HADOLINT=2.15.1
 BOTOCORE=1.43.106
 CARGO_DENY=0.20.2
 CARGO_FUZZ=0.13.2
+# A registry that has the referrers API, which docker-registry has not.
+FERRO_OCI_SERVER=1.0.0
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 tools=$top/.tools
@@ -213,6 +215,12 @@ cargo_deny() { build cargo-deny $CARGO_DENY; }
 
 cargo_fuzz() { build cargo-fuzz $CARGO_FUZZ; }
 
+ferro_oci_server() {
+    build ferro-oci-server $FERRO_OCI_SERVER
+    # It does not tell its version.
+    echo "ferro-oci-server $FERRO_OCI_SERVER" > "$tools/ferro-oci-server.version"
+}
+
 build() {
     command -v cargo > /dev/null || fail "there is no cargo; install a Rust toolchain (https://rustup.rs)"
     say "$1" "building version $2 (a minute or two, once)"
@@ -236,11 +244,12 @@ version_of() {
         openbao) "$tools/bin/bao" version ;;
         containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
         cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
+        ferro-oci-server) [ -x "$tools/bin/ferro-oci-server" ] && cat "$tools/ferro-oci-server.version" ;;
     esac 2> /dev/null | tail -n 1
 }
 
 wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack openbao postgresql rabbitmq hadolint cargo-deny)
+[ $# != 0 ] || wanted=(docker-registry ferro-oci-server cosign2 cosign3 skopeo ministack openbao postgresql rabbitmq hadolint cargo-deny)
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
@@ -248,11 +257,12 @@ for tool in "${wanted[@]}"; do
     case $tool:$version in
         *:) ;;
         "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
-        "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
+        "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ" | \
+            "ferro-oci-server:ferro-oci-server $FERRO_OCI_SERVER") continue ;;
         docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | hadolint:* | containers:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | rabbitmq | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | rabbitmq | hadolint | containers | cargo-deny | cargo-fuzz | ferro-oci-server) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"
