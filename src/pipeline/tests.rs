@@ -1,6 +1,7 @@
 //! Events through the whole pipeline, beside a registry that misbehaves on request.
 
 pub(crate) mod fake;
+mod referrers;
 mod replay;
 
 use std::{
