@@ -19,7 +19,7 @@ use crate::{
 };
 
 pub use image::{Examination, Examined, Judgement, examine};
-pub(crate) use stored::{Stored, referrer};
+pub(crate) use stored::{Stored, read_referrer};
 
 /// A witness, and the public keys whose signatures count as its own.
 #[derive(Debug, Clone, Copy)]

@@ -1,7 +1,7 @@
 //! The harness of the black-box tests: it uses what an administrator has (the `countersign` binary, its configuration
 //! and its ports) beside real components, all of them on 127.0.0.1 and in folders of their own.
 //!
-//! - [`registry`] starts Debian's docker-registry and talks to it; [`image`] builds what is pushed there.
+//! - [`registry`] starts Debian's docker-registry, or ferro-oci-server, and talks to it; [`image`] builds what is pushed there.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`verifier`] asks the judges, stock cosign and stock skopeo; [`signature`] reads what is stored, and counts.
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.

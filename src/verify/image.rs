@@ -7,7 +7,7 @@ use futures::{StreamExt as _, TryStreamExt as _, stream};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::{Rejection, Signer, Stored, Trust, Verified, Wanted, referrer};
+use super::{Rejection, Signer, Stored, Trust, Verified, Wanted, read_referrer};
 use crate::{
     oci::{Digest, Reference, Tag},
     registry::{self, Address, Registry},
@@ -172,7 +172,7 @@ impl Court<'_> {
         let unreadable =
             (all > MOST_REFERRERS).then(|| format!("only {MOST_REFERRERS} of {all} referrers that may be signatures were read"));
         let read: Vec<_> =
-            candidates.into_iter().map(|entry| referrer(self.registry, &reference.repository, digest, entry)).collect();
+            candidates.into_iter().map(|entry| read_referrer(self.registry, &reference.repository, digest, entry)).collect();
         let stored: Vec<_> = stream::iter(read).buffered(READS_AT_ONCE).try_collect().await?;
         let signatures = stored.into_iter().flatten().map(|Stored { format, time, claim }| {
             let signer = claim.as_ref().ok().and_then(|claim| self.signer(format, &claim.signed_sha256, &claim.signature));

@@ -46,7 +46,7 @@ impl Stored {
 ///
 /// # Errors
 /// When the registry could not be asked. What anybody can have put there, such as a manifest that cannot be read, is no error.
-pub(crate) async fn referrer(
+pub(crate) async fn read_referrer(
     registry: &Registry,
     repository: &Repository,
     subject: &Digest,

@@ -53,7 +53,7 @@ impl<'a> ReferrerStore<'a> {
                 break;
             }
             if !self.read.contains_key(&entry.digest) {
-                let stored = verify::referrer(self.registry, self.repository, self.subject, entry).await?;
+                let stored = verify::read_referrer(self.registry, self.repository, self.subject, entry).await?;
                 let said = stored.and_then(|Stored { format, claim, .. }| claim.ok().map(|claim| (format, claim)));
                 self.read.insert(entry.digest.clone(), said);
             }
