@@ -17,6 +17,7 @@ use crate::{
     kms::{PublicKey, RawSignature},
     oci::{Digest, Reference},
 };
+use referrer::Referrer;
 
 /// The content of the config blob of all that is written: constant, so that a repository needs it once.
 pub const EMPTY_CONFIG: &[u8] = b"{}";
@@ -91,7 +92,7 @@ impl Prepared {
             Self::Cosign(prepared) => {
                 Artifact::Layer { layer: prepared.assemble(signature), payload: prepared.payload().clone() }
             }
-            Self::Bundle(prepared) => Artifact::Referrer(prepared.assemble(signature, key)),
+            Self::Bundle(prepared) => Artifact::Bundle(prepared.assemble(signature, key)),
         }
     }
 }
@@ -104,7 +105,38 @@ pub enum Artifact {
         layer: cosign::Layer,
         payload: Bytes,
     },
-    Referrer(referrer::Referrer),
+    Bundle(Referrer),
+}
+
+impl Artifact {
+    /// What it says, read as a verifier will read it.
+    ///
+    /// # Errors
+    /// A clause that says why no verifier would take it.
+    pub fn claim(&self) -> Result<Claim, String> {
+        match self {
+            Self::Layer { layer, payload } => layer.claim(payload),
+            Self::Bundle(referrer) => bundle::read(referrer.blob()),
+        }
+    }
+
+    /// The layer, if it is one.
+    #[must_use]
+    pub fn layer(&self) -> Option<&cosign::Layer> {
+        match self {
+            Self::Layer { layer, .. } => Some(layer),
+            Self::Bundle(_) => None,
+        }
+    }
+
+    /// The referrer, if it is one.
+    #[must_use]
+    pub fn referrer(&self) -> Option<&Referrer> {
+        match self {
+            Self::Layer { .. } => None,
+            Self::Bundle(referrer) => Some(referrer),
+        }
+    }
 }
 
 /// What a stored signature says. None of it is to be believed before the signature over it is verified.

@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::{
     kms::{Algorithm, KeySpec, PublicKey},
     oci::{Digest, Reference},
-    signature::{Artifact, Claim, Format, bundle},
+    signature::{Artifact, Claim, Format},
     witness::{Signed, Standing, TrustedKeys, Witness},
 };
 
@@ -184,11 +184,7 @@ pub fn fresh(
     signed: &Signed,
     now: Timestamp,
 ) -> Result<Fresh, Rejection> {
-    let claim = match &artifact {
-        Artifact::Layer { layer, payload } => layer.claim(payload),
-        Artifact::Referrer(referrer) => bundle::read(referrer.blob()),
-    };
-    let claim = claim.map_err(Rejection::Malformed)?;
+    let claim = artifact.claim().map_err(Rejection::Malformed)?;
     let key = witness.public_key();
     let standing = witness.trusted_keys().standing(key, now).ok_or(Rejection::UnknownKey)?;
     if !signed.is(algorithm, &claim.signed_sha256, &claim.signature) {
@@ -250,7 +246,7 @@ mod tests {
     use crate::{
         kms::KeyUri,
         signature::{
-            Prepared,
+            Prepared, bundle,
             cosign::{self, SignatureManifest},
         },
         witness::{TrustedKeySettings, WitnessSettings},

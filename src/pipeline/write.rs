@@ -156,7 +156,9 @@ impl Desk<'_> {
     ) -> Result<(), Error> {
         let answer = |index: usize, written: Written| drop(answers[index].set(written));
         let found = store.look(wanted).await?;
-        found.iter().for_each(|index| answer(*index, Written::Found));
+        for index in &found {
+            answer(*index, Written::Found);
+        }
         let missing: Vec<Numbered<'_>> = wanted.iter().copied().filter(|(index, _)| !found.contains(index)).collect();
         if missing.is_empty() {
             return Ok(());

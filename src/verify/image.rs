@@ -140,15 +140,12 @@ impl Court<'_> {
             let claim = if signer.is_none() {
                 Err(Rejection::UnknownKey)
             } else {
-                let payload = match fetched.get(layer.payload()) {
-                    Some(payload) => payload.clone(),
-                    None => {
-                        let payload = self.registry.blob(repository, layer.payload(), MAX_PAYLOAD).await?;
-                        fetched.entry(layer.payload()).or_insert(payload).clone()
-                    }
-                };
-                let payload = payload.ok_or(Rejection::NoPayload);
-                payload.and_then(|payload| layer.claim(&payload).map_err(Rejection::Malformed))
+                if !fetched.contains_key(layer.payload()) {
+                    let payload = self.registry.blob(repository, layer.payload(), MAX_PAYLOAD).await?;
+                    fetched.insert(layer.payload(), payload);
+                }
+                let payload = fetched[layer.payload()].as_ref().ok_or(Rejection::NoPayload);
+                payload.and_then(|payload| layer.claim(payload).map_err(Rejection::Malformed))
             };
             signatures.push(Examined { format: Format::Cosign, time: None, verdict: self.judge(signer, claim) });
         }

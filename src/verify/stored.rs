@@ -42,6 +42,9 @@ impl Stored {
     }
 }
 
+/// Reads a blob of one format.
+type Reader = fn(&[u8]) -> Result<Claim, String>;
+
 /// Reads a referrer of `subject` that is listed as `entry`. None if it is no signature, or no referrer of this subject.
 ///
 /// # Errors
@@ -61,7 +64,7 @@ pub(crate) async fn read_referrer(
     if manifest.subject != *subject || Stored::is_ruled_out(&manifest.annotations) {
         return Ok(None);
     }
-    let (format, limit, read): (_, _, fn(&[u8]) -> Result<Claim, String>) = match manifest.blob.media_type.as_str() {
+    let (format, limit, read): (Format, u64, Reader) = match manifest.blob.media_type.as_str() {
         bundle::MEDIA_TYPE => (Format::Bundle, bundle::MAX_BUNDLE, bundle::read),
         _ => return Ok(None),
     };

@@ -18,7 +18,7 @@ use crate::{
         plan::{Target, Wanted},
     },
     registry::{self, Referrers, ReferrersIndex, Registry},
-    signature::{Artifact, Claim, EMPTY_CONFIG, Format, bundle, referrer::Referrer},
+    signature::{Claim, EMPTY_CONFIG, Format, bundle, referrer::Referrer},
     verify::{self, Stored},
 };
 
@@ -197,8 +197,5 @@ fn is_the_same(claim: &Claim, subject: &Digest, wanted: &Wanted) -> bool {
 }
 
 fn artifacts<'a>(ready: &'a [Ready<'_>]) -> impl Iterator<Item = (&'a Ready<'a>, &'a Referrer)> {
-    ready.iter().filter_map(|one| match one.fresh.artifact() {
-        Artifact::Referrer(referrer) => Some((one, referrer)),
-        Artifact::Layer { .. } => None,
-    })
+    ready.iter().filter_map(|one| Some((one, one.fresh.artifact().referrer()?)))
 }

@@ -17,7 +17,7 @@ use crate::{
     },
     registry::{self, Address, Registry},
     signature::{
-        Artifact, EMPTY_CONFIG, Format, Prepared,
+        EMPTY_CONFIG, Format, Prepared,
         cosign::{self, Layer, SignatureManifest, extend_config},
     },
 };
@@ -118,7 +118,7 @@ impl Addition for Layers<'_> {
         // Another replica may have been here, or a write of ours whose answer was lost.
         let absent = || self.ready.iter().filter(|one| !is_there(&manifest, one.wanted));
         let merged: Vec<usize> = absent().map(|one| one.index).collect();
-        let layers: Vec<Layer> = absent().filter_map(|one| layer(one.fresh.artifact())).cloned().collect();
+        let layers: Vec<Layer> = absent().filter_map(|one| one.fresh.artifact().layer()).cloned().collect();
         if merged.is_empty() {
             return Ok(Merged::Complete);
         }
@@ -164,12 +164,5 @@ fn payload(prepared: &Prepared) -> Option<&Bytes> {
     match prepared {
         Prepared::Cosign(prepared) => Some(prepared.payload()),
         Prepared::Bundle(_) => None,
-    }
-}
-
-fn layer(artifact: &Artifact) -> Option<&Layer> {
-    match artifact {
-        Artifact::Layer { layer, .. } => Some(layer),
-        Artifact::Referrer(_) => None,
     }
 }
