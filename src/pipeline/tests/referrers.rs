@@ -338,3 +338,31 @@ fn formats_are_told_apart_by_what_they_name() {
     let prepared = Prepared::Bundle(bundle::Prepared::new(&subject, Timestamp::UNIX_EPOCH));
     assert_eq!((prepared.format(), prepared.reference()), (Format::Bundle, None));
 }
+
+#[tokio::test]
+async fn ours_is_found_among_any_number_of_referrers_and_no_more_than_a_bound_are_read() {
+    let house = House::new().await;
+    let digest = house.image("crowd");
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(bundles())).await;
+    let ours = house.registry.fallback(&app(), &digest);
+    let crowd = (0..500)
+        .map(|n: u32| json!({ "mediaType": media_type::OCI_MANIFEST, "digest": Digest::of(&n.to_le_bytes()), "size": 1 }));
+    let entries: Vec<_> = crowd.chain(ours).collect();
+    house.registry.store().put("team/app", Some(&fallback(&digest)), media_type::OCI_INDEX, &referrers_index(&entries));
+    house.requests();
+
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(bundles())).await;
+    assert_eq!((house.outcome(&digest).await.0, house.calls()), (Outcome::AlreadySigned, 1));
+    // The image, the question for the API, the index, our manifest and its blob.
+    assert_eq!(house.requests().len(), 5);
+
+    let keys = house.witnesses["release"].trusted_keys();
+    let trusts = [crate::verify::Trust { witness: "release", keys }];
+    let reference: Reference = pinned(&digest).parse().unwrap();
+    let examination = crate::verify::examine(&house.registry.client(), &reference, &trusts, Clock::system().now()).await.unwrap();
+    assert!(examination.is_attested());
+    assert!(examination.unreadable.unwrap().contains("only 100 of 501"));
+    assert!(house.requests().len() < 110);
+}
