@@ -6,6 +6,7 @@
 
 pub mod bundle;
 pub mod cosign;
+pub mod notation;
 pub mod referrer;
 
 use std::fmt;

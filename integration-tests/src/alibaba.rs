@@ -4,31 +4,24 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
-    sync::{Arc, LazyLock, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
-use aws_lc_rs::{
-    digest::{Digest as Hashed, SHA256},
-    encoding::{AsDer, PublicKeyX509Der},
-    rsa::KeySize,
-    signature::{
-        ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair, RSA_PKCS1_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair,
-    },
-};
 use axum::{
     Router,
-    body::{Body, Bytes},
+    body::Bytes,
     extract::State,
     http::{HeaderMap, HeaderName, Method, Uri},
     response::Response,
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
-use futures::{StreamExt, stream};
-use jiff::{SignedDuration, Timestamp, tz::TimeZone};
-use reqwest::Url;
+use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
+
+pub use crate::fake::Fault;
+use crate::fake::{Now, Padding, Pair, SPECS, decoded, http_date, other_pair, pair};
 
 /// The id and secret of the access key that it knows.
 pub const BASE: [&str; 2] = ["LTAIbase", "baseSecretOfTheTest"];
@@ -40,29 +33,6 @@ pub const PROVIDER: &str = "acs:ram::1111222233334444:oidc-provider/ack-rrsa-c1"
 pub const OLD: &str = "00000000-7072-4bbc-a582-584b5bd80001";
 pub const NEW: &str = "2ab1a983-7072-4bbc-a582-584b5bd80001";
 const METADATA_TOKEN: &str = "metadata-token==";
-
-/// Where the time comes from.
-pub type Now = Arc<dyn Fn() -> Timestamp + Send + Sync>;
-
-/// What the service does with a request instead of answering it.
-#[derive(Debug, Clone)]
-pub enum Fault {
-    /// Status and code.
-    Error(u16, &'static str),
-    Throttled {
-        retry_after: u32,
-    },
-    /// A body of exactly this text, and 200.
-    Says(String),
-    /// Headers and half a body, and then the connection is gone.
-    Reset,
-    NoAnswer,
-    Endless,
-    /// Answers as this key and version.
-    As(&'static str, &'static str),
-    /// Signs with another key of the same kind.
-    WrongKey,
-}
 
 #[derive(Clone)]
 pub struct Fake {
@@ -92,40 +62,6 @@ pub struct Given {
     serial: u32,
     keys: HashMap<String, (String, Option<String>)>,
     nonces: HashSet<String>,
-}
-
-enum Pair {
-    Rsa(RsaKeyPair),
-    Ec(EcdsaKeyPair),
-}
-
-static RSA: LazyLock<Pair> = LazyLock::new(|| {
-    let der = der(include_str!("../../tests/data/vectors/keys/rsa2048.key.pem"));
-    Pair::Rsa(RsaKeyPair::from_pkcs8(&der).expect("the file holds an RSA key"))
-});
-static EC: LazyLock<Pair> = LazyLock::new(|| {
-    let der = der(include_str!("../../tests/data/vectors/keys/p256.key.pem"));
-    Pair::Ec(EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der).expect("the file holds a P-256 key"))
-});
-/// The material of the old version.
-static FORMER: LazyLock<Pair> = LazyLock::new(|| Pair::Rsa(RsaKeyPair::generate(KeySize::Rsa2048).expect("a key can be made")));
-
-fn der(pem: &str) -> Vec<u8> {
-    let base64: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
-    BASE64_STANDARD.decode(base64).expect("PEM holds base64")
-}
-
-impl Pair {
-    fn public_pem(&self) -> String {
-        let der: PublicKeyX509Der<'_> = match self {
-            Self::Rsa(pair) => pair.public_key().as_der(),
-            Self::Ec(pair) => pair.public_key().as_der(),
-        }
-        .expect("a public key can be encoded");
-        let base64 = BASE64_STANDARD.encode(der.as_ref());
-        let lines: Vec<_> = base64.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
-        format!("-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n", lines.join("\n"))
-    }
 }
 
 impl Fake {
@@ -186,33 +122,13 @@ async fn serve(State(state): State<Arc<Mutex<Given>>>, method: Method, uri: Uri,
     let asked = if action.is_empty() { format!("{method} {}", uri.path()) } else { action };
     given.requests.push(asked.clone());
     let fault = given.script.pop_front();
-    let date = given.now().to_zoned(TimeZone::UTC).strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
-    let dated = Response::builder().header("date", date);
+    let dated = Response::builder().header("date", http_date(given.now()));
     let error = |status: u16, code: &str, message: &str| {
         json!({ "Code": code, "Message": message, "RequestId": "0A1B", "HttpStatus": status, "HostId": "kms" }).to_string()
     };
-    match &fault {
-        Some(Fault::Error(status, code)) => {
-            return dated.status(*status).body(error(*status, code, "as the test has it").into()).unwrap();
-        }
-        Some(Fault::Throttled { retry_after }) => {
-            let text = error(429, "Rejected.Throttling", "QPS Limit Exceeded");
-            return dated.status(429).header("retry-after", *retry_after).body(text.into()).unwrap();
-        }
-        Some(Fault::Says(text)) => return dated.body(text.clone().into()).unwrap(),
-        Some(Fault::Reset) => {
-            let half = stream::iter([Ok(Bytes::from_static(b"{\"KeyId\":"))]);
-            return dated.body(Body::from_stream(half.chain(stream::once(async { Err(std::io::Error::other("cut")) })))).unwrap();
-        }
-        Some(Fault::NoAnswer) => {
-            drop(given);
-            panic!("the connection is dropped");
-        }
-        Some(Fault::Endless) => {
-            let spaces = stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::from(vec![b' '; 16 * 1024])));
-            return dated.body(Body::from_stream(spaces)).unwrap();
-        }
-        Some(Fault::As(..) | Fault::WrongKey) | None => {}
+    if let Some(fault) = fault.as_ref().filter(|fault| !fault.is_in_answer()) {
+        drop(given);
+        return fault.answer(dated, "Rejected.Throttling", error).unwrap();
     }
     if asked.starts_with("PUT ") || asked.starts_with("GET ") {
         let (status, text) = given.metadata(&asked, &header);
@@ -247,12 +163,6 @@ async fn serve(State(state): State<Arc<Mutex<Given>>>, method: Method, uri: Uri,
         Ok(answer) => dated.body(answer.to_string().into()).unwrap(),
         Err(Refusal(status, code, message)) => dated.status(status).body(error(status, code, &message).into()).unwrap(),
     }
-}
-
-fn decoded(query: &str) -> BTreeMap<String, String> {
-    let mut url = Url::parse("http://query/").expect("it is a constant");
-    url.set_query(Some(query));
-    url.query_pairs().into_owned().collect()
 }
 
 impl Given {
@@ -315,12 +225,14 @@ impl Given {
         }
         let asked = &parameters["KeyId"];
         let id = asked.rsplit(':').next().unwrap().trim_start_matches("key/");
-        let (id, pair, spec) = match id {
-            "alias/rsa" | "key-rsa" => ("key-rsa", &*RSA, "RSA_2048"),
-            "alias/ec" | "key-ec" => ("key-ec", &*EC, "EC_P256"),
+        let (id, spec) = match id.trim_start_matches("alias/").trim_start_matches("key-") {
+            "rsa" => ("key-rsa", "RSA_2048"),
+            "ec" => ("key-ec", "EC_P256"),
+            name if SPECS.contains(&name) => (id.trim_start_matches("alias/"), name),
             _ if id.starts_with("alias/") => return refuse(404, "Forbidden.AliasNotFound", "The specified Alias is not found."),
             _ => return refuse(404, "Forbidden.KeyNotFound", "The specified Key is not found."),
         };
+        let (pair, former) = (pair(spec), other_pair("RSA_2048"));
         let arn = format!("acs:kms:cn-hangzhou:1111222233334444:key/{id}");
         let names: &[&str] = match action {
             "DescribeKey" => &["KeyId"],
@@ -364,7 +276,7 @@ impl Given {
                 let version = parameters["KeyVersionId"].as_str();
                 let pair = match (id, version) {
                     (_, NEW) => pair,
-                    ("key-rsa", OLD) => &*FORMER,
+                    ("key-rsa", OLD) => former,
                     _ => return refuse(404, "Forbidden.KeyVersionNotFound", "The specified KeyVersion is not found."),
                 };
                 match self.key_state {
@@ -384,7 +296,7 @@ impl Given {
                 let Ok(digest) = <[u8; 32]>::try_from(BASE64_STANDARD.decode(&parameters["Digest"]).unwrap()) else {
                     return refuse(400, "InvalidParameter", "The specified parameter Digest is not valid.");
                 };
-                let pair = if matches!(fault, Some(Fault::WrongKey)) { &*FORMER } else { pair };
+                let pair = if matches!(fault, Some(Fault::WrongKey)) { former } else { pair };
                 let value = sign(pair, &parameters["Algorithm"], &digest)?;
                 Ok(json!({ "KeyId": id, "KeyVersionId": version, "Value": BASE64_STANDARD.encode(value), "RequestId": "0A1B" }))
             }
@@ -459,17 +371,12 @@ impl Given {
 }
 
 fn sign(pair: &Pair, algorithm: &str, digest: &[u8; 32]) -> Result<Vec<u8>, Refusal> {
-    let hashed = Hashed::import_less_safe(digest, &SHA256).expect("it is 32 bytes");
-    let padding: &'static dyn RsaEncoding = match (algorithm, pair) {
-        ("RSA_PSS_SHA_256", Pair::Rsa(_)) => &RSA_PSS_SHA256,
-        ("RSA_PKCS1_SHA_256", Pair::Rsa(_)) => &RSA_PKCS1_SHA256,
-        ("ECDSA_SHA_256", Pair::Ec(pair)) => {
-            return Ok(pair.sign_digest(&hashed).unwrap().as_ref().to_vec());
-        }
-        _ => return refuse(400, "InvalidParameter", "The specified parameter Algorithm is not valid."),
+    let padding = match algorithm {
+        "RSA_PKCS1_SHA_256" => Some(Padding::Pkcs1),
+        "RSA_PSS_SHA_256" => Some(Padding::Pss),
+        "ECDSA_SHA_256" => Some(Padding::Asn1),
+        _ => None,
     };
-    let Pair::Rsa(pair) = pair else { unreachable!("the algorithms of EC keys are above") };
-    let mut signature = vec![0; pair.public_modulus_len()];
-    pair.sign_digest(padding, &hashed, &mut signature).unwrap();
-    Ok(signature)
+    let signature = padding.and_then(|padding| pair.sign(padding, digest));
+    signature.map_or_else(|| refuse(400, "InvalidParameter", "The specified parameter Algorithm is not valid."), Ok)
 }

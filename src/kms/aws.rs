@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
 use super::exchange::Patience;
+use super::fault::Class;
 use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
 use crate::clock::Clock;
 use client::{Client, Operation};
@@ -89,7 +90,7 @@ impl SigningKey for AwsKey {
         let answer: SignAnswer = match self.client.call(Operation::Sign, &request).await {
             Ok(answer) => answer,
             // Which state it is, and whether it passes, only the description says.
-            Err(failed) if failed.by_state => match self.client.describe(&self.key).await {
+            Err(failed) if failed.class == Some(Class::InvalidState) => match self.client.describe(&self.key).await {
                 Ok(metadata) => {
                     self.client.check_usable(&metadata)?;
                     return Err(Error::Transient {
