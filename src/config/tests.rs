@@ -288,7 +288,7 @@ fn a_rule_and_a_key_that_do_not_fit_are_told_apart_with_the_cure() {
     let wrong = check_rule_against_key(rsa, "ECC_NIST_P256").unwrap_err();
     assert_eq!(
         wrong,
-        "countersign.toml:95:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
+        "countersign.toml:97:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
          is ECC_NIST_P256: write algorithm = \"ECDSA_SHA_256\""
     );
     assert!(check_rule_against_key(&ecdsa, "RSA_4096").unwrap_err().ends_with("write algorithm = \"RSA_PKCS1_SHA_256\""));
