@@ -81,20 +81,27 @@ fn render(answer: &Answer) -> String {
 pub(super) fn render_signatures(examination: &Examination) -> String {
     let mut text = String::new();
     if let Some(unreadable) = &examination.unreadable {
-        text.push_str(&format!("\n  what is under its signature tag cannot be read: {unreadable}"));
-    } else if examination.signatures.is_empty() && examination.digest.is_some() {
+        text.push_str(&format!("\n  {unreadable}"));
+    }
+    if examination.unreadable.is_none() && examination.signatures.is_empty() && examination.digest.is_some() {
         text.push_str("\n  it has no signatures");
     }
     for signature in &examination.signatures {
         match &signature.verdict {
-            Judgement::Verified(verified) => text.push_str(&format!(
-                "\n  ok: {} signature {verified} (key {})",
-                signature.format,
-                &verified.key_fingerprint()[..16]
-            )),
-            Judgement::Rejected { message, .. } => {
-                text.push_str(&format!("\n  does not count: {} signature, {message}", signature.format));
+            Judgement::Verified(verified) => {
+                text.push_str(&format!(
+                    "\n  ok: {} signature {verified} (key {})",
+                    signature.format,
+                    &verified.key_fingerprint()[..16]
+                ));
             }
+            Judgement::Rejected { witness, message, .. } => {
+                let by = witness.as_ref().map(|witness| format!(" by {witness}")).unwrap_or_default();
+                text.push_str(&format!("\n  does not count: {} signature{by}, {message}", signature.format));
+            }
+        }
+        if let Some(time) = signature.time {
+            text.push_str(&format!(", said to be of {time}"));
         }
     }
     text

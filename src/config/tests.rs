@@ -123,6 +123,7 @@ algorithm = "RSA_PKCS1_SHA_256"
 signature_type = "simple"
 trigger = "manual"
 formats = ["cosign", "cosign"]
+allow_unreadable = false
 untagged = true
 enabled = false
 
@@ -352,7 +353,7 @@ fn a_rule_and_a_key_that_do_not_fit_are_told_apart_with_the_cure() {
     let wrong = check_rule_against_key(rsa, "ECC_NIST_P256").unwrap_err();
     assert_eq!(
         wrong,
-        "countersign.toml:95:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
+        "countersign.toml:97:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
          is ECC_NIST_P256: write algorithm = \"ECDSA_SHA_256\""
     );
     assert!(check_rule_against_key(&ecdsa, "RSA_4096").unwrap_err().ends_with("write algorithm = \"RSA_PKCS1_SHA_256\""));
@@ -376,7 +377,7 @@ fn the_words_for_algorithms_and_choices_are_the_names_of_their_types() {
     assert_eq!(words("algorithm"), Algorithm::ALL.map(Algorithm::name));
     assert_eq!(words("signature_type"), [SignatureType::Default, SignatureType::Simple].map(SignatureType::name));
     assert_eq!(words("trigger"), [Trigger::Automatic, Trigger::Manual].map(Trigger::name));
-    assert_eq!(words("formats"), [Format::Cosign.name()]);
+    assert_eq!(words("formats"), Format::ALL.map(Format::name));
     let of_policy = |name| match ROOT.key("policy").map(|key| &key.kind) {
         Some(Kind::Tables(table)) => match table.key(name).unwrap().kind {
             Kind::Choice(choice) => choice.words.iter().map(|word| word.text).collect::<Vec<_>>(),
