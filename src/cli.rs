@@ -77,7 +77,7 @@ pub enum Command {
     /// A reference is an image (`host/repository:tag`, `host/repository@sha256:…`) or, with --recursive, a namespace
     /// (`host/namespace`) of which every tag is signed. The rules decide by whom and how.
     Sign(SignArgs),
-    /// Say whether images are attested, by whom, and otherwise what is missing. Needs public keys only.
+    /// Say whether images are attested, by whom, and otherwise what is missing. Needs public keys only, or with --with-kms the KMS.
     Verify(VerifyArgs),
     /// The whole story of an image: rules that match or why they don't, signatures it has, what is queued or dead.
     Explain(ExplainArgs),
@@ -99,7 +99,7 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct CheckArgs {
-    /// Also reach every registry and key, and sign a probe with each witness.
+    /// Also reach every registry, queue and key, and see by a dry run or a probe signature whether each witness may sign.
     #[arg(long)]
     pub online: bool,
     /// Print the JSON Schema of the configuration file, which editors use, and do nothing else.
@@ -132,7 +132,7 @@ pub enum KeyCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum WitnessCommand {
-    /// List the witnesses with their keys. Opens each key.
+    /// List the witnesses: their keys and, of the daemon that runs here, whether they sign, how fast, and what went wrong last.
     List,
     /// Print a witness's public key in PEM, for `cosign verify --key` and policy.json.
     PublicKey { name: String },
@@ -157,6 +157,10 @@ pub struct VerifyArgs {
     /// Only signatures of this witness count; may be given more than once, and then each must have signed.
     #[arg(long, value_name = "NAME")]
     pub witness: Vec<String>,
+    /// Have each signature verified by the KMS of its witness, too, where that can be asked. Needs what signing needs, and the right
+    /// to verify (on AWS kms:Verify, on Alibaba Cloud kms:AsymmetricVerify, in a Vault `update` on the key's verify path).
+    #[arg(long)]
+    pub with_kms: bool,
 }
 
 #[derive(Debug, Args)]

@@ -5,6 +5,7 @@
 
 mod plan;
 mod report;
+mod seats;
 mod write;
 
 use std::{
@@ -21,6 +22,7 @@ use tracing::{Instrument as _, error, info, warn};
 use crate::{
     clock::Clock,
     event::{self, PushEvent},
+    kms,
     ledger::{self, Conclusion, EventFacts, Ledger, RuleOutcome, SignatureResult, SignatureState},
     oci::RegistryName,
     outcome::{Classify, Outcome, Skip, Verdict},
@@ -36,6 +38,7 @@ pub use self::report::{Error, Fatal, Report};
 use self::{
     plan::Plan,
     report::in_words,
+    seats::{Seated, Seats},
     write::{Desk, Turns, Written},
 };
 
@@ -86,12 +89,19 @@ pub struct Pipeline {
     clock: Clock,
     patience: Patience,
     turns: Turns,
+    seats: Seats,
 }
 
 impl Pipeline {
     #[must_use]
     pub fn new(setup: Setup, ledger: Ledger, metrics: Metrics, clock: Clock, patience: Patience) -> Self {
-        Self { setup: RwLock::new(Arc::new(setup)), ledger, metrics, clock, patience, turns: Turns::default() }
+        Self { setup: RwLock::new(Arc::new(setup)), ledger, metrics, clock, patience, turns: Turns::default(), seats: Seats::default() }
+    }
+
+    /// The same, shared fairly between the witnesses: so many events are in hand at once ([`Self::work`] runs so often).
+    #[must_use]
+    pub fn with_slots(self, slots: usize) -> Self {
+        Self { seats: Seats::new(slots), ..self }
     }
 
     /// What is in force now.
@@ -207,6 +217,21 @@ impl Pipeline {
         if matched.is_empty() {
             return Ok(nothing_matched(skipped));
         }
+        // By hand, one waits as long as it takes.
+        let (_seated, matched, turned_away) = match trigger {
+            Trigger::Automatic => self.seat(&setup, matched),
+            Trigger::Manual => (self.seats.none(), matched, vec![]),
+        };
+        let mut report = Report::default();
+        let mut by_rule: HashMap<String, RuleOutcome> = HashMap::new();
+        for (rule, error) in turned_away {
+            let detail = in_words(&error);
+            note(&mut by_rule, &rule, Outcome::Retrying, Some(&detail));
+            report.failures.push(error);
+        }
+        if matched.is_empty() {
+            return Ok(report.with_rules(by_rule));
+        }
         let registry = setup.registries.get(&event.registry).ok_or_else(|| Error::UnknownRegistry(event.registry.clone()))?;
         let looking = timeout_at(deadline, self.locate(registry, event)).await;
         let (located, found) = looking.map_err(|_| Error::Deadline { throttled: false })??;
@@ -220,8 +245,6 @@ impl Pipeline {
         let work: Vec<_> = targets.iter().map(|target| desk.see_to(target)).collect();
         let done: Vec<_> = stream::iter(work).buffered(DIGESTS_AT_ONCE).collect().await;
 
-        let mut report = Report::default();
-        let mut by_rule: HashMap<String, RuleOutcome> = HashMap::new();
         for (target, answers) in targets.iter().zip(done) {
             for (wanted, answer) in target.wanted.iter().zip(answers) {
                 let (outcome, state, detail) = match answer {
@@ -258,9 +281,36 @@ impl Pipeline {
         for (rule, skip) in skipped {
             note(&mut by_rule, &rule, Outcome::Skipped(skip), None);
         }
-        report.rules = by_rule.into_values().collect();
-        report.rules.sort_by(|one, other| one.rule.cmp(&other.rule));
-        Ok(report)
+        Ok(report.with_rules(by_rule))
+    }
+
+    /// Finds a seat at each rule's witness. Returns the rules whose witness can be asked, and the others with the reason.
+    fn seat(&self, setup: &Setup, rules: Vec<Arc<Rule>>) -> (Seated<'_>, Vec<Arc<Rule>>, Vec<(Arc<Rule>, Error)>) {
+        let mut seated = self.seats.none();
+        let mut answers: HashMap<String, Option<Arc<Error>>> = HashMap::new();
+        let (mut asked, mut turned_away) = (vec![], vec![]);
+        for rule in rules {
+            let Some(witness) = setup.witnesses.get(&rule.witness) else {
+                asked.push(rule);
+                continue;
+            };
+            let answer = answers.entry(rule.witness.clone()).or_insert_with(|| match witness.look() {
+                Err(kms::Error::Away { key, since, next, after }) => {
+                    let after = self.seats.call_back(witness, after);
+                    Some(Arc::new(kms::Error::Away { key, since, next, after }.into()))
+                }
+                Err(error) => Some(Arc::new(error.into())),
+                Ok(()) => {
+                    let crowded = |after| Error::Crowded { witness: rule.witness.clone(), after };
+                    seated.take(witness, setup.witnesses.len()).err().map(|after| Arc::new(crowded(after)))
+                }
+            });
+            match answer {
+                None => asked.push(rule),
+                Some(error) => turned_away.push((rule, Error::Shared(error.clone()))),
+            }
+        }
+        (seated, asked, turned_away)
     }
 
     /// Asks the registry for what the event names, and when that was.
@@ -298,7 +348,9 @@ impl Pipeline {
         let settlement = match report.verdict() {
             None => Settlement::Done,
             Some(Verdict::Retry { after, throttled }) => {
-                let wait = self.patience.wait(delivery.attempts());
+                // What costs no attempt does not wait for the attempts before it, either.
+                let named = throttled && after.is_some();
+                let wait = self.patience.wait(if named { 0 } else { delivery.attempts() });
                 // A peer that names a time means it, within reason.
                 let wait = after.map_or(wait, |after| after.max(wait).min(self.patience.longest.max(wait)));
                 if !throttled && delivery.waited() + wait > self.patience.give_up {

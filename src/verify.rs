@@ -64,6 +64,11 @@ impl Verified {
     pub fn layer(&self) -> &Layer {
         &self.layer
     }
+
+    /// The SHA-256 of what was signed and the signature over it, for a KMS to verify once more by [`cosign_algorithm`].
+    pub fn evidence(&self) -> Option<([u8; 32], &[u8])> {
+        Some((self.layer.payload_sha256()?, self.layer.signature()))
+    }
 }
 
 /// Why a signature does not count.

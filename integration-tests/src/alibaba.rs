@@ -12,7 +12,8 @@ use aws_lc_rs::{
     encoding::{AsDer, PublicKeyX509Der},
     rsa::KeySize,
     signature::{
-        ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair, RSA_PKCS1_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair,
+        ECDSA_P256_SHA256_ASN1, ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair, ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256,
+        RSA_PKCS1_SHA256, RSA_PSS_2048_8192_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair, VerificationAlgorithm,
     },
 };
 use axum::{
@@ -310,7 +311,7 @@ impl Given {
     }
 
     fn kms(&self, action: &str, parameters: &BTreeMap<String, String>, fault: Option<&Fault>) -> Result<Value, Refusal> {
-        if self.dedicated && !matches!(action, "AsymmetricSign" | "GetPublicKey") {
+        if self.dedicated && !matches!(action, "AsymmetricSign" | "AsymmetricVerify" | "GetPublicKey") {
             return refuse(400, "UnsupportedOperation", "This operation is not supported.");
         }
         let asked = &parameters["KeyId"];
@@ -325,7 +326,9 @@ impl Given {
         let names: &[&str] = match action {
             "DescribeKey" => &["KeyId"],
             "GetPublicKey" => &["KeyId", "KeyVersionId"],
+            "AsymmetricSign" if parameters.contains_key("DryRun") => &["Algorithm", "Digest", "DryRun", "KeyId", "KeyVersionId"],
             "AsymmetricSign" => &["Algorithm", "Digest", "KeyId", "KeyVersionId"],
+            "AsymmetricVerify" => &["Algorithm", "Digest", "KeyId", "KeyVersionId", "Value"],
             "ListKeyVersions" => &["KeyId", "PageNumber", "PageSize"],
             _ => return refuse(400, "InvalidAction", action),
         };
@@ -384,6 +387,15 @@ impl Given {
                 let Ok(digest) = <[u8; 32]>::try_from(BASE64_STANDARD.decode(&parameters["Digest"]).unwrap()) else {
                     return refuse(400, "InvalidParameter", "The specified parameter Digest is not valid.");
                 };
+                if action == "AsymmetricVerify" {
+                    let value = BASE64_STANDARD.decode(&parameters["Value"]).unwrap();
+                    let valid = verifies(pair, &parameters["Algorithm"], &digest, &value)?;
+                    return Ok(json!({ "KeyId": id, "KeyVersionId": version, "Value": valid, "RequestId": "0A1B" }));
+                }
+                if parameters.get("DryRun").is_some_and(|dry| dry == "true") {
+                    let message = "The request would have succeeded, but the DryRun flag is set.";
+                    return refuse(400, "DryRunOperationError", message);
+                }
                 let pair = if matches!(fault, Some(Fault::WrongKey)) { &*FORMER } else { pair };
                 let value = sign(pair, &parameters["Algorithm"], &digest)?;
                 Ok(json!({ "KeyId": id, "KeyVersionId": version, "Value": BASE64_STANDARD.encode(value), "RequestId": "0A1B" }))
@@ -456,6 +468,18 @@ impl Given {
         }
         Ok(id)
     }
+}
+
+fn verifies(pair: &Pair, algorithm: &str, digest: &[u8; 32], value: &[u8]) -> Result<bool, Refusal> {
+    let hashed = Hashed::import_less_safe(digest, &SHA256).expect("it is 32 bytes");
+    let (algorithm, der): (&'static dyn VerificationAlgorithm, PublicKeyX509Der<'_>) = match (algorithm, pair) {
+        ("RSA_PSS_SHA_256", Pair::Rsa(pair)) => (&RSA_PSS_2048_8192_SHA256, pair.public_key().as_der().unwrap()),
+        ("RSA_PKCS1_SHA_256", Pair::Rsa(pair)) => (&RSA_PKCS1_2048_8192_SHA256, pair.public_key().as_der().unwrap()),
+        ("ECDSA_SHA_256", Pair::Ec(pair)) => (&ECDSA_P256_SHA256_ASN1, pair.public_key().as_der().unwrap()),
+        _ => return refuse(400, "InvalidParameter", "The specified parameter Algorithm is not valid."),
+    };
+    let key = ParsedPublicKey::new(algorithm, der.as_ref()).expect("it is a key");
+    Ok(key.verify_digest_sig(&hashed, value).is_ok())
 }
 
 fn sign(pair: &Pair, algorithm: &str, digest: &[u8; 32]) -> Result<Vec<u8>, Refusal> {

@@ -13,7 +13,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::BoxError;
 use tracing::{error, info, warn};
 
-use super::{feeds, open_ledger, open_queue, patience, setup, sources, state_folder, witness_settings};
+use super::{algorithms_of, feeds, open_ledger, open_queue, patience, setup, sources, state_folder, witness_settings};
 use crate::{
     admin::{self, Admin, socket_path},
     clock::Clock,
@@ -24,7 +24,6 @@ use crate::{
     lifecycle::{IntoEnd, Lifecycle},
     pipeline::{Pipeline, Setup},
     telemetry::{CONTENT_TYPE, INTAKE_FAMILIES, LogHandle, Metrics, Sample, Snapshot},
-    witness::Witness,
 };
 
 /// How often a key that could not be opened is tried again.
@@ -44,7 +43,8 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
         return Ok(ExitCode::SUCCESS);
     };
     let (setup, shut) = opened?;
-    let pipeline = Arc::new(Pipeline::new(setup, ledger.clone(), metrics.clone(), clock.clone(), patience(&config)));
+    let pipeline = Pipeline::new(setup, ledger.clone(), metrics.clone(), clock.clone(), patience(&config));
+    let pipeline = Arc::new(pipeline.with_slots(config.queue.in_flight));
     let intake = Arc::new(Intake::new(queue.clone(), clock.clone(), sources(&config)));
     attach_intake(&metrics, &intake);
 
@@ -191,11 +191,13 @@ fn readiness(queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>) 
         // Of what is in force now: a reload adds and removes.
         .checks(move || {
             let setup = pipeline.setup();
-            let key = |name: &String, result: Result<(), String>| -> Check {
-                (format!("key of witness {name}"), Box::pin(ready(result)))
-            };
-            let open = setup.witnesses.keys().map(|name| key(name, Ok(())));
-            let shut = setup.shut.iter().map(|name| key(name, Err("not opened yet".to_owned())));
+            let check = |name: &String| format!("key of witness {name}");
+            let open = setup.witnesses.iter().map(|(name, witness)| -> Check {
+                let algorithm = algorithms_of(&setup.rules, witness)[0];
+                let witness = witness.clone();
+                (check(name), Box::pin(async move { witness.ready(algorithm).await }))
+            });
+            let shut = setup.shut.iter().map(|name| -> Check { (check(name), Box::pin(ready(Err("not opened yet".to_owned())))) });
             let registries = setup.registries.iter().map(|(name, registry)| -> Check {
                 let registry = registry.clone();
                 (format!("registry {name}"), Box::pin(async move { registry.ping().await.map_err(|error| error.to_string()) }))
@@ -296,7 +298,7 @@ impl Reloader {
                     continue;
                 }
             };
-            match Witness::open(&settings, self.clock.clone()).await {
+            match super::open_witness(&settings, &self.clock, &self.metrics).await {
                 Ok(open) => match super::check_rules(&self.config, &open) {
                     Ok(()) => {
                         info!(witness = witness.name, "its key is open now");

@@ -84,16 +84,25 @@ impl Client {
     /// Calls an operation. Asks once more within the call where that can help at once: after the credentials were fetched anew,
     /// after the time was set by the KMS's clock, and with another nonce.
     pub(super) async fn call<A: DeserializeOwned>(&self, action: &'static str, parameters: &[(&str, &str)]) -> Result<A, Error> {
+        self.try_call(action, parameters).await.map_err(|(_, error)| error)
+    }
+
+    /// The same, with what the KMS's answer meant, if there was one.
+    pub(super) async fn try_call<A: DeserializeOwned>(
+        &self,
+        action: &'static str,
+        parameters: &[(&str, &str)],
+    ) -> Result<A, (Option<Class>, Error)> {
         let call = Call { endpoint: &self.place.endpoint, action, version: VERSION, parameters };
-        let mut credentials = self.credentials.current().await.map_err(|error| error.of_key(self.uri()))?;
+        let mut credentials = self.credentials.current().await.map_err(|error| (None, error.of_key(self.uri())))?;
         let (mut renewed, mut time_set, mut nonce_changed) = (false, false, false);
         loop {
-            let answer = self.send(&call, &credentials).await?;
+            let answer = self.send(&call, &credentials).await.map_err(|error| (None, error))?;
             if answer.status == StatusCode::OK {
                 return serde_json::from_slice(&answer.body).map_err(|error| {
                     // Not serde's own message, which can repeat what the answer held.
                     let (line, column) = (error.line(), error.column());
-                    self.bad(format!("what came for {action} is not the JSON of one (line {line}, column {column})"))
+                    (None, self.bad(format!("what came for {action} is not the JSON of one (line {line}, column {column})")))
                 });
             }
             let fault = Fault::of(&answer, credentials.secrets());
@@ -102,11 +111,11 @@ impl Client {
                     renewed = true;
                     tracing::info!(key = %self.uri, what = fault.what, "the KMS no longer takes the credentials: fetching them anew");
                     let renewal = self.credentials.renewed(&credentials).await;
-                    credentials = renewal.map_err(|error| error.of_key(self.uri()))?;
+                    credentials = renewal.map_err(|error| (None, error.of_key(self.uri())))?;
                 }
                 Class::Clock if !time_set && self.set_time(&answer) => time_set = true,
                 Class::Nonce if !nonce_changed => nonce_changed = true,
-                _ => return Err(self.failed(action, fault)),
+                class => return Err((Some(class), self.failed(action, fault))),
             }
         }
     }
@@ -168,6 +177,7 @@ impl Client {
                 let at = &self.place.endpoint;
                 Error::NotFound { key, what: format!("{at} has no such key, alias or version: {what}") }
             }
+            Class::DryRun => Error::BadResponse { key, what: format!("to {action} it says {what}") },
             Class::Misconfigured => {
                 Error::Misconfigured { key, what: format!("{} did not understand {action}: {what}", self.place.endpoint) }
             }

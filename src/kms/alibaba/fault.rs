@@ -30,6 +30,8 @@ pub(super) enum Class {
     KeyUnusable,
     NotFound,
     Misconfigured,
+    /// It would have worked, had it not been a dry run.
+    DryRun,
 }
 
 #[derive(Deserialize, Default)]
@@ -89,6 +91,7 @@ fn classify_family(status: StatusCode, family: &str) -> Class {
         | "SerivceUnavailableTemporary"
         | "Timeout" => Class::Transient,
         "SignatureNonceUsed" => Class::Nonce,
+        "DryRunOperationError" => Class::DryRun,
         "InvalidTimeStamp" | "IllegalTimestamp" => Class::Clock,
         "SignatureDoesNotMatch"
         | "InvalidSignature"
@@ -134,6 +137,7 @@ mod tests {
             (503, "ServiceUnavailableTemporary", Class::Transient),
             (503, "SerivceUnavailableTemporary", Class::Transient),
             (400, "SignatureNonceUsed", Class::Nonce),
+            (400, "DryRunOperationError", Class::DryRun),
             (400, "InvalidSecurityToken.Expired", Class::CredentialsExpired),
             (400, "InvalidSecurityToken.Malformed", Class::CredentialsExpired),
             (404, "InvalidAccessKeyId.NotFound", Class::CredentialsExpired),

@@ -42,12 +42,13 @@ pub(super) enum Operation {
     DescribeKey,
     GetPublicKey,
     Sign,
+    Verify,
 }
 
-/// An error, and whether the state of the key is its cause.
+/// An error, and what the KMS's answer meant, if there was one.
 pub(super) struct Failed {
     pub(super) error: Error,
-    pub(super) by_state: bool,
+    pub(super) class: Option<Class>,
 }
 
 /// The largest honest answer is a description of a few kilobytes.
@@ -183,11 +184,14 @@ impl Client {
                 Error::KeyUnusable { key, what: format!("the key cannot be used for {operation}: {what}") }
             }
             Class::NotFound => Error::NotFound { key, what: format!("there is no such key in region {region}: {what}") },
+            Class::DryRun | Class::InvalidSignature => {
+                Error::BadResponse { key, what: format!("to {operation} it says {what}") }
+            }
             Class::Misconfigured => {
                 Error::Misconfigured { key, what: format!("{} did not understand {operation}: {what}", self.place.endpoint) }
             }
         };
-        Failed { error, by_state: class == Class::InvalidState }
+        Failed { error, class: Some(class) }
     }
 }
 
@@ -201,13 +205,14 @@ impl Operation {
             Self::DescribeKey => "TrentService.DescribeKey",
             Self::GetPublicKey => "TrentService.GetPublicKey",
             Self::Sign => "TrentService.Sign",
+            Self::Verify => "TrentService.Verify",
         }
     }
 }
 
 impl From<Error> for Failed {
     fn from(error: Error) -> Self {
-        Self { error, by_state: false }
+        Self { error, class: None }
     }
 }
 

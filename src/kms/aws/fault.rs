@@ -31,6 +31,10 @@ pub(super) enum Class {
     KeyUnusable,
     NotFound,
     Misconfigured,
+    /// It would have worked, had it not been a dry run.
+    DryRun,
+    /// To Verify: the signature is none of the key's.
+    InvalidSignature,
 }
 
 impl Fault {
@@ -102,6 +106,8 @@ fn classify(status: StatusCode, code: &str, message: &str) -> Class {
         "AccessDeniedException" | "AccessDenied" | "OptInRequired" | "NotAuthorized" => Class::Denied,
         "KMSInvalidStateException" => Class::InvalidState,
         "DisabledException" | "InvalidKeyUsageException" | "UnsupportedOperationException" => Class::KeyUnusable,
+        "DryRunOperationException" => Class::DryRun,
+        "KMSInvalidSignatureException" => Class::InvalidSignature,
         "NotFoundException" | "InvalidArnException" => Class::NotFound,
         "ValidationException" | "SerializationException" => Class::Misconfigured,
         _ => match status.as_u16() {
@@ -170,6 +176,8 @@ mod tests {
             ("InvalidArnException", Class::NotFound),
             ("ValidationException", Class::Misconfigured),
             ("SerializationException", Class::Misconfigured),
+            ("DryRunOperationException", Class::DryRun),
+            ("KMSInvalidSignatureException", Class::InvalidSignature),
             ("SomethingNewException", Class::Misconfigured),
         ] {
             assert_eq!(class(400, &format!(r#"{{"__type":"{code}","message":"m"}}"#)), expected, "{code}");

@@ -366,16 +366,6 @@ async fn a_kms_that_complains_of_the_time_without_reason_is_asked_once() {
 }
 
 #[tokio::test]
-async fn no_more_than_sixteen_signatures_of_a_key_are_asked_for_at_once() {
-    let scene = Scene::set().await;
-    let key = scene.opened("alias/ec").await;
-    scene.kms.set_delay(Duration::from_millis(20));
-    let signed = join_all((0..64).map(|_| key.sign(Algorithm::EcdsaSha256, &DIGEST))).await;
-    assert!(signed.iter().all(Result::is_ok));
-    assert_eq!(scene.kms.most_under_way(), UNDER_WAY);
-}
-
-#[tokio::test]
 async fn without_credentials_nothing_is_sent() {
     let scene = Scene::set().await;
     fs::remove_file(scene.credentials_file()).unwrap();
