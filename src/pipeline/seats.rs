@@ -75,9 +75,10 @@ impl Seated<'_> {
     pub fn take(&mut self, witness: &Witness, witnesses: usize) -> Result<(), Duration> {
         let slots = self.seats.slots;
         let mut state = self.seats.state();
+        // With this one.
         let free = slots.saturating_sub(state.seated);
         let row = state.row(witness.name());
-        if slots == 0 || row.taken < (slots / witnesses.max(1)).max(1) || free > slots / 4 {
+        if slots == 0 || row.taken < (slots / witnesses.max(1)).max(1) || free >= slots / 4 {
             row.taken += 1;
             self.witnesses.push(witness.name().to_owned());
             return Ok(());
