@@ -5,16 +5,19 @@
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`verifier`] asks the judges, stock cosign and stock skopeo; [`signature`] reads what is stored, and counts.
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
-//! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers, and [`alibaba`] a fake of Alibaba Cloud's that does; [`proxy`]
-//!   makes a network that is slow or broken; [`recorder`] keeps what was said.
+//! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers, and [`alibaba`] a fake of Alibaba Cloud's that does; [`keys`]
+//!   are theirs, and [`gate`] stands before one and throttles or lies; [`proxy`] makes a network that is slow or broken; [`recorder`]
+//!   keeps what was said.
 //!
 //! Whatever a test started is killed and reaped when the test lets go of it, and its log is printed then: `cargo test` shows
 //! that for tests that fail. `make tools` installs what is run here.
 
 pub mod alibaba;
 pub mod daemon;
+pub mod gate;
 pub mod house;
 pub mod image;
+pub mod keys;
 pub mod ministack;
 pub mod openbao;
 pub mod postgres;
