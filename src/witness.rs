@@ -306,10 +306,9 @@ impl Witness {
     /// Whether the key signs, and if not, why. Known from what was signed in the last minutes; else its KMS is probed, but not more
     /// than twice a minute, however often this is asked.
     pub async fn ready(&self, algorithm: Algorithm) -> Result<(), String> {
-        if let Err(away) = self.breaker.look() {
-            return Err(self.away(away).to_string());
-        }
-        match self.record.known() {
+        // While it is away its own rhythm says when it is asked.
+        let is_away = self.breaker.away().is_some();
+        match if is_away { Known::Unknown } else { self.record.known() } {
             Known::Ready => Ok(()),
             Known::Unready(why) => Err(why),
             Known::Unknown => match self.probe(algorithm).await {

@@ -167,6 +167,32 @@ impl Fake {
         self.given().script.extend(faults);
     }
 
+    /// The query and the headers of a request for a signature of `key-ec`, signed by [`BASE`] now.
+    pub fn signing(&self, digest: &[u8; 32]) -> (String, Vec<(String, String)>) {
+        let parameters = [
+            ("Algorithm", "ECDSA_SHA_256"),
+            ("Digest", &BASE64_STANDARD.encode(digest)),
+            ("KeyId", "key-ec"),
+            ("KeyVersionId", NEW),
+        ];
+        let parameters = parameters.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let date = self.given().now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        let mut headers = vec![
+            ("host", self.address.clone()),
+            ("x-acs-action", "AsymmetricSign".to_owned()),
+            ("x-acs-content-sha256", hash(b"")),
+            ("x-acs-date", date),
+            ("x-acs-signature-nonce", format!("{:032x}", fastrand::u128(..))),
+            ("x-acs-version", "2016-01-20".to_owned()),
+        ];
+        let Signing { signature, .. } = acs3(BASE[1], &parameters, &headers);
+        let names: Vec<_> = headers.iter().map(|(name, _)| *name).collect();
+        let authorization =
+            format!("ACS3-HMAC-SHA256 Credential={},SignedHeaders={},Signature={signature}", BASE[0], names.join(";"));
+        headers.extend([("authorization", authorization), ("accept", "application/json".to_owned())]);
+        (query(&parameters), headers.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
+    }
+
     /// What was asked for since this was asked last.
     pub fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.given().requests)
@@ -410,7 +436,6 @@ impl Given {
         headers: &HeaderMap,
         parameters: &BTreeMap<String, String>,
     ) -> Result<String, Refusal> {
-        use hmac::{Hmac, Mac};
         let authorization = header("authorization");
         let Some(fields) = authorization.strip_prefix("ACS3-HMAC-SHA256 ") else {
             return refuse(400, "MissingAccessKeyId", "AccessKeyId is mandatory for this action.");
@@ -435,25 +460,10 @@ impl Given {
         for name in ["x-acs-action", "x-acs-version", "x-acs-date", "x-acs-signature-nonce", "x-acs-content-sha256"] {
             assert!(needed.contains(&name), "{name} is missing");
         }
-        let hash = |text: &[u8]| hex::encode(Sha256::digest(text));
         assert_eq!(header("x-acs-content-sha256"), hash(b""), "the body is empty");
-        let escape = |text: &str| -> String {
-            let kept = |c: char| c.is_ascii_alphanumeric() || "-_.~".contains(c);
-            let mut buffer = [0; 4];
-            text.chars()
-                .map(|c| match c {
-                    c if kept(c) => c.to_string(),
-                    c => c.encode_utf8(&mut buffer).bytes().map(|byte| format!("%{byte:02X}")).collect::<Vec<_>>().concat(),
-                })
-                .collect()
-        };
-        let query: Vec<_> = parameters.iter().map(|(name, value)| format!("{}={}", escape(name), escape(value))).collect();
-        let lines: Vec<_> = needed.iter().map(|name| format!("{name}:{}\n", header(name).trim())).collect();
-        let canonical = format!("POST\n/\n{}\n{}\n{}\n{}", query.join("&"), lines.concat(), needed.join(";"), hash(b""));
-        let to_sign = format!("ACS3-HMAC-SHA256\n{}", hash(canonical.as_bytes()));
-        let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).unwrap();
-        mac.update(to_sign.as_bytes());
-        if field("Signature") != hex::encode(mac.finalize().into_bytes()) {
+        let signed: Vec<_> = needed.iter().map(|name| (*name, header(name).trim().to_owned())).collect();
+        let Signing { signature, to_sign, canonical } = acs3(secret, parameters, &signed);
+        if field("Signature") != signature {
             let message = format!(
                 "Specified signature does not match our calculation. server StringToSign is [{to_sign}] server CanonicalRequest is [{canonical}]"
             );
@@ -468,6 +478,40 @@ impl Given {
         }
         Ok(id)
     }
+}
+
+/// A `POST /` without a body, signed as the documentation has it.
+struct Signing {
+    signature: String,
+    to_sign: String,
+    canonical: String,
+}
+
+/// `headers` are those that are signed, sorted, their names in lower case.
+fn acs3(secret: &str, parameters: &BTreeMap<String, String>, headers: &[(&str, String)]) -> Signing {
+    use hmac::{Hmac, Mac};
+    let names: Vec<_> = headers.iter().map(|(name, _)| *name).collect();
+    let lines: String = headers.iter().map(|(name, value)| format!("{name}:{value}\n")).collect();
+    let canonical = format!("POST\n/\n{}\n{lines}\n{}\n{}", query(parameters), names.join(";"), hash(b""));
+    let to_sign = format!("ACS3-HMAC-SHA256\n{}", hash(canonical.as_bytes()));
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("a secret of any length will do");
+    mac.update(to_sign.as_bytes());
+    Signing { signature: hex::encode(mac.finalize().into_bytes()), to_sign, canonical }
+}
+
+fn query(parameters: &BTreeMap<String, String>) -> String {
+    let pairs: Vec<_> = parameters.iter().map(|(name, value)| format!("{}={}", escape(name), escape(value))).collect();
+    pairs.join("&")
+}
+
+fn hash(text: &[u8]) -> String {
+    hex::encode(Sha256::digest(text))
+}
+
+fn escape(text: &str) -> String {
+    let kept = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte);
+    let one = |byte: u8| if kept(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
+    text.bytes().map(one).collect()
 }
 
 fn verifies(pair: &Pair, algorithm: &str, digest: &[u8; 32], value: &[u8]) -> Result<bool, Refusal> {

@@ -7,6 +7,8 @@
 mod bare;
 mod cosign;
 mod events;
+#[cfg(feature = "kms")]
+mod kms;
 mod latency;
 mod memory;
 mod meter;
@@ -26,10 +28,14 @@ use integration_tests::{daemon, process};
 
 use crate::report::{load_average, summary, target};
 
+#[cfg(feature = "kms")]
+const PARTS: [&str; 8] = ["signing", "requests", "latency", "events", "memory", "rules", "cosign", "kms"];
+#[cfg(not(feature = "kms"))]
 const PARTS: [&str; 7] = ["signing", "requests", "latency", "events", "memory", "rules", "cosign"];
 const USAGE: &str = "usage: bench [--quick] [--only NAME]...
   --quick       small numbers and one round, to see that it works
-  --only NAME   only this part: signing, requests, latency, events, memory, rules or cosign";
+  --only NAME   only this part: signing, requests, latency, events, memory, rules, cosign or, with
+                the feature kms, kms";
 
 /// How much of it.
 #[derive(Debug, Clone, Copy)]
@@ -74,6 +80,8 @@ async fn main() -> Result<ExitCode> {
             "memory" => memory::measure(scale).await,
             "rules" => rules::measure(scale).await,
             "cosign" => cosign::measure(scale).await,
+            #[cfg(feature = "kms")]
+            "kms" => kms::measure(scale).await,
             other => unreachable!("{other} is no part"),
         };
         tables.push(table.with_context(|| format!("measure {part}"))?);
