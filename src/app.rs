@@ -4,7 +4,11 @@ mod daemon;
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc};
+    fs,
+    os::unix::fs::DirBuilderExt as _,
+    path::Path,
+    sync::Arc,
+};
 
 use anyhow::{Context as _, anyhow};
 use futures::future::join_all;
@@ -185,7 +189,7 @@ async fn open_witness(settings: &WitnessSettings, clock: &Clock, metrics: &Metri
 /// With its waits and its KMS's answers in the metrics.
 fn watched(witness: Witness, metrics: &Metrics) -> Arc<Witness> {
     let (metrics, name) = (metrics.clone(), witness.name().to_owned());
-    metrics.kms_away(&name, false);
+    metrics.kms_went_away(&name, 0);
     Arc::new(witness.observed(witness::Observer::new(move |observation| match observation {
         Observation::Asked { operation, waited, result, took } => {
             metrics.kms_called(&name, operation.name());
@@ -194,7 +198,7 @@ fn watched(witness: Witness, metrics: &Metrics) -> Arc<Witness> {
                 metrics.kms_asked(&name, result, took);
             }
         }
-        Observation::Away(away) => metrics.kms_away(&name, away),
+        Observation::Away(away) => metrics.kms_went_away(&name, u64::from(away)),
     })))
 }
 

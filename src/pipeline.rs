@@ -22,7 +22,6 @@ use tracing::{Instrument as _, error, info, warn};
 use crate::{
     clock::Clock,
     event::{self, PushEvent},
-    kms,
     ledger::{self, Conclusion, EventFacts, Ledger, RuleOutcome, SignatureResult, SignatureState},
     oci::RegistryName,
     outcome::{Classify, Outcome, Skip, Verdict},
@@ -38,7 +37,7 @@ pub use self::report::{Error, Fatal, Report};
 use self::{
     plan::Plan,
     report::in_words,
-    seats::{Seated, Seats},
+    seats::Seats,
     write::{Desk, Turns, Written},
 };
 
@@ -95,7 +94,15 @@ pub struct Pipeline {
 impl Pipeline {
     #[must_use]
     pub fn new(setup: Setup, ledger: Ledger, metrics: Metrics, clock: Clock, patience: Patience) -> Self {
-        Self { setup: RwLock::new(Arc::new(setup)), ledger, metrics, clock, patience, turns: Turns::default(), seats: Seats::default() }
+        Self {
+            setup: RwLock::new(Arc::new(setup)),
+            ledger,
+            metrics,
+            clock,
+            patience,
+            turns: Turns::default(),
+            seats: Seats::default(),
+        }
     }
 
     /// The same, shared fairly between the witnesses: so many events are in hand at once ([`Self::work`] runs so often).
@@ -219,8 +226,11 @@ impl Pipeline {
         }
         // By hand, one waits as long as it takes.
         let (_seated, matched, turned_away) = match trigger {
-            Trigger::Automatic => self.seat(&setup, matched),
-            Trigger::Manual => (self.seats.none(), matched, vec![]),
+            Trigger::Automatic => {
+                let (seated, matched, turned_away) = self.seats.assign(&setup, matched);
+                (Some(seated), matched, turned_away)
+            }
+            Trigger::Manual => (None, matched, vec![]),
         };
         let mut report = Report::default();
         let mut by_rule: HashMap<String, RuleOutcome> = HashMap::new();
@@ -282,35 +292,6 @@ impl Pipeline {
             note(&mut by_rule, &rule, Outcome::Skipped(skip), None);
         }
         Ok(report.with_rules(by_rule))
-    }
-
-    /// Finds a seat at each rule's witness. Returns the rules whose witness can be asked, and the others with the reason.
-    fn seat(&self, setup: &Setup, rules: Vec<Arc<Rule>>) -> (Seated<'_>, Vec<Arc<Rule>>, Vec<(Arc<Rule>, Error)>) {
-        let mut seated = self.seats.none();
-        let mut answers: HashMap<String, Option<Arc<Error>>> = HashMap::new();
-        let (mut asked, mut turned_away) = (vec![], vec![]);
-        for rule in rules {
-            let Some(witness) = setup.witnesses.get(&rule.witness) else {
-                asked.push(rule);
-                continue;
-            };
-            let answer = answers.entry(rule.witness.clone()).or_insert_with(|| match witness.look() {
-                Err(kms::Error::Away { key, since, next, after }) => {
-                    let after = self.seats.call_back(witness, after);
-                    Some(Arc::new(kms::Error::Away { key, since, next, after }.into()))
-                }
-                Err(error) => Some(Arc::new(error.into())),
-                Ok(()) => {
-                    let crowded = |after| Error::Crowded { witness: rule.witness.clone(), after };
-                    seated.take(witness, setup.witnesses.len()).err().map(|after| Arc::new(crowded(after)))
-                }
-            });
-            match answer {
-                None => asked.push(rule),
-                Some(error) => turned_away.push((rule, Error::Shared(error.clone()))),
-            }
-        }
-        (seated, asked, turned_away)
     }
 
     /// Asks the registry for what the event names, and when that was.

@@ -22,11 +22,11 @@ use crate::{
     kms::{self, Algorithm, KeyUri, Login, PublicKey, PublicKeyError, RawSignature, SigningKey},
     outcome::{Classify, Verdict},
 };
+pub use breaker::Away;
 use breaker::Breaker;
 use pace::Pace;
-use record::{Known, Record};
-pub use breaker::Away;
 pub use record::{AwayView, LastError, Observation, Observer, Operation, Quota, Status};
+use record::{Known, Record};
 pub use trust::{Standing, TrustedKeys};
 
 /// What the configuration says of a witness.
@@ -307,8 +307,7 @@ impl Witness {
     /// than twice a minute, however often this is asked.
     pub async fn ready(&self, algorithm: Algorithm) -> Result<(), String> {
         // While it is away its own rhythm says when it is asked.
-        let is_away = self.breaker.away().is_some();
-        match if is_away { Known::Unknown } else { self.record.known() } {
+        match if self.is_away() { Known::Unknown } else { self.record.known() } {
             Known::Ready => Ok(()),
             Known::Unready(why) => Err(why),
             Known::Unknown => match self.probe(algorithm).await {
@@ -319,7 +318,12 @@ impl Witness {
     }
 
     /// Has the KMS verify a signature over a SHA-256 digest. None if it does not verify.
-    pub async fn verify_remotely(&self, algorithm: Algorithm, digest: &[u8; 32], signature: &[u8]) -> Result<Option<bool>, kms::Error> {
+    pub async fn verify_remotely(
+        &self,
+        algorithm: Algorithm,
+        digest: &[u8; 32],
+        signature: &[u8],
+    ) -> Result<Option<bool>, kms::Error> {
         self.key.verify(algorithm, digest, signature).await
     }
 
@@ -332,13 +336,19 @@ impl Witness {
             Some(Standing::Ended { .. }) => "ended",
             Some(Standing::Revoked { .. }) => "revoked",
             Some(Standing::Counts) | None if away.is_some() => "away",
-            Some(Standing::Counts) | None if self.record.is_refused() => "refused",
+            Some(Standing::Counts) | None if self.record.is_failing() => "failing",
             Some(Standing::Counts) | None => "ok",
         };
         let (waiting, under_way) = (self.record.waiting.now(), self.record.under_way.now());
         let (last_signed, last_error) = self.record.last();
         let quota = Quota { waiting, under_way, ..self.pace.quota() };
         Status { state: state.to_owned(), away, quota, last_signed, last_error }
+    }
+
+    /// Whether its KMS does not answer now.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.breaker.away().is_some()
     }
 
     /// Whether it can be asked now. The error is [`kms::Error::Away`].
@@ -381,11 +391,7 @@ impl Witness {
     }
 
     /// Asks the KMS for one thing that its quota counts: in turn, unless it is away, and with what it says put on record.
-    async fn ask<T>(
-        &self,
-        operation: Operation,
-        call: impl Future<Output = Result<T, kms::Error>>,
-    ) -> Result<T, kms::Error> {
+    async fn ask<T>(&self, operation: Operation, call: impl Future<Output = Result<T, kms::Error>>) -> Result<T, kms::Error> {
         let (came, waiting) = (Instant::now(), self.record.waiting.one());
         let _one = self.under_way.acquire().await.expect("the semaphore is never closed");
         // Those who stood in line while it went away do not wait for a turn as well.
@@ -404,7 +410,11 @@ impl Witness {
                 if let Some(away) = leave.failed() {
                     self.observer.tell(Observation::Away(true));
                     let since = tracing::field::display(away.since);
-                    tracing::warn!(since, error = error as &dyn std::error::Error, "the KMS is away: it is asked one thing at a time");
+                    tracing::warn!(
+                        since,
+                        error = error as &dyn std::error::Error,
+                        "the KMS is away: it is asked one thing at a time"
+                    );
                 }
                 return result;
             }

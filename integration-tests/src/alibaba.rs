@@ -2,20 +2,14 @@
 //! protocol alone, with nothing of what the client uses: it takes the request line as it came, recomputes `ACS3-HMAC-SHA256` from
 //! it with the `hmac` of another library, and holds every request to what the documentation demands.
 
+mod acs3;
+mod pair;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
-    sync::{Arc, LazyLock, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
-use aws_lc_rs::{
-    digest::{Digest as Hashed, SHA256},
-    encoding::{AsDer, PublicKeyX509Der},
-    rsa::KeySize,
-    signature::{
-        ECDSA_P256_SHA256_ASN1, ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair, ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256,
-        RSA_PKCS1_SHA256, RSA_PSS_2048_8192_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair, VerificationAlgorithm,
-    },
-};
 use axum::{
     Router,
     body::{Body, Bytes},
@@ -28,8 +22,10 @@ use futures::{StreamExt, stream};
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use reqwest::Url;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
+
+use acs3::{Signing, acs3, hash, query};
+use pair::{EC, FORMER, RSA, sign, verifies};
 
 /// The id and secret of the access key that it knows.
 pub const BASE: [&str; 2] = ["LTAIbase", "baseSecretOfTheTest"];
@@ -93,40 +89,6 @@ pub struct Given {
     serial: u32,
     keys: HashMap<String, (String, Option<String>)>,
     nonces: HashSet<String>,
-}
-
-enum Pair {
-    Rsa(RsaKeyPair),
-    Ec(EcdsaKeyPair),
-}
-
-static RSA: LazyLock<Pair> = LazyLock::new(|| {
-    let der = der(include_str!("../../tests/data/vectors/keys/rsa2048.key.pem"));
-    Pair::Rsa(RsaKeyPair::from_pkcs8(&der).expect("the file holds an RSA key"))
-});
-static EC: LazyLock<Pair> = LazyLock::new(|| {
-    let der = der(include_str!("../../tests/data/vectors/keys/p256.key.pem"));
-    Pair::Ec(EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der).expect("the file holds a P-256 key"))
-});
-/// The material of the old version.
-static FORMER: LazyLock<Pair> = LazyLock::new(|| Pair::Rsa(RsaKeyPair::generate(KeySize::Rsa2048).expect("a key can be made")));
-
-fn der(pem: &str) -> Vec<u8> {
-    let base64: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
-    BASE64_STANDARD.decode(base64).expect("PEM holds base64")
-}
-
-impl Pair {
-    fn public_pem(&self) -> String {
-        let der: PublicKeyX509Der<'_> = match self {
-            Self::Rsa(pair) => pair.public_key().as_der(),
-            Self::Ec(pair) => pair.public_key().as_der(),
-        }
-        .expect("a public key can be encoded");
-        let base64 = BASE64_STANDARD.encode(der.as_ref());
-        let lines: Vec<_> = base64.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
-        format!("-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n", lines.join("\n"))
-    }
 }
 
 impl Fake {
@@ -478,66 +440,4 @@ impl Given {
         }
         Ok(id)
     }
-}
-
-/// A `POST /` without a body, signed as the documentation has it.
-struct Signing {
-    signature: String,
-    to_sign: String,
-    canonical: String,
-}
-
-/// `headers` are those that are signed, sorted, their names in lower case.
-fn acs3(secret: &str, parameters: &BTreeMap<String, String>, headers: &[(&str, String)]) -> Signing {
-    use hmac::{Hmac, Mac};
-    let names: Vec<_> = headers.iter().map(|(name, _)| *name).collect();
-    let lines: String = headers.iter().map(|(name, value)| format!("{name}:{value}\n")).collect();
-    let canonical = format!("POST\n/\n{}\n{lines}\n{}\n{}", query(parameters), names.join(";"), hash(b""));
-    let to_sign = format!("ACS3-HMAC-SHA256\n{}", hash(canonical.as_bytes()));
-    let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("a secret of any length will do");
-    mac.update(to_sign.as_bytes());
-    Signing { signature: hex::encode(mac.finalize().into_bytes()), to_sign, canonical }
-}
-
-fn query(parameters: &BTreeMap<String, String>) -> String {
-    let pairs: Vec<_> = parameters.iter().map(|(name, value)| format!("{}={}", escape(name), escape(value))).collect();
-    pairs.join("&")
-}
-
-fn hash(text: &[u8]) -> String {
-    hex::encode(Sha256::digest(text))
-}
-
-fn escape(text: &str) -> String {
-    let kept = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte);
-    let one = |byte: u8| if kept(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
-    text.bytes().map(one).collect()
-}
-
-fn verifies(pair: &Pair, algorithm: &str, digest: &[u8; 32], value: &[u8]) -> Result<bool, Refusal> {
-    let hashed = Hashed::import_less_safe(digest, &SHA256).expect("it is 32 bytes");
-    let (algorithm, der): (&'static dyn VerificationAlgorithm, PublicKeyX509Der<'_>) = match (algorithm, pair) {
-        ("RSA_PSS_SHA_256", Pair::Rsa(pair)) => (&RSA_PSS_2048_8192_SHA256, pair.public_key().as_der().unwrap()),
-        ("RSA_PKCS1_SHA_256", Pair::Rsa(pair)) => (&RSA_PKCS1_2048_8192_SHA256, pair.public_key().as_der().unwrap()),
-        ("ECDSA_SHA_256", Pair::Ec(pair)) => (&ECDSA_P256_SHA256_ASN1, pair.public_key().as_der().unwrap()),
-        _ => return refuse(400, "InvalidParameter", "The specified parameter Algorithm is not valid."),
-    };
-    let key = ParsedPublicKey::new(algorithm, der.as_ref()).expect("it is a key");
-    Ok(key.verify_digest_sig(&hashed, value).is_ok())
-}
-
-fn sign(pair: &Pair, algorithm: &str, digest: &[u8; 32]) -> Result<Vec<u8>, Refusal> {
-    let hashed = Hashed::import_less_safe(digest, &SHA256).expect("it is 32 bytes");
-    let padding: &'static dyn RsaEncoding = match (algorithm, pair) {
-        ("RSA_PSS_SHA_256", Pair::Rsa(_)) => &RSA_PSS_SHA256,
-        ("RSA_PKCS1_SHA_256", Pair::Rsa(_)) => &RSA_PKCS1_SHA256,
-        ("ECDSA_SHA_256", Pair::Ec(pair)) => {
-            return Ok(pair.sign_digest(&hashed).unwrap().as_ref().to_vec());
-        }
-        _ => return refuse(400, "InvalidParameter", "The specified parameter Algorithm is not valid."),
-    };
-    let Pair::Rsa(pair) = pair else { unreachable!("the algorithms of EC keys are above") };
-    let mut signature = vec![0; pair.public_modulus_len()];
-    pair.sign_digest(padding, &hashed, &mut signature).unwrap();
-    Ok(signature)
 }

@@ -64,7 +64,7 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let readiness = readiness(&queue, &ledger, &pipeline);
     let router = intake::router(intake.clone())
         .merge(Arc::new(readiness).router())
-        .merge(metrics_route(&metrics, &queue, &ledger, &clock));
+        .merge(metrics_route(&metrics, &queue, &ledger, &pipeline, &clock));
     let grace = config.server.grace;
     lifecycle.spawn("http", in_time(lifecycle.drain(), grace, server.serve(router, lifecycle.drain(), lifecycle.abort())));
     let admin = Admin {
@@ -160,10 +160,15 @@ fn attach_refused(metrics: &Metrics, listeners: [(&'static str, Arc<Counters>); 
     });
 }
 
-fn metrics_route(metrics: &Metrics, queue: &Arc<dyn Queue>, ledger: &Ledger, clock: &Clock) -> Router {
+fn metrics_route(metrics: &Metrics, queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>, clock: &Clock) -> Router {
     let (metrics, queue, ledger, clock) = (metrics.clone(), queue.clone(), ledger.clone(), clock.clone());
+    let pipeline = pipeline.clone();
     let scrape = move || {
         let (metrics, queue, ledger, clock) = (metrics.clone(), queue.clone(), ledger.clone(), clock.clone());
+        // Of those that are in force: one that a reload replaced may end its life away.
+        for (name, witness) in &pipeline.setup().witnesses {
+            metrics.kms_away(name, witness.is_away());
+        }
         async move {
             let unavailable = |error: &dyn std::error::Error| {
                 crate::http::Problem::new(http::StatusCode::SERVICE_UNAVAILABLE, error.to_string())
@@ -197,7 +202,8 @@ fn readiness(queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>) 
                 let witness = witness.clone();
                 (check(name), Box::pin(async move { witness.ready(algorithm).await }))
             });
-            let shut = setup.shut.iter().map(|name| -> Check { (check(name), Box::pin(ready(Err("not opened yet".to_owned())))) });
+            let shut =
+                setup.shut.iter().map(|name| -> Check { (check(name), Box::pin(ready(Err("not opened yet".to_owned())))) });
             let registries = setup.registries.iter().map(|(name, registry)| -> Check {
                 let registry = registry.clone();
                 (format!("registry {name}"), Box::pin(async move { registry.ping().await.map_err(|error| error.to_string()) }))

@@ -5,13 +5,14 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
 use tokio::time::Instant;
 
-use crate::witness::Witness;
+use super::{Error, Setup};
+use crate::{kms, rule::Rule, witness::Witness};
 
 /// Nobody is told to come back later than this: what is expected of a KMS can be wrong.
 const FARTHEST: Duration = Duration::from_secs(60);
@@ -30,8 +31,8 @@ pub struct Seats {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Events that have a seat anywhere.
-    seated: usize,
+    /// Events in a slot.
+    slotted: usize,
     by_witness: HashMap<String, Row>,
 }
 
@@ -42,27 +43,44 @@ struct Row {
     booked: Instant,
 }
 
-/// One event's seats, until it is dropped.
+/// One event in its slot, and its seats, until it is dropped.
 #[derive(Debug)]
 pub struct Seated<'a> {
     seats: &'a Seats,
     witnesses: Vec<String>,
 }
 
+/// The event's seats, the rules that can be carried out, and the others.
+pub type Assigned<'a> = (Seated<'a>, Vec<Arc<Rule>>, Vec<(Arc<Rule>, Error)>);
+
 impl Seats {
     pub fn new(slots: usize) -> Self {
         Self { slots, state: Mutex::default() }
     }
 
-    /// Nowhere.
-    pub fn none(&self) -> Seated<'_> {
-        self.state().seated += 1;
-        Seated { seats: self, witnesses: vec![] }
+    /// Finds a seat at each rule's witness. Returns the rules whose witness can be asked, or is not known here, and the others with the
+    /// reason.
+    pub fn assign(&self, setup: &Setup, rules: Vec<Arc<Rule>>) -> Assigned<'_> {
+        let mut seated = self.enter();
+        let mut answers: HashMap<String, Option<Arc<Error>>> = HashMap::new();
+        let (mut asked, mut turned_away) = (vec![], vec![]);
+        for rule in rules {
+            let answer = answers.entry(rule.witness.clone()).or_insert_with(|| {
+                let witness = setup.witnesses.get(&rule.witness)?;
+                seated.take(witness, setup.witnesses.len()).err().map(Arc::new)
+            });
+            match answer {
+                None => asked.push(rule),
+                Some(error) => turned_away.push((rule, Error::Shared(error.clone()))),
+            }
+        }
+        (seated, asked, turned_away)
     }
 
-    /// When to come back for a witness that is there again only after some time.
-    pub fn call_back(&self, witness: &Witness, after: Duration) -> Duration {
-        self.state().row(witness.name()).book(after, RETURNING)
+    /// An event that is handled in one of the slots, with no seat yet.
+    fn enter(&self) -> Seated<'_> {
+        self.state().slotted += 1;
+        Seated { seats: self, witnesses: vec![] }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -71,19 +89,27 @@ impl Seats {
 }
 
 impl Seated<'_> {
-    /// Takes a seat at one of `witnesses` many, or says when to come back.
-    pub fn take(&mut self, witness: &Witness, witnesses: usize) -> Result<(), Duration> {
+    /// Takes a seat at one of `witnesses` many, or says why not and when to come back.
+    fn take(&mut self, witness: &Witness, witnesses: usize) -> Result<(), Error> {
         let slots = self.seats.slots;
         let mut state = self.seats.state();
-        // With this one.
-        let free = slots.saturating_sub(state.seated);
+        // Less this event's own.
+        let free = slots.saturating_sub(state.slotted);
         let row = state.row(witness.name());
+        match witness.look() {
+            Ok(()) => {}
+            Err(kms::Error::Away { key, since, next, after }) => {
+                return Err(kms::Error::Away { key, since, next, after: row.book(after, RETURNING) }.into());
+            }
+            Err(error) => return Err(error.into()),
+        }
         if slots == 0 || row.taken < (slots / witnesses.max(1)).max(1) || free >= slots / 4 {
             row.taken += 1;
             self.witnesses.push(witness.name().to_owned());
             return Ok(());
         }
-        Err(row.book(Duration::ZERO, witness.expected_rate() * SPARE))
+        let after = row.book(Duration::ZERO, witness.expected_rate() * SPARE);
+        Err(Error::Crowded { witness: witness.name().to_owned(), after })
     }
 }
 
@@ -111,7 +137,7 @@ impl Row {
 impl Drop for Seated<'_> {
     fn drop(&mut self) {
         let mut state = self.seats.state();
-        state.seated -= 1;
+        state.slotted -= 1;
         for witness in &self.witnesses {
             state.row(witness).taken -= 1;
         }
@@ -144,8 +170,12 @@ mod tests {
     }
 
     fn take<'a>(seats: &'a Seats, witness: &Witness) -> Result<Seated<'a>, Duration> {
-        let mut seated = seats.none();
-        seated.take(witness, 2).map(|()| seated)
+        let mut seated = seats.enter();
+        match seated.take(witness, 2) {
+            Ok(()) => Ok(seated),
+            Err(Error::Crowded { after, .. }) => Err(after),
+            Err(error) => panic!("{error}"),
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -158,7 +188,7 @@ mod tests {
         assert_eq!(others.len(), 16, "its share, whatever the other has");
         drop((slow_ones, others));
         assert!(take(&seats, &slow).is_ok());
-        assert_eq!(seats.state().seated, 0);
+        assert_eq!(seats.state().slotted, 0);
     }
 
     #[tokio::test(start_paused = true)]

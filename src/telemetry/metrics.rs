@@ -154,12 +154,14 @@ impl Metrics {
         self.0.kms_calls.get_or_create(&CallLabels { witness: witness.into(), operation }).inc();
     }
 
-    /// The witness's KMS does not answer any more and is asked one thing at a time, or answers as ever.
+    /// Whether the witness's KMS does not answer now and is asked one thing at a time.
     pub fn kms_away(&self, witness: &str, away: bool) {
-        let labels = WitnessLabels { witness: witness.into() };
-        self.0.witness_away.get_or_create(&labels).set(i64::from(away));
-        // There from the start, so that the first time is seen as an increase.
-        self.0.witness_went_away.get_or_create(&labels).inc_by(u64::from(away));
+        self.0.witness_away.get_or_create(&WitnessLabels { witness: witness.into() }).set(i64::from(away));
+    }
+
+    /// So many times it stopped answering: once, or not at all, so that the first time is seen as an increase.
+    pub fn kms_went_away(&self, witness: &str, times: u64) {
+        self.0.witness_went_away.get_or_create(&WitnessLabels { witness: witness.into() }).inc_by(times);
     }
 
     /// A signing waited this long for the witness's rate limit.

@@ -29,7 +29,10 @@ const UNDER_WAY: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 enum State {
     /// Asked as ever; the last so many calls failed, the first of them then.
-    Closed { failures: u32, first: Option<Timestamp> },
+    Closed {
+        failures: u32,
+        first: Option<Timestamp>,
+    },
     Open(Open),
 }
 

@@ -66,7 +66,7 @@ impl fmt::Debug for Observer {
 /// How a witness and its KMS stand at this moment.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Status {
-    /// `ok`; `away`: its KMS does not answer; `refused`: the last thing that was asked of it was, and nothing was granted since;
+    /// `ok`; `away`: its KMS does not answer; `failing`: what was asked of it last was not granted;
     /// `ended`, `revoked`: its own public key counts no longer, so it signs nothing.
     pub state: String,
     /// Set while it is away: since when, and when it is asked again.
@@ -179,7 +179,7 @@ impl Record {
         }
     }
 
-    pub(super) fn is_refused(&self) -> bool {
+    pub(super) fn is_failing(&self) -> bool {
         matches!(self.kept().verdict, Some((_, Err(_))))
     }
 

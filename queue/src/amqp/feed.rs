@@ -106,7 +106,11 @@ impl Feed {
             let trouble = |error| unavailable(format!("the queue {} cannot be consumed", self.queue), error);
             let channel = connection.create_channel().await.map_err(trouble)?;
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-            return channel.queue_declare(self.queue.as_str().into(), passive, FieldTable::default()).await.map(drop).map_err(trouble);
+            return channel
+                .queue_declare(self.queue.as_str().into(), passive, FieldTable::default())
+                .await
+                .map(drop)
+                .map_err(trouble);
         }
         Err(last)
     }

@@ -184,9 +184,7 @@ impl Client {
                 Error::KeyUnusable { key, what: format!("the key cannot be used for {operation}: {what}") }
             }
             Class::NotFound => Error::NotFound { key, what: format!("there is no such key in region {region}: {what}") },
-            Class::DryRun | Class::InvalidSignature => {
-                Error::BadResponse { key, what: format!("to {operation} it says {what}") }
-            }
+            Class::DryRun | Class::InvalidSignature => Error::BadResponse { key, what: format!("to {operation} it says {what}") },
             Class::Misconfigured => {
                 Error::Misconfigured { key, what: format!("{} did not understand {operation}: {what}", self.place.endpoint) }
             }

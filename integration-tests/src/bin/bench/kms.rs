@@ -41,7 +41,8 @@ pub async fn measure(scale: Scale) -> Result<Table> {
     let ours = witness(&plan.key_uri.context("a key")?, &plan.environment).await?;
     let bare = |digest: &[u8; 32]| {
         let message = STANDARD.encode(digest);
-        let body = json!({"KeyId": "alias/release", "Message": message, "MessageType": "DIGEST", "SigningAlgorithm": "ECDSA_SHA_256"});
+        let body =
+            json!({"KeyId": "alias/release", "Message": message, "MessageType": "DIGEST", "SigningAlgorithm": "ECDSA_SHA_256"});
         let body = body.to_string();
         Request::new(format!("http://{}/", ministack.host()), ministack.kms_headers(&who, "Sign", &body), body)
     };
@@ -190,7 +191,8 @@ async fn file(table: &mut Table, scale: Scale) -> Result<()> {
 
 fn row(table: &mut Table, name: &str, at_once: usize, rounds: Vec<(Done, Done)>) {
     let ratio = median(rounds.iter().map(|(ours, bare)| ours.per_second() / bare.per_second()));
-    let (ours, bare) = (median(rounds.iter().map(|(ours, _)| ours.per_second())), median(rounds.iter().map(|(_, bare)| bare.per_second())));
+    let (ours, bare) =
+        (median(rounds.iter().map(|(ours, _)| ours.per_second())), median(rounds.iter().map(|(_, bare)| bare.per_second())));
     let mut times: [Vec<Duration>; 2] = [Vec::new(), Vec::new()];
     for (ours, bare) in rounds {
         times[0].extend(ours.each);
