@@ -121,7 +121,7 @@ impl SigningKey for AlibabaKey {
         }
         let digest = BASE64_STANDARD.encode(digest);
         let answer: SignAnswer = self.client.call("AsymmetricSign", &self.asked(algorithm, &digest)).await?;
-        self.check_identity(answer.key_id, answer.key_version_id)?;
+        self.check_identity(&answer.key_id, &answer.key_version_id)?;
         let signature = BASE64_STANDARD.decode(&answer.value);
         signature.map(RawSignature).map_err(|_| self.client.bad("a signature that is not base64"))
     }
@@ -144,7 +144,7 @@ impl SigningKey for AlibabaKey {
         let (digest, value) = (BASE64_STANDARD.encode(digest), BASE64_STANDARD.encode(signature));
         let asked: Vec<_> = self.asked(algorithm, &digest).into_iter().chain([("Value", value.as_str())]).collect();
         let answer: VerifyAnswer = self.client.call("AsymmetricVerify", &asked).await?;
-        self.check_identity(answer.key_id, answer.key_version_id)?;
+        self.check_identity(&answer.key_id, &answer.key_version_id)?;
         Ok(Some(answer.value))
     }
 }
@@ -156,8 +156,8 @@ impl AlibabaKey {
     }
 
     /// Whether it was this key that answered.
-    fn check_identity(&self, key_id: String, key_version_id: String) -> Result<(), Error> {
-        let is_key = key_id == self.key || self.id.as_ref().is_none_or(|id| *id == key_id);
+    fn check_identity(&self, key_id: &str, key_version_id: &str) -> Result<(), Error> {
+        let is_key = key_id == self.key || self.id.as_ref().is_none_or(|id| id == key_id);
         if is_key && key_version_id == self.version {
             return Ok(());
         }

@@ -15,8 +15,8 @@ pub(super) struct Signing {
 /// `headers` are those that are signed, sorted, their names in lower case.
 pub(super) fn acs3(secret: &str, parameters: &BTreeMap<String, String>, headers: &[(&str, String)]) -> Signing {
     let names: Vec<_> = headers.iter().map(|(name, _)| *name).collect();
-    let lines: String = headers.iter().map(|(name, value)| format!("{name}:{value}\n")).collect();
-    let canonical = format!("POST\n/\n{}\n{lines}\n{}\n{}", query(parameters), names.join(";"), hash(b""));
+    let lines: Vec<_> = headers.iter().map(|(name, value)| format!("{name}:{value}\n")).collect();
+    let canonical = format!("POST\n/\n{}\n{}\n{}\n{}", query(parameters), lines.concat(), names.join(";"), hash(b""));
     let to_sign = format!("ACS3-HMAC-SHA256\n{}", hash(canonical.as_bytes()));
     let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("a secret of any length will do");
     mac.update(to_sign.as_bytes());

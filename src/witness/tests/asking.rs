@@ -65,10 +65,7 @@ async fn a_kms_that_is_gone_for_ten_minutes_is_asked_little_meanwhile_and_signs_
         async move {
             let mut tried = 0_u32;
             loop {
-                let error = match witness.sign(Algorithm::EcdsaSha256, &[number; 32]).await {
-                    Ok(_) => return start.elapsed(),
-                    Err(error) => error,
-                };
+                let Err(error) = witness.sign(Algorithm::EcdsaSha256, &[number; 32]).await else { return start.elapsed() };
                 let Verdict::Retry { after, throttled } = error.verdict() else { panic!("{error}") };
                 if !throttled {
                     tried += 1;
