@@ -23,7 +23,8 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     # cargo goes by dates, and what is in the cache may be younger than a source that it was not built from.
     touch src/*.rs queue/src/*.rs \
  && target="$(rustc --print host-tuple)" \
- && cargo build --release --locked --package countersign --target "$target" \
+ # A static program loads no PKCS#11 modules, and there is none here to be loaded.
+ && cargo build --release --locked --package countersign --no-default-features --target "$target" \
  && install -D --mode=0755 "/target/$target/release/countersign" /image/countersign \
  && install -D --mode=0644 /etc/ssl/certs/ca-certificates.crt /image/etc/ssl/certs/ca-certificates.crt \
  # Without it glibc asks the name servers first, and /etc/hosts only when none answers.

@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: help demo test check build image image-test bench fuzz tools
+.PHONY: help demo test story partition check build image image-test bench fuzz tools
 
 INSTALL := integration-tests/tools/install.sh
 # Where the tests find countersign; another build of it can be named: make test COUNTERSIGN_BIN=/usr/bin/countersign
@@ -18,9 +18,21 @@ demo: ## a registry, a key and countersign on this machine: push an image, see i
 	@integration-tests/demo.sh
 
 test: ## every test, the ones beside real registries, verifiers and KMSs included
-	@$(INSTALL) docker-registry cosign2 cosign3 skopeo ministack openbao postgresql rabbitmq hadolint
+	@$(INSTALL) docker-registry cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint
 	cargo build --workspace
 	cargo test --workspace --no-fail-fast
+	@echo "NOT RUN by this: make partition (root and network namespaces), make story (20,000 events), make image-test (root)"
+
+story: ## 20,000 events, three replicas and their broker killed at random, with the optimised binary (STORY_EVENTS=… STORY_SEED=…)
+	@$(INSTALL) docker-registry postgresql rabbitmq
+	cargo build --release --package countersign
+	STORY_EVENTS=$(or $(STORY_EVENTS),20000) COUNTERSIGN_BIN=$(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/release/countersign \
+	    cargo test --package integration-tests --test replicas -- --nocapture kill_9
+
+partition: ## a minute without the broker for one of three replicas, each in a network namespace of its own (two minutes, root)
+	@$(INSTALL) docker-registry postgresql rabbitmq namespaces
+	cargo build --workspace
+	cargo test --package integration-tests --test partition -- --nocapture
 
 check: ## format, lints, documentation, licences and advisories of dependencies
 	@$(INSTALL) cargo-deny
@@ -47,7 +59,7 @@ image-test: ## the image, built on a base made here (a quarter of an hour, root)
 
 bench: export COUNTERSIGN_BIN = $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/release/countersign
 bench: ## signatures, events and bytes: how many, how fast, beside bare clients (ARGS="--quick --only signing")
-	@$(INSTALL) docker-registry cosign2 ministack
+	@$(INSTALL) docker-registry cosign2 ministack postgresql rabbitmq
 	cargo build --release --workspace
 	cargo run --release --quiet --package integration-tests --features kms --bin bench -- $(ARGS)
 

@@ -23,6 +23,7 @@ use crate::{
     clock::Clock,
     event::{self, PushEvent},
     http::Problem,
+    kms::Algorithm,
     ledger::{EventRecord, Ledger, SignatureRecord, StoryQuery, Sums},
     oci::{Digest, RegistryName, Repository, Tag},
     outcome::Verdict,
@@ -127,7 +128,7 @@ impl QueueStatus {
 pub struct PartitionView {
     /// `8.3`: the fourth of eight.
     pub name: String,
-    /// The replica that has messages of it now.
+    /// The replica that its messages come to: the broker does not say, so it is unknown until the first one has.
     pub holder: Option<String>,
     pub ready: u64,
     pub in_flight: u64,
@@ -218,6 +219,8 @@ pub struct WitnessView {
     pub resolved: String,
     /// PEM.
     pub public_key: String,
+    /// Those that its KMS signs with, which may be fewer than the kind of key allows.
+    pub algorithms: Vec<Algorithm>,
     #[serde(flatten)]
     pub status: witness::Status,
 }
@@ -271,6 +274,7 @@ async fn witnesses(State(admin): State<Admin>) -> Result<Json<Vec<WitnessView>>,
             name: witness.name().to_owned(),
             resolved: witness.resolved_key().to_owned(),
             public_key: witness.public_key().to_pem(),
+            algorithms: Algorithm::ALL.into_iter().filter(|algorithm| witness.allows(*algorithm)).collect(),
             status: witness.status(),
         })
         .collect();

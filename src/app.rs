@@ -10,8 +10,9 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use futures::future::join_all;
+use jiff::SignedDuration;
 use queue::{
     Amqp, Embedded, Options, Queue,
     amqp::{self, Feed},
@@ -22,6 +23,7 @@ use tracing::{error, warn};
 
 use crate::{
     admin::{self, Admin},
+    certificate::{self, Chain},
     cli::Client,
     clock::Clock,
     config::{self, Backend, Config},
@@ -34,7 +36,7 @@ use crate::{
     registry::{self, Registry},
     rule::{self, Rules, Scope, TagFilter},
     telemetry::Metrics,
-    verify::{self, Trust},
+    verify::Trust,
     witness::{self, Observation, Operation, Pin, Probed, Rate, TrustedKeySettings, TrustedKeys, Witness, WitnessSettings},
 };
 
@@ -139,15 +141,95 @@ pub fn trusts(known: &[(String, TrustedKeys)]) -> impl Iterator<Item = Trust<'_>
 /// A witness's public key: what is known here, else what its KMS says.
 pub async fn public_key(config: &Config, witness: &config::Witness, clock: &Clock) -> anyhow::Result<PublicKey> {
     let settings = witness_settings(config, witness)?;
-    let known = match TrustedKeys::offline(&settings) {
-        Ok(known) => known.own().cloned(),
-        Err(witness::Error::NoKeyOffline { .. }) => None,
-        Err(error) => return Err(error.into()),
-    };
-    match known {
+    match known_key(&settings)? {
         Some(key) => Ok(key),
         // Not pinned from here: only the daemon decides which key it saw first.
         None => Ok(crate::kms::open(&settings.key, settings.login.as_ref(), clock.clone()).await?.public_key().clone()),
+    }
+}
+
+/// None if only the KMS knows it. That it is another one than it was is an error.
+fn known_key(settings: &WitnessSettings) -> Result<Option<PublicKey>, witness::Error> {
+    match TrustedKeys::offline(settings) {
+        Ok(known) => Ok(known.own().cloned()),
+        Err(witness::Error::NoKeyOffline { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The certificates that a witness's notation signatures may name, the one that new ones do first: the administrator's, else
+/// those that are kept, else one that its key signs now and that is kept from then on. `renew` puts another one before them.
+pub async fn certificates(config: &Config, witness: &config::Witness, clock: &Clock, renew: bool) -> anyhow::Result<Vec<Chain>> {
+    if let Some(chain) = &witness.certificate {
+        let name = &witness.name;
+        if renew {
+            let words = format!("witness {name} has a `certificate` in the configuration: renew that file");
+            return Err(crate::cli::Usage(words).into());
+        }
+        check_certificate(witness, &public_key(config, witness, clock).await?, clock)?;
+        return Ok(vec![chain.clone()]);
+    }
+    let ledger = open_ledger(config, clock).await?;
+    let settings = witness_settings(config, witness)?;
+    let known = known_key(&settings)?;
+    if let Some(key) = known.as_ref().filter(|_| !renew) {
+        let kept = certificate::kept(&ledger, &witness.name, key.fingerprint()).await?;
+        if let Some(first) = kept.first() {
+            warn_of_end(&witness.name, first, clock);
+            return Ok(kept);
+        }
+    }
+    // Not pinned from here, but held against what is.
+    let opened = Witness::open(&WitnessSettings { pin: None, ..settings }, clock.clone()).await?;
+    if let Some(key) = known.filter(|key| key != opened.public_key()) {
+        let (was, is) = (key.fingerprint(), opened.public_key().fingerprint());
+        anyhow::bail!("witness {}: its key was sha256:{was} and is sha256:{is} now, so nothing was signed", witness.name);
+    }
+    let certificates = if renew {
+        certificate::renewed(&ledger, &opened, &witness.subject, clock).await?
+    } else {
+        certificate::kept_or_made(&ledger, &opened, &witness.subject, clock).await?
+    };
+    Ok(certificates)
+}
+
+/// That an administrator's certificate is for the witness's key, and valid. Warns if it will not be for long.
+pub fn check_certificate(witness: &config::Witness, key: &PublicKey, clock: &Clock) -> anyhow::Result<()> {
+    let Some(chain) = &witness.certificate else { return Ok(()) };
+    hold_certificate(witness, key)?;
+    let (now, from, until) = (clock.now(), chain.not_before(), chain.not_after());
+    if now < from || now > until {
+        anyhow::bail!("witness {}: its `certificate` is valid only from {from} to {until}: renew it", witness.name);
+    }
+    warn_of_end(&witness.name, chain, clock);
+    Ok(())
+}
+
+/// The same for the daemon, which goes on with one that has ended: there may be more to sign than what names it.
+fn accept_certificate(witness: &config::Witness, key: &PublicKey, clock: &Clock) -> anyhow::Result<()> {
+    hold_certificate(witness, key)?;
+    if let Err(error) = check_certificate(witness, key, clock) {
+        error!("{error}");
+    }
+    Ok(())
+}
+
+fn hold_certificate(witness: &config::Witness, key: &PublicKey) -> anyhow::Result<()> {
+    let Some(chain) = witness.certificate.as_ref().filter(|chain| chain.public_key() != key) else { return Ok(()) };
+    let (name, certified, found) = (&witness.name, chain.public_key().fingerprint(), key.fingerprint());
+    anyhow::bail!(
+        "witness {name}: its `certificate` ({}) is for the key sha256:{certified}, and its `key` is sha256:{found}: have the issuer \
+         certify the witness's own key (`countersign witness public-key {name}`)",
+        chain.subject()
+    )
+}
+
+/// Signatures end with their certificates, so that readers need the next one in time.
+fn warn_of_end(witness: &str, chain: &Chain, clock: &Clock) {
+    const AHEAD: SignedDuration = SignedDuration::from_hours(30 * 24);
+    let left = chain.not_after().duration_since(clock.now());
+    if left < AHEAD {
+        warn!(witness, until = %chain.not_after(), "the certificate of its notation signatures ends soon, and all of them with it");
     }
 }
 
@@ -172,6 +254,7 @@ pub async fn open_witnesses(
         match opened? {
             (witness, Ok(open)) => {
                 check_rules(config, &open)?;
+                accept_certificate(witness, open.public_key(), clock)?;
                 witnesses.insert(witness.name.clone(), watched(open, metrics));
             }
             (witness, Err(error)) => unopened.push((witness.clone(), error)),
@@ -206,8 +289,23 @@ fn watched(witness: Witness, metrics: &Metrics) -> Arc<Witness> {
 fn check_rules(config: &Config, witness: &Witness) -> anyhow::Result<()> {
     for rule in config.rules.iter().filter(|rule| rule.witness == witness.name()) {
         config::check_rule_against_key(rule, witness.public_key().spec().name()).map_err(|problem| anyhow!(problem))?;
+        if !witness.allows(rule.algorithm) {
+            let (place, name, wanted, own) = (&rule.place, &rule.name, rule.algorithm, own_algorithm(witness));
+            bail!(
+                "{place}: rule \"{name}\" signs with {wanted}, and the KMS holds the key of its witness \"{}\" to {own}: name a \
+                 key that was made for the former, or write algorithm = \"{own}\"",
+                witness.name()
+            );
+        }
     }
     Ok(())
+}
+
+/// What the key signs with, and of two that which most verifiers take.
+fn own_algorithm(witness: &Witness) -> Algorithm {
+    let usual = crate::verify::cosign_algorithm(witness.public_key().spec());
+    let all = [usual].into_iter().chain(Algorithm::ALL);
+    all.into_iter().find(|algorithm| witness.allows(*algorithm)).unwrap_or(usual)
 }
 
 /// Everything that the pipeline looks up. Witnesses that a KMS outage keeps shut are returned beside it; one that can never
@@ -374,6 +472,7 @@ pub async fn probe(config: &Config, witness: &config::Witness, clock: &Clock) ->
     let settings = WitnessSettings { pin: None, ..witness_settings(config, witness)? };
     let opened = Witness::open(&settings, clock.clone()).await?;
     check_rules(config, &opened)?;
+    check_certificate(witness, opened.public_key(), clock)?;
     let mut probed = Probed::DryRun;
     for algorithm in algorithms_of(&rules(config)?, &opened) {
         probed = opened.probe(algorithm).await?;
@@ -381,11 +480,11 @@ pub async fn probe(config: &Config, witness: &config::Witness, clock: &Clock) ->
     Ok(probed)
 }
 
-/// What enabled rules want of a witness; if nothing, what goes with its key.
+/// What enabled rules want of a witness; if nothing, what its key signs with.
 fn algorithms_of(rules: &Rules, witness: &Witness) -> Vec<Algorithm> {
     let wanted = rules.all().iter().filter(|rule| rule.enabled && rule.witness == witness.name());
     let wanted: BTreeSet<_> = wanted.map(|rule| rule.algorithm).collect();
-    if wanted.is_empty() { vec![verify::cosign_algorithm(witness.public_key().spec())] } else { wanted.into_iter().collect() }
+    if wanted.is_empty() { vec![own_algorithm(witness)] } else { wanted.into_iter().collect() }
 }
 
 /// Opens a witness's key to have its KMS verify: its public half is the one that the KMS gives now, held against the pinned one.

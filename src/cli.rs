@@ -127,6 +127,9 @@ pub enum KeyCommand {
         /// Where to write it. An existing file is never overwritten.
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
+        /// Encrypt it with the passphrase in this file, whose last line end is not part of it.
+        #[arg(long, value_name = "FILE")]
+        passphrase_file: Option<PathBuf>,
     },
 }
 
@@ -136,6 +139,18 @@ pub enum WitnessCommand {
     List,
     /// Print a witness's public key in PEM, for `cosign verify --key` and policy.json.
     PublicKey { name: String },
+    /// Print a witness's certificate in PEM, for the trust store of notation, Ratify or Kyverno.
+    ///
+    /// It is the last certificate of the witness's `certificate` in the configuration; without that, one that the witness's
+    /// key signs for itself the first time that it is asked for. That is kept in the ledger, so every replica has the same one.
+    /// With `--output json` it also says whom a trust policy names: `trusted_identity`.
+    Certificate {
+        name: String,
+        /// Have the key sign another one, which signatures name from the daemon's next start on. Give it to those who verify
+        /// first: the old one stays good for what names it.
+        #[arg(long)]
+        renew: bool,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -2,11 +2,20 @@
 
 mod alibaba;
 mod aws;
+mod azure;
+mod bearer;
+mod caller;
 mod create;
+mod ecdsa;
 mod environment;
 mod error;
 mod exchange;
+mod fault;
 mod file;
+mod gcp;
+#[cfg(test)]
+mod logged;
+mod pkcs11;
 mod public_key;
 mod refresh;
 mod uri;
@@ -18,11 +27,14 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Clock;
+pub use azure::AzureReference;
 pub(crate) use create::{create_file, replace_file};
 pub use environment::Environment;
 pub use error::Error;
-pub use file::generate;
 pub(crate) use file::public_key_of_file;
+pub use file::{generate, generate_encrypted};
+pub use gcp::GcpReference;
+pub use pkcs11::Pkcs11Reference;
 pub use public_key::{KeySpec, PublicKey, PublicKeyError, VerifyError};
 pub use uri::{KeyUri, UriError};
 pub(crate) use vault::path as vault_path;
@@ -41,6 +53,11 @@ pub trait SigningKey: fmt::Debug + Send + Sync {
 
     /// `SubjectPublicKeyInfo`, read once when the key was opened.
     fn public_key(&self) -> &PublicKey;
+
+    /// Whether it signs with this algorithm. A KMS may hold a key to fewer than its kind allows.
+    fn allows(&self, algorithm: Algorithm) -> bool {
+        self.public_key().supports(algorithm)
+    }
 
     /// Signs a SHA-256 digest (32 bytes); the caller has hashed, the provider only pads.
     /// Returns PKCS#1 or PSS octets (modulus length) for RSA, an ASN.1 `ECDSA-Sig-Value` for ECDSA. What comes back is not
@@ -73,10 +90,13 @@ pub async fn open_in(
     environment: &Environment,
 ) -> Result<Arc<dyn SigningKey>, Error> {
     match uri {
-        KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path)?)),
+        KeyUri::File(path) => Ok(Arc::new(file::FileKey::open(path, login, environment)?)),
         KeyUri::AwsKms { .. } => Ok(Arc::new(aws::AwsKey::open(uri, clock, environment).await?)),
         KeyUri::AlibabaKms { .. } => Ok(Arc::new(alibaba::AlibabaKey::open(uri, clock, environment).await?)),
+        KeyUri::GcpKms(_) => Ok(Arc::new(gcp::GcpKey::open(uri, clock, environment).await?)),
+        KeyUri::AzureKms(_) => Ok(Arc::new(azure::AzureKey::open(uri, clock, environment).await?)),
         KeyUri::Vault(_) => Ok(Arc::new(vault::VaultKey::open(uri, login, environment).await?)),
+        KeyUri::Pkcs11(_) => pkcs11::open(uri, login, environment).await,
     }
 }
 

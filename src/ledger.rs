@@ -57,9 +57,11 @@ trait Backend: fmt::Debug + Send + Sync {
         repository: Repository,
         digest: Digest,
     ) -> Result<Vec<SignatureRecord>, Error>;
+    async fn keep_certificate(&self, certificate: KeptCertificate) -> Result<(), Error>;
+    async fn certificates(&self, witness: String, key: String) -> Result<Vec<KeptCertificate>, Error>;
 }
 
-/// What can be said to a ledger.
+/// What can be said to a ledger, but for the rare.
 enum Work {
     /// At least one.
     Intend(Vec<Intent>),
@@ -147,6 +149,17 @@ impl Ledger {
         digest: &Digest,
     ) -> Result<Vec<SignatureRecord>, Error> {
         self.0.signatures(registry.clone(), repository.clone(), digest.clone()).await
+    }
+
+    /// Keeps a certificate that a witness's key signed for itself, durably, unless there is one of its number already: of
+    /// replicas that made one at the same moment, one was first, and [`Self::certificates`] tells all of them which.
+    pub async fn keep_certificate(&self, certificate: KeptCertificate) -> Result<(), Error> {
+        self.0.keep_certificate(certificate).await
+    }
+
+    /// The certificates that are kept of a witness's key (by its fingerprint), newest first.
+    pub async fn certificates(&self, witness: &str, key: &str) -> Result<Vec<KeptCertificate>, Error> {
+        self.0.certificates(witness.to_owned(), key.to_owned()).await
     }
 }
 
@@ -376,6 +389,17 @@ pub struct Asked {
     pub times: u32,
     pub first_at: Timestamp,
     pub last_at: Timestamp,
+}
+
+/// A certificate that a witness's key signed for itself: what readers of its notation signatures have in their trust stores.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptCertificate {
+    pub witness: String,
+    /// SHA-256 of the key's `SubjectPublicKeyInfo`, lower-case hex.
+    pub key: String,
+    /// Counted from 1; each renewal is one more.
+    pub number: u32,
+    pub pem: String,
 }
 
 /// What a database said, shared by all who waited for the same commit.

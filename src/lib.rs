@@ -14,6 +14,7 @@
 pub mod admin;
 pub mod app;
 pub mod attachment;
+pub mod certificate;
 pub mod cli;
 pub mod clock;
 pub mod config;

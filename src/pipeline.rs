@@ -48,6 +48,7 @@ const SETTLING: Duration = Duration::from_secs(5);
 /// Waits before each look for a push that is on its way. What is not there then goes back to the queue.
 const LOOKS_AFTER: [Duration; 4] =
     [Duration::ZERO, Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(300)];
+const LOST: &str = "the connection that the event came by is gone: it is left to whoever is given it next";
 /// Digests of one event that are signed at once: the platforms of an index.
 const DIGESTS_AT_ONCE: usize = 4;
 
@@ -148,7 +149,11 @@ impl Pipeline {
     async fn next(&self, queue: &dyn Queue) -> Result<Option<Handled>, Fatal> {
         loop {
             match queue.pull().await {
-                Ok(Some(delivery)) => return Ok(Some(self.handle(delivery).await)),
+                Ok(Some(delivery)) => {
+                    if let Some(handled) = self.handle(delivery).await {
+                        return Ok(Some(handled));
+                    }
+                }
                 Ok(None) => return Ok(None),
                 Err(error @ queue::Error::Died) => return Err(Fatal::Queue(error)),
                 Err(error) => {
@@ -159,7 +164,8 @@ impl Pipeline {
         }
     }
 
-    async fn handle(&self, delivery: Delivery) -> Handled {
+    /// None if it was lost meanwhile: whoever has it now may be at the same signatures.
+    async fn handle(&self, delivery: Delivery) -> Option<Handled> {
         let began = Instant::now();
         let span = tracing::info_span!(
             "pipeline.event",
@@ -183,12 +189,16 @@ impl Pipeline {
                 if let Some(tag) = &event.tag {
                     span.record("image.tag", tracing::field::display(tag));
                 }
-                let report = self.carry_out(&event, Trigger::Automatic, &message.id).instrument(span.clone()).await;
+                let work = self.carry_out(&event, Trigger::Automatic, &message.id).instrument(span.clone());
+                let Some(report) = delivery.lost().run_until_cancelled(work).await else {
+                    span.in_scope(|| info!("{LOST}"));
+                    return None;
+                };
                 (Some(event), report)
             }
             Err(error) => (None, Report::failed(error)),
         };
-        Handled { delivery, event, report, began, span }
+        Some(Handled { delivery, event, report, began, span })
     }
 
     /// Signs what an administrator names, whether the rules that want it are manual or automatic, and records it.
@@ -348,6 +358,11 @@ impl Pipeline {
             Settlement::Retry(..) => Outcome::Retrying,
             Settlement::Bury(_) => Outcome::Dead,
         };
+        if delivery.lost().is_cancelled() && !matches!(settlement, Settlement::Done) {
+            // What its next holder says of it must not be replaced by less.
+            info!("{LOST}");
+            return Ok(());
+        }
         let conclusion = Arc::new(Conclusion {
             event: facts(&delivery, event.as_ref()),
             outcome,

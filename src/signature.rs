@@ -4,6 +4,7 @@
 //! under the tag `sha256-<hex>.sig`, in the image's own repository.
 
 pub mod cosign;
+pub mod notation;
 
 use std::fmt;
 

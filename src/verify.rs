@@ -4,6 +4,7 @@
 //! a configured witness; what the payload then says is compared with what was asked for.
 
 mod image;
+pub mod notation;
 
 use std::fmt;
 
@@ -14,7 +15,10 @@ use serde::Serialize;
 use crate::{
     kms::{Algorithm, KeySpec, PublicKey},
     oci::{Digest, Reference},
-    signature::cosign::{Layer, Statement},
+    signature::{
+        self as format,
+        cosign::{Layer, Statement},
+    },
     witness::{Signed, Standing, TrustedKeys, Witness},
 };
 
@@ -88,6 +92,14 @@ pub enum Rejection {
     Expired { witness: String, until: Timestamp },
     #[error("witness {witness} revoked its key on {at}: {reason}")]
     Revoked { witness: String, at: Timestamp, reason: String },
+    #[error("it is none of notation's signatures that count: {0}")]
+    NotNotation(format::notation::Error),
+    #[error("it names the certificate sha256:{thumbprint}, which is none of witness {witness}'s")]
+    OtherCertificate { witness: String, thumbprint: String },
+    #[error("its certificate is valid only from {not_before} to {not_after}")]
+    CertificateInvalid { not_before: Timestamp, not_after: Timestamp },
+    #[error("it counted until {0}")]
+    Over(Timestamp),
 }
 
 impl Rejection {
@@ -97,11 +109,14 @@ impl Rejection {
         match self {
             Self::UnknownKey => "unknown_key",
             Self::NoPayload => "no_payload",
-            Self::Malformed(_) => "malformed",
+            Self::Malformed(_) | Self::NotNotation(_) => "malformed",
             Self::OtherDigest(_) => "other_digest",
             Self::OtherReference(_) => "other_reference",
             Self::Expired { .. } => "expired",
             Self::Revoked { .. } => "revoked",
+            Self::OtherCertificate { .. } => "other_certificate",
+            Self::CertificateInvalid { .. } => "certificate_invalid",
+            Self::Over(_) => "signature_expired",
         }
     }
 }

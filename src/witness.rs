@@ -262,6 +262,12 @@ impl Witness {
         self.key.public_key()
     }
 
+    /// Whether the key signs with this algorithm: a KMS may hold it to fewer than its kind allows.
+    #[must_use]
+    pub fn allows(&self, algorithm: Algorithm) -> bool {
+        self.key.allows(algorithm)
+    }
+
     /// The keys whose signatures count.
     #[must_use]
     pub fn trusted_keys(&self) -> &TrustedKeys {

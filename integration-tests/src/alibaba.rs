@@ -3,7 +3,6 @@
 //! it with the `hmac` of another library, and holds every request to what the documentation demands.
 
 mod acs3;
-mod pair;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
@@ -12,20 +11,19 @@ use std::{
 
 use axum::{
     Router,
-    body::{Body, Bytes},
+    body::Bytes,
     extract::State,
     http::{HeaderMap, HeaderName, Method, Uri},
     response::Response,
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
-use futures::{StreamExt, stream};
-use jiff::{SignedDuration, Timestamp, tz::TimeZone};
-use reqwest::Url;
+use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+pub use crate::fake::Fault;
+use crate::fake::{Now, Padding, SPECS, decoded, http_date, other_pair, pair};
 use acs3::{Signing, acs3, hash, query};
-use pair::{EC, FORMER, RSA, sign, verifies};
 
 /// The id and secret of the access key that it knows.
 pub const BASE: [&str; 2] = ["LTAIbase", "baseSecretOfTheTest"];
@@ -37,29 +35,6 @@ pub const PROVIDER: &str = "acs:ram::1111222233334444:oidc-provider/ack-rrsa-c1"
 pub const OLD: &str = "00000000-7072-4bbc-a582-584b5bd80001";
 pub const NEW: &str = "2ab1a983-7072-4bbc-a582-584b5bd80001";
 const METADATA_TOKEN: &str = "metadata-token==";
-
-/// Where the time comes from.
-pub type Now = Arc<dyn Fn() -> Timestamp + Send + Sync>;
-
-/// What the service does with a request instead of answering it.
-#[derive(Debug, Clone)]
-pub enum Fault {
-    /// Status and code.
-    Error(u16, &'static str),
-    Throttled {
-        retry_after: u32,
-    },
-    /// A body of exactly this text, and 200.
-    Says(String),
-    /// Headers and half a body, and then the connection is gone.
-    Reset,
-    NoAnswer,
-    Endless,
-    /// Answers as this key and version.
-    As(&'static str, &'static str),
-    /// Signs with another key of the same kind.
-    WrongKey,
-}
 
 #[derive(Clone)]
 pub struct Fake {
@@ -175,33 +150,13 @@ async fn serve(State(state): State<Arc<Mutex<Given>>>, method: Method, uri: Uri,
     let asked = if action.is_empty() { format!("{method} {}", uri.path()) } else { action };
     given.requests.push(asked.clone());
     let fault = given.script.pop_front();
-    let date = given.now().to_zoned(TimeZone::UTC).strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
-    let dated = Response::builder().header("date", date);
+    let dated = Response::builder().header("date", http_date(given.now()));
     let error = |status: u16, code: &str, message: &str| {
         json!({ "Code": code, "Message": message, "RequestId": "0A1B", "HttpStatus": status, "HostId": "kms" }).to_string()
     };
-    match &fault {
-        Some(Fault::Error(status, code)) => {
-            return dated.status(*status).body(error(*status, code, "as the test has it").into()).unwrap();
-        }
-        Some(Fault::Throttled { retry_after }) => {
-            let text = error(429, "Rejected.Throttling", "QPS Limit Exceeded");
-            return dated.status(429).header("retry-after", *retry_after).body(text.into()).unwrap();
-        }
-        Some(Fault::Says(text)) => return dated.body(text.clone().into()).unwrap(),
-        Some(Fault::Reset) => {
-            let half = stream::iter([Ok(Bytes::from_static(b"{\"KeyId\":"))]);
-            return dated.body(Body::from_stream(half.chain(stream::once(async { Err(std::io::Error::other("cut")) })))).unwrap();
-        }
-        Some(Fault::NoAnswer) => {
-            drop(given);
-            panic!("the connection is dropped");
-        }
-        Some(Fault::Endless) => {
-            let spaces = stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::from(vec![b' '; 16 * 1024])));
-            return dated.body(Body::from_stream(spaces)).unwrap();
-        }
-        Some(Fault::As(..) | Fault::WrongKey) | None => {}
+    if let Some(fault) = fault.as_ref().filter(|fault| !fault.is_in_answer()) {
+        drop(given);
+        return fault.answer(dated, "Rejected.Throttling", error).unwrap();
     }
     if asked.starts_with("PUT ") || asked.starts_with("GET ") {
         let (status, text) = given.metadata(&asked, &header);
@@ -236,12 +191,6 @@ async fn serve(State(state): State<Arc<Mutex<Given>>>, method: Method, uri: Uri,
         Ok(answer) => dated.body(answer.to_string().into()).unwrap(),
         Err(Refusal(status, code, message)) => dated.status(status).body(error(status, code, &message).into()).unwrap(),
     }
-}
-
-fn decoded(query: &str) -> BTreeMap<String, String> {
-    let mut url = Url::parse("http://query/").expect("it is a constant");
-    url.set_query(Some(query));
-    url.query_pairs().into_owned().collect()
 }
 
 impl Given {
@@ -304,12 +253,14 @@ impl Given {
         }
         let asked = &parameters["KeyId"];
         let id = asked.rsplit(':').next().unwrap().trim_start_matches("key/");
-        let (id, pair, spec) = match id {
-            "alias/rsa" | "key-rsa" => ("key-rsa", &*RSA, "RSA_2048"),
-            "alias/ec" | "key-ec" => ("key-ec", &*EC, "EC_P256"),
+        let (id, spec) = match id.trim_start_matches("alias/").trim_start_matches("key-") {
+            "rsa" => ("key-rsa", "RSA_2048"),
+            "ec" => ("key-ec", "EC_P256"),
+            name if SPECS.contains(&name) => (id.trim_start_matches("alias/"), name),
             _ if id.starts_with("alias/") => return refuse(404, "Forbidden.AliasNotFound", "The specified Alias is not found."),
             _ => return refuse(404, "Forbidden.KeyNotFound", "The specified Key is not found."),
         };
+        let (pair, former) = (pair(spec), other_pair("RSA_2048"));
         let arn = format!("acs:kms:cn-hangzhou:1111222233334444:key/{id}");
         let names: &[&str] = match action {
             "DescribeKey" => &["KeyId"],
@@ -355,7 +306,7 @@ impl Given {
                 let version = parameters["KeyVersionId"].as_str();
                 let pair = match (id, version) {
                     (_, NEW) => pair,
-                    ("key-rsa", OLD) => &*FORMER,
+                    ("key-rsa", OLD) => former,
                     _ => return refuse(404, "Forbidden.KeyVersionNotFound", "The specified KeyVersion is not found."),
                 };
                 match self.key_state {
@@ -375,17 +326,18 @@ impl Given {
                 let Ok(digest) = <[u8; 32]>::try_from(BASE64_STANDARD.decode(&parameters["Digest"]).unwrap()) else {
                     return refuse(400, "InvalidParameter", "The specified parameter Digest is not valid.");
                 };
+                let padding = padding(&parameters["Algorithm"])?;
                 if action == "AsymmetricVerify" {
                     let value = BASE64_STANDARD.decode(&parameters["Value"]).unwrap();
-                    let valid = verifies(pair, &parameters["Algorithm"], &digest, &value)?;
+                    let Some(valid) = pair.verifies(padding, &digest, &value) else { return refuse_algorithm() };
                     return Ok(json!({ "KeyId": id, "KeyVersionId": version, "Value": valid, "RequestId": "0A1B" }));
                 }
                 if parameters.get("DryRun").is_some_and(|dry| dry == "true") {
                     let message = "The request would have succeeded, but the DryRun flag is set.";
                     return refuse(400, "DryRunOperationError", message);
                 }
-                let pair = if matches!(fault, Some(Fault::WrongKey)) { &*FORMER } else { pair };
-                let value = sign(pair, &parameters["Algorithm"], &digest)?;
+                let pair = if matches!(fault, Some(Fault::WrongKey)) { former } else { pair };
+                let Some(value) = pair.sign(padding, &digest) else { return refuse_algorithm() };
                 Ok(json!({ "KeyId": id, "KeyVersionId": version, "Value": BASE64_STANDARD.encode(value), "RequestId": "0A1B" }))
             }
         }
@@ -440,4 +392,17 @@ impl Given {
         }
         Ok(id)
     }
+}
+
+fn padding(algorithm: &str) -> Result<Padding, Refusal> {
+    match algorithm {
+        "RSA_PKCS1_SHA_256" => Ok(Padding::Pkcs1),
+        "RSA_PSS_SHA_256" => Ok(Padding::Pss),
+        "ECDSA_SHA_256" => Ok(Padding::Asn1),
+        _ => refuse_algorithm(),
+    }
+}
+
+fn refuse_algorithm<T>() -> Result<T, Refusal> {
+    refuse(400, "InvalidParameter", "The specified parameter Algorithm is not valid.")
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -10,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::namespace::Namespace;
 use crate::process::{Process, http_client};
 
 /// The binary under test: `COUNTERSIGN_BIN`, or the one that was built beside this test.
@@ -66,6 +69,8 @@ pub struct Daemon {
     config: PathBuf,
     url: String,
     environment: Vec<(&'static str, String)>,
+    /// What to write before the command.
+    prefix: Vec<String>,
     process: Option<Process>,
 }
 
@@ -73,7 +78,18 @@ impl Daemon {
     /// Not started yet. `config` is its file, which has it listen on `port`.
     pub fn new(config: &Path, port: u16, environment: &[(&'static str, String)]) -> Self {
         let url = format!("http://127.0.0.1:{port}");
-        Self { config: config.to_owned(), url, environment: environment.to_owned(), process: None }
+        Self { config: config.to_owned(), url, environment: environment.to_owned(), prefix: vec![], process: None }
+    }
+
+    /// From its next start on it runs in the namespace, and listens there on this address.
+    pub fn moved_to(mut self, namespace: &Namespace, listen: Ipv4Addr) -> Result<Self> {
+        let (before, after) = (self.url.clone(), self.url.replace("127.0.0.1", &listen.to_string()));
+        let bare = |url: &str| url.trim_start_matches("http://").to_owned();
+        let config = fs::read_to_string(&self.config)?.replacen(&bare(&before), &bare(&after), 1);
+        fs::write(&self.config, config)?;
+        self.prefix = namespace.prefix().to_vec();
+        self.url = after;
+        Ok(self)
     }
 
     pub fn url(&self) -> &str {
@@ -100,8 +116,9 @@ impl Daemon {
 
     /// Starts it and does not wait.
     pub fn start_unready(&mut self) -> Result<()> {
-        let mut command = Command::new(binary()?);
-        command.arg("serve").arg("--config").arg(&self.config).envs(self.environment.iter().cloned());
+        let mut words = self.prefix.iter().map(PathBuf::from).chain([binary()?]);
+        let mut command = Command::new(words.next().context("there is the binary at least")?);
+        command.args(words).arg("serve").arg("--config").arg(&self.config).envs(self.environment.iter().cloned());
         self.process = Some(Process::start("countersign", &mut command, &self.log())?);
         Ok(())
     }
@@ -141,12 +158,15 @@ impl Daemon {
 
     /// Everything it has logged, over all its starts.
     pub fn logged(&self) -> String {
-        std::fs::read(self.log()).map_or_else(|_| String::new(), |log| String::from_utf8_lossy(&log).into_owned())
+        fs::read(self.log()).map_or_else(|_| String::new(), |log| String::from_utf8_lossy(&log).into_owned())
     }
 
     pub async fn metrics(&self) -> Result<Metrics> {
         let response = http_client()?.get(format!("{}/metrics", self.url)).send().await?.error_for_status()?;
-        Metrics::parse(&response.text().await?)
+        let metrics = Metrics::parse(&response.text().await?)?;
+        // What is left out of a scrape is not zero.
+        ensure!(metrics.count("countersign_up", &[]) == 2, "the queue or the ledger is away: {metrics:?}");
+        Ok(metrics)
     }
 
     /// Where it logs.

@@ -175,6 +175,15 @@ impl House {
         self.write_config(&self.config())
     }
 
+    /// Another replica of the daemon, not started yet: with a port and a state folder of its own, and all else as in `config`,
+    /// which [`House::config`] gave.
+    pub fn replica(&self, name: &str, config: &str, environment: &[(&'static str, String)]) -> Result<Daemon> {
+        let (port, path) = (free_port()?, self.folder.path().join(name).with_extension("toml"));
+        let config = config.replacen(&format!("127.0.0.1:{}", self.port), &format!("127.0.0.1:{port}"), 1);
+        fs::write(&path, config.replacen("/state\"", &format!("/{name}\""), 1))?;
+        Ok(Daemon::new(&path, port, environment))
+    }
+
     /// Takes effect at the next start or reload.
     pub fn write_config(&self, config: &str) -> Result<()> {
         fs::write(self.config_path(), config).context("write the configuration")

@@ -3,22 +3,29 @@
 //!
 //! - [`registry`] starts Debian's docker-registry and talks to it; [`image`] builds what is pushed there.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
-//! - [`verifier`] asks the judges, stock cosign and stock skopeo; [`signature`] reads what is stored, and counts.
+//! - [`fleet`] is several replicas of it on one broker and one database, and [`namespace`] a network between them that can be cut.
+//! - [`verifier`] asks the judges, stock cosign, stock notation and stock skopeo; [`signature`] reads what is stored, and counts.
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
-//! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers, and [`alibaba`] a fake of Alibaba Cloud's that does; [`keys`]
-//!   are theirs, and [`gate`] stands before one and throttles or lies; [`proxy`] makes a network that is slow or broken; [`recorder`]
-//!   keeps what was said.
+//! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers; [`alibaba`], [`azure`] and [`google`] are fakes of those clouds'
+//!   that do, of what [`fake`] has. [`softhsm`] is a PKCS#11 module with tokens, and a proxy before it that fails when a test wants it to.
+//! - [`keys`] are theirs, and [`gate`] stands before a KMS and throttles or lies; [`proxy`] makes a network that is slow or broken;
+//!   [`recorder`] keeps what was said.
 //!
 //! Whatever a test started is killed and reaped when the test lets go of it, and its log is printed then: `cargo test` shows
 //! that for tests that fail. `make tools` installs what is run here.
 
 pub mod alibaba;
+pub mod azure;
 pub mod daemon;
+pub mod fake;
+pub mod fleet;
 pub mod gate;
+pub mod google;
 pub mod house;
 pub mod image;
 pub mod keys;
 pub mod ministack;
+pub mod namespace;
 pub mod openbao;
 pub mod postgres;
 pub mod process;
@@ -27,4 +34,5 @@ pub mod rabbitmq;
 pub mod recorder;
 pub mod registry;
 pub mod signature;
+pub mod softhsm;
 pub mod verifier;

@@ -1,12 +1,13 @@
 //! A TCP proxy on 127.0.0.1 that can be told to be slow or silent, to cut connections and to refuse them.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -26,7 +27,7 @@ struct Weather {
 /// Dropping it cuts every connection.
 #[derive(Debug)]
 pub struct Proxy {
-    port: u16,
+    host: String,
     weather: Arc<watch::Sender<Weather>>,
     _tasks: JoinSet<()>,
 }
@@ -34,17 +35,23 @@ pub struct Proxy {
 impl Proxy {
     /// Listens on a port of its own and passes everything on to `target` (`host:port`).
     pub async fn start(target: &str) -> Result<Self> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("bind the proxy")?;
-        let port = listener.local_addr()?.port();
+        Self::start_between(Ipv4Addr::LOCALHOST, target, Ipv4Addr::LOCALHOST).await
+    }
+
+    /// The same, listening on this address, and coming from `source`, so that the target's log tells who came: all of
+    /// 127.0.0.0/8 is this machine.
+    pub async fn start_between(listen: Ipv4Addr, target: &str, source: Ipv4Addr) -> Result<Self> {
+        let listener = TcpListener::bind((listen, 0)).await.context("bind the proxy")?;
+        let host = listener.local_addr()?.to_string();
         let weather = Arc::new(watch::Sender::new(Weather::default()));
         let mut tasks = JoinSet::new();
-        tasks.spawn(accept(listener, target.to_owned(), Arc::clone(&weather)));
-        Ok(Self { port, weather, _tasks: tasks })
+        tasks.spawn(accept(listener, target.to_owned(), source.into(), Arc::clone(&weather)));
+        Ok(Self { host, weather, _tasks: tasks })
     }
 
     /// `127.0.0.1:PORT`
     pub fn host(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
+        self.host.clone()
     }
 
     pub fn url(&self) -> String {
@@ -73,18 +80,23 @@ impl Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, target: String, weather: Arc<watch::Sender<Weather>>) {
+async fn accept(listener: TcpListener, target: String, source: IpAddr, weather: Arc<watch::Sender<Weather>>) {
     let mut connections = JoinSet::new();
     while let Ok((client, _)) = listener.accept().await {
         while connections.try_join_next().is_some() {}
         if !weather.borrow().refuse {
-            connections.spawn(carry(client, target.clone(), weather.subscribe()));
+            connections.spawn(carry(client, target.clone(), source, weather.subscribe()));
         }
     }
 }
 
-async fn carry(client: TcpStream, target: String, mut weather: watch::Receiver<Weather>) {
-    let Ok(server) = TcpStream::connect(&target).await else { return };
+async fn carry(client: TcpStream, target: String, source: IpAddr, mut weather: watch::Receiver<Weather>) {
+    let connect = async {
+        let socket = TcpSocket::new_v4()?;
+        socket.bind((source, 0).into())?;
+        socket.connect(target.parse().map_err(std::io::Error::other)?).await
+    };
+    let Ok(server) = connect.await else { return };
     // Small pieces are passed on as they come; an error here costs speed only.
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let begun = weather.borrow().cuts;

@@ -1,19 +1,25 @@
-//! Debian's RabbitMQ, on 127.0.0.1, in a folder of its own, beside others of its kind.
+//! Debian's RabbitMQ, on 127.0.0.1, in a folder of its own, beside others of its kind. With `RABBITMQ=4` in the environment it
+//! is the one of `make tools` in version 4.
 //!
 //! The packaged wrapper listens on all addresses and shares a daemon (epmd) with every other Erlang program; so the inner
 //! script is run, with both moved to 127.0.0.1 and ports of this broker's.
 
-use std::{fs, net::TcpStream, os::unix::fs::PermissionsExt as _, path::Path, process::Command, time::Duration};
+use std::{
+    env, fs,
+    net::TcpStream,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::process::{Process, free_ports, scratch};
+use crate::process::{Process, free_ports, scratch, tool};
 
-/// Where Debian's package has it.
-const SERVER: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
 const READY: Duration = Duration::from_secs(60);
 
 /// A running broker. Dropped, it is killed, and its folder removed.
@@ -26,6 +32,39 @@ pub struct RabbitMq {
     http: reqwest::Client,
     /// Lines for its configuration.
     extra: String,
+    version: Version,
+}
+
+/// Which one it is.
+#[derive(Debug)]
+struct Version {
+    /// Its programs.
+    bin: PathBuf,
+    /// Where its Erlang is, before everything else that has one.
+    path: String,
+}
+
+impl Version {
+    fn wanted() -> Result<Self> {
+        let path = env::var("PATH").unwrap_or_default();
+        let version = match env::var("RABBITMQ").as_deref() {
+            Err(_) | Ok("3") => Self { bin: "/usr/lib/rabbitmq/bin".into(), path },
+            Ok("4") => {
+                let tree = tool("rabbitmq-4")?;
+                let erlang = tree.join("usr/lib/erlang/bin");
+                Self { bin: tree.join("usr/lib/rabbitmq/bin"), path: format!("{}:{path}", erlang.display()) }
+            }
+            Ok(other) => bail!("RABBITMQ={other}: there is 3, of this Debian, and 4"),
+        };
+        ensure!(version.bin.is_dir(), "{} is missing: run `make tools`", version.bin.display());
+        Ok(version)
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(self.bin.join(program));
+        command.env("PATH", &self.path);
+        command
+    }
 }
 
 #[derive(Debug)]
@@ -41,16 +80,16 @@ impl RabbitMq {
         Self::start_with("").await
     }
 
-    /// The same, with further lines in its configuration; `{tls}` in them is a free port.
+    /// The same, with further lines in its configuration; `{amqp}` in them is its port, `{tls}` a free one.
     pub async fn start_with(extra: &str) -> Result<Self> {
-        ensure!(Path::new(SERVER).exists(), "{SERVER} is missing: run `make tools`");
+        let version = Version::wanted()?;
         let port = free_ports(5)?;
-        let extra = extra.replace("{tls}", &(port + 3).to_string());
+        let extra = extra.replace("{amqp}", &port.to_string()).replace("{tls}", &(port + 3).to_string());
         let limit = Duration::from_secs(20);
         // A connection that is kept belongs to the runtime of the test that made it.
         let http =
             reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).connect_timeout(limit).timeout(limit).build()?;
-        let mut broker = Self { port, folder: scratch()?, server: None, http, extra };
+        let mut broker = Self { port, folder: scratch()?, server: None, http, extra, version };
         broker.start_again().await?;
         Ok(broker)
     }
@@ -65,9 +104,18 @@ impl RabbitMq {
         format!("127.0.0.1:{}", self.port)
     }
 
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The port that the configuration of [`RabbitMq::start_with`] may use for TLS.
     pub fn tls_port(&self) -> u16 {
         self.port + 3
+    }
+
+    /// The broker's process.
+    pub fn pid(&self) -> Option<u32> {
+        self.server.as_ref().map(|server| server.broker.id())
     }
 
     pub fn folder(&self) -> &Path {
@@ -114,7 +162,7 @@ impl RabbitMq {
         let names_port = (port + 4).to_string();
         let mut names = Command::new("epmd");
         names.args(["-address", "127.0.0.1", "-port", &names_port]).env_remove("ERL_EPMD_PORT");
-        let mut broker = Command::new(SERVER);
+        let mut broker = self.version.command("rabbitmq-server");
         broker
             .env("HOME", folder)
             .env("RABBITMQ_NODENAME", format!("test{port}@localhost"))
@@ -187,9 +235,15 @@ impl RabbitMq {
         self.evaluate(&format!("rabbit_disk_monitor:set_disk_free_limit({{{limit}}}).")).await
     }
 
+    /// From now on the broker has too little memory, or no longer: it takes no messages then.
+    pub async fn memory_alarm(&self, on: bool) -> Result<()> {
+        let limit = if on { "0.000001" } else { "0.4" };
+        self.evaluate(&format!("vm_memory_monitor:set_vm_memory_high_watermark({limit}).")).await
+    }
+
     /// Has an Erlang expression evaluated in the broker.
     async fn evaluate(&self, expression: &str) -> Result<()> {
-        let output = tokio::process::Command::new("/usr/lib/rabbitmq/bin/rabbitmqctl")
+        let output = tokio::process::Command::from(self.version.command("rabbitmqctl"))
             .args(["--node", &format!("test{}@localhost", self.port), "eval", expression])
             .env("HOME", self.folder.path())
             .env("ERL_EPMD_PORT", (self.port + 4).to_string())

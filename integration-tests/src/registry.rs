@@ -5,11 +5,13 @@ mod client;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use jiff::{Span, Timestamp};
 use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -64,6 +66,17 @@ pub struct Request {
     pub path: String,
     pub status: u16,
     pub user_agent: String,
+}
+
+/// One request that the registry handled: by whom, and from when to when.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Served {
+    pub source: IpAddr,
+    pub method: String,
+    /// With the query.
+    pub path: String,
+    pub began: Timestamp,
+    pub ended: Timestamp,
 }
 
 #[derive(Debug)]
@@ -152,6 +165,12 @@ impl Registry {
         Ok(log.lines().filter_map(access_log_line).collect())
     }
 
+    /// What was handled of manifests so far, by the second log, which knows times; needs [`Options::count_requests`].
+    pub fn served(&self) -> Result<Vec<Served>> {
+        let log = fs::read_to_string(self.log()).context("read the registry's log")?;
+        log.lines().filter(|line| line.contains("response completed") && line.contains("/manifests/")).map(served).collect()
+    }
+
     /// How many requests of each method and kind of path (`PUT manifest`, `POST upload`), from the clients with this user agent.
     pub fn count_requests(&self, user_agent: &str) -> Result<BTreeMap<String, usize>> {
         let mut counts = BTreeMap::new();
@@ -207,6 +226,27 @@ fn access_log_line(line: &str) -> Option<Request> {
         path: request.next()?.to_owned(),
         status: status.split_whitespace().next()?.parse().ok()?,
         user_agent: user_agent.to_owned(),
+    })
+}
+
+/// Reads `time="…" level=… msg="response completed" … http.request.method=PUT … http.response.duration=1.6ms …`.
+fn served(line: &str) -> Result<Served> {
+    let field = |name: &str| {
+        let found = line.split_once(&format!("{name}=")).map(|(_, rest)| match rest.strip_prefix('"') {
+            Some(quoted) => quoted.split('"').next().unwrap_or_default(),
+            None => rest.split(' ').next().unwrap_or_default(),
+        });
+        found.with_context(|| format!("no {name} in the registry's log: {line}"))
+    };
+    let took = field("http.response.duration")?.replace('µ', "u");
+    let took: Span = took.parse().with_context(|| format!("a duration: {took}"))?;
+    let ended: Timestamp = field("time")?.parse()?;
+    Ok(Served {
+        source: field("http.request.remoteaddr")?.parse::<SocketAddr>()?.ip(),
+        method: field("http.request.method")?.to_owned(),
+        path: field("http.request.uri")?.to_owned(),
+        began: ended.checked_sub(took)?,
+        ended,
     })
 }
 

@@ -1,4 +1,4 @@
-//! The judges: stock cosign 2, stock cosign 3 and stock skopeo, as their users run them.
+//! The judges: stock cosign 2, stock cosign 3, stock notation and stock skopeo, as their users run them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -124,6 +124,57 @@ impl Skopeo {
         command.args(["copy", "--src-tls-verify=false", &format!("docker://{reference}")]);
         command.arg(format!("dir:{}", copied.path().display()));
         rule(command).await
+    }
+}
+
+/// `notation verify` at the level `strict`, under a policy that trusts one certificate.
+#[derive(Debug)]
+pub struct Notation {
+    folder: TempDir,
+}
+
+impl Notation {
+    /// Trusts signatures of `repository` (`host/path`) by `identity` (`x509.subject: …`, or `*`) under the certificate in `pem`.
+    pub fn trusting(pem: &str, identity: &str, repository: &str) -> Result<Self> {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = scratch()?;
+        let config = folder.path().join("notation");
+        let store = config.join("truststore/x509/ca/countersign");
+        fs::create_dir_all(&store)?;
+        fs::write(store.join("certificate.pem"), pem)?;
+        let policy = json!({"version": "1.0", "trustPolicies": [{
+            "name": "countersign",
+            "registryScopes": [repository],
+            "signatureVerification": {"level": "strict"},
+            "trustStores": ["ca:countersign"],
+            "trustedIdentities": [identity],
+        }]});
+        let path = config.join("trustpolicy.json");
+        fs::write(&path, policy.to_string())?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        Ok(Self { folder })
+    }
+
+    /// `reference` is `host/repo:tag` or `host/repo@digest`.
+    pub async fn verify(&self, reference: &str) -> Result<Ruling> {
+        let mut command = self.command("verify")?;
+        // Why a signature does not count, it says only when asked to be verbose.
+        command.args(["--verbose", "--insecure-registry", reference]);
+        rule(command).await
+    }
+
+    /// `notation list`: the signatures that it finds.
+    pub async fn list(&self, reference: &str) -> Result<Ruling> {
+        let mut command = self.command("list")?;
+        command.args(["--insecure-registry", reference]);
+        rule(command).await
+    }
+
+    fn command(&self, verb: &str) -> Result<Command> {
+        let mut command = Command::new(tool("bin/notation")?);
+        let folder = self.folder.path();
+        command.arg(verb).env("HOME", folder).env("XDG_CONFIG_HOME", folder).env("XDG_CACHE_HOME", folder);
+        Ok(command)
     }
 }
 

@@ -1,12 +1,12 @@
 //! countersign on RabbitMQ.
 
-use std::{fs, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use integration_tests::daemon::Daemon;
 use integration_tests::house::{House, Plan, TOKEN};
 use integration_tests::image::Image;
-use integration_tests::process::{eventually, free_port};
+use integration_tests::process::eventually;
 use integration_tests::proxy::Proxy;
 use integration_tests::rabbitmq::RabbitMq;
 use integration_tests::registry;
@@ -52,23 +52,14 @@ async fn pushed_image_is_signed_through_rabbitmq_though_the_broker_is_killed() -
     Ok(())
 }
 
-/// Another replica of the house's daemon, not started yet, that reaches the broker by `url`.
-fn replica(house: &House, url: String) -> Result<Daemon> {
-    let (port, path) = (free_port()?, house.config_path().with_file_name("second.toml"));
-    let config = house.config();
-    let config = config.replacen(house.daemon.url().trim_start_matches("http://"), &format!("127.0.0.1:{port}"), 1);
-    let config = config.replacen("/state\"", "/second\"", 1);
-    fs::write(&path, config)?;
-    Ok(Daemon::new(&path, port, &[("AMQP_URL", url)]))
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replica_that_a_silent_network_cuts_off_is_replaced_and_nothing_is_signed_twice() -> Result<()> {
     let broker = RabbitMq::start().await?;
     let proxy = Proxy::start(&broker.host()).await?;
     let registry = registry::Options { count_requests: true, ..registry::Options::default() };
     let mut house = House::build(Plan { registry, ..plan(&broker) }).await?;
-    let mut second = replica(&house, broker.url().replace(&broker.host(), &proxy.host()))?;
+    let url = broker.url().replace(&broker.host(), &proxy.host());
+    let mut second = house.replica("second", &house.config(), &[("AMQP_URL", url)])?;
     // The first to come has all partitions; the registry tells the other.
     second.start().await?;
     house.daemon.start().await?;

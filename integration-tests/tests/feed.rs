@@ -14,11 +14,16 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// A registry that tells nobody, and two queues that events come in by: one that is bound to an exchange, one that is there.
 async fn house(broker: &RabbitMq) -> Result<House> {
+    house_with(broker, String::new(), vec![]).await
+}
+
+/// The same, with further lines of `[queue]`.
+async fn house_with(broker: &RabbitMq, queue: String, more: Vec<(&'static str, String)>) -> Result<House> {
     broker.manage("PUT", "/api/queues/%2F/ci-events", Some(&json!({ "durable": true }))).await?;
     let nobody = Notify::new("http://127.0.0.1:9/nobody", TOKEN);
     let registry = Options { notify: Some(nobody), ..Options::default() };
-    let environment = vec![("EVENTS_URL", broker.url())];
-    let mut house = House::build(Plan { registry, environment, ..Plan::default() }).await?;
+    let environment = [vec![("EVENTS_URL", broker.url())], more].concat();
+    let mut house = House::build(Plan { registry, environment, queue, ..Plan::default() }).await?;
     let host = house.registry.host();
     let sources = format!(
         "\n[[source]]\nname = \"relayed\"\nkind = \"distribution\"\nregistry = \"{host}\"\n\
@@ -131,4 +136,38 @@ async fn a_queue_that_is_not_there_is_said_to_be_and_stops_nothing() -> Result<(
     house.wait_signed("team/app", digest, &["2.0"]).await?;
     assert!(!house.daemon.logged().contains("guest:guest"), "the password is in the log");
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_stay_with_the_broker_they_come_from_while_our_own_queue_is_away() -> Result<()> {
+    let (broker, mut own) = (RabbitMq::start().await?, RabbitMq::start().await?);
+    let queue = "backend = \"amqp\"\nurl = { env = \"AMQP_URL\" }\npartitions = 2\n".to_owned();
+    let house = house_with(&broker, queue, vec![("AMQP_URL", own.url())]).await?;
+    let image = Image::oci("fed")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    let digest = &image.manifest.digest;
+    // In order, so that it has its queues again: killed this soon, RabbitMQ would forget them.
+    own.stop().await?;
+    publish(&broker, "amq.default", "ci-events", "application/cloudevents+json", &push("team/app", "1.0", digest)).await?;
+    let in_hand = async || {
+        let queue = broker.manage("GET", "/api/queues/%2F/ci-events", None).await?;
+        Ok((queue["messages_unacknowledged"] == 1).then_some(()))
+    };
+    eventually("it is in hand and not acked", LIMIT, in_hand).await?;
+    own.start_again().await?;
+    house.wait_signed("team/app", digest, &["1.0"]).await?;
+    eventually("it is acked", LIMIT, async || Ok((left(&broker, "ci-events").await? == 0).then_some(()))).await?;
+    house.wait_settled(1, LIMIT).await?;
+
+    // Our queue on their broker, deleted: what is published then goes nowhere, until we have declared it again.
+    broker.manage("DELETE", "/api/queues/%2F/registry-events", None).await?;
+    eventually("it is there again, and consumed", LIMIT, async || {
+        let queue = broker.manage("GET", "/api/queues/%2F/registry-events", None).await;
+        Ok(queue.is_ok_and(|queue| queue["consumers"] == 1).then_some(()))
+    })
+    .await?;
+    let again = Image::oci("again")?;
+    house.push(&again, "team/app", &["2.0"]).await?;
+    relay(&broker, &House::event(&house.registry.host(), "team/app", Some("2.0"), &again.manifest.digest)).await?;
+    house.wait_signed("team/app", &again.manifest.digest, &["2.0"]).await
 }

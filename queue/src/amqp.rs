@@ -21,6 +21,7 @@ mod layouts;
 mod past;
 mod session;
 mod settle;
+mod shares;
 mod stats;
 mod stream;
 mod supervisor;
@@ -221,8 +222,9 @@ impl Queue for Amqp {
     async fn pull(&self) -> Result<Option<Delivery>, Error> {
         let Some(held) = self.core.inbox.take().await else { return Ok(None) };
         let Envelope { message, pushed_at, attempts, waited, .. } = held.envelope.clone();
+        let lost = held.lost.clone();
         let hand = Hand::new(Arc::clone(&self.core), held);
-        Ok(Some(Delivery::new(message, pushed_at, attempts, waited, Box::new(hand))))
+        Ok(Some(Delivery::new(message, pushed_at, attempts, waited, Box::new(hand)).until(lost)))
     }
 
     async fn stats(&self) -> Result<Stats, Error> {
@@ -257,7 +259,8 @@ impl Queue for Amqp {
         }
         self.core.inbox.close();
         let (done, closed) = tokio::sync::oneshot::channel();
-        if self.core.chores.send(Chore::Close(done)).is_ok() {
+        // Whoever closes may be the one who has something in hand, which is waited for.
+        if self.core.chores.send(Chore::Close(done)).is_ok() && self.core.inbox.level().in_hand == 0 {
             // Or there is nobody who could consume.
             let _ = closed.await;
         }

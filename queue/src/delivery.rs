@@ -2,6 +2,7 @@ use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
 
 use crate::{Burial, Error, Message, Retry};
 
@@ -21,6 +22,7 @@ pub struct Delivery {
     pushed_at: Timestamp,
     attempts: u32,
     waited: Duration,
+    lost: CancellationToken,
     settle: Option<Box<dyn Settle>>,
 }
 
@@ -28,7 +30,14 @@ impl Delivery {
     /// For backends. `attempts` and `waited` are those of earlier, counted retries.
     #[must_use]
     pub fn new(message: Message, pushed_at: Timestamp, attempts: u32, waited: Duration, settle: Box<dyn Settle>) -> Self {
-        Self { message, pushed_at, attempts, waited, settle: Some(settle) }
+        Self { message, pushed_at, attempts, waited, lost: CancellationToken::new(), settle: Some(settle) }
+    }
+
+    /// Ours only until this is cancelled.
+    #[must_use]
+    pub fn until(mut self, lost: CancellationToken) -> Self {
+        self.lost = lost;
+        self
     }
 
     #[must_use]
@@ -52,6 +61,13 @@ impl Delivery {
     #[must_use]
     pub fn waited(&self) -> Duration {
         self.waited
+    }
+
+    /// Cancelled when others may have this message, or one of an equal key: whatever must not be done twice at once is to be
+    /// left alone then. It can still be settled as ever.
+    #[must_use]
+    pub fn lost(&self) -> &CancellationToken {
+        &self.lost
     }
 
     /// Handled: the message is gone, and stays so if this process is killed.

@@ -270,6 +270,46 @@ async fn replicas_share_the_work_and_never_have_one_key_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_share_the_partitions_and_who_closes_keeps_its_keys_until_they_are_out_of_hand() {
+    let vhost = Broker::shared().await.vhost().await;
+    let tracker = TaskTracker::new();
+    let first = Amqp::open(vhost.options("a"), &tracker).await.unwrap();
+    let second = Amqp::open(vhost.options("b"), &tracker).await.unwrap();
+    first.push((0..64).map(|n| message(&n.to_string(), n)).collect()).await.unwrap();
+    let shared = async || {
+        let stats = first.stats().await?;
+        let holders: Vec<_> = stats.partitions.iter().filter_map(|partition| partition.holder.as_deref()).collect();
+        Ok((holders == ["a", "b", "a"]).then_some(()))
+    };
+    eventually("each has its share", LIMIT, shared).await.unwrap();
+
+    // One of b's is in hand, and another of its key waits.
+    let held = next(&second).await;
+    let key = held.message().key.clone();
+    second.push(vec![Message { key: key.clone(), ..message("behind", 0) }]).await.unwrap();
+    second.close().await;
+    let seen = async {
+        loop {
+            let delivery = next(&first).await;
+            let (id, of_key) = (delivery.message().id.clone(), delivery.message().key == key);
+            delivery.ack().await.unwrap();
+            if of_key {
+                return id;
+            }
+        }
+    };
+    tokio::pin!(seen);
+    tokio::select! {
+        biased;
+        id = &mut seen => panic!("{id} came while its key was in hand"),
+        () = tokio::time::sleep(Duration::from_secs(2)) => {}
+    }
+    assert!(!held.lost().is_cancelled());
+    held.ack().await.unwrap();
+    seen.await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn past_is_forgotten_by_size_and_the_totals_go_on_for_all_replicas_over_kill_9_of_the_broker() {
     const MESSAGES: usize = 60;
     let mut broker = RabbitMq::start().await.unwrap();
@@ -488,7 +528,23 @@ async fn who_does_not_consume_sees_everything_and_takes_nothing() {
     let stats = later.stats().await.unwrap();
     assert_eq!((stats.ready, stats.in_flight), (8, 1), "{stats:?}");
     assert!(stats.partitions.iter().any(|partition| partition.holder.as_deref() == Some("replica")), "{stats:?}");
+    let route = |stats: &countersign_queue::Stats| {
+        let held: Vec<_> = stats.partitions.iter().filter(|partition| partition.in_flight == 1).cloned().collect();
+        held[0].name.clone()
+    };
+    let busy = route(&stats);
     in_hand.bury(Burial { kind: "denied".to_owned(), reason: "no".to_owned() }).await.unwrap();
+    for _ in 0..8 {
+        next(&queue).await.ack().await.unwrap();
+    }
+    // Idle, it is still held by the one that its messages come to.
+    let idle = eventually("it is told by the next report", LIMIT, async || {
+        let stats = later.stats().await?;
+        Ok((stats.queued() == 0).then_some(stats))
+    });
+    let idle = idle.await.unwrap();
+    let partition = idle.partitions.iter().find(|partition| partition.name == busy).unwrap();
+    assert_eq!((partition.holder.as_deref(), partition.in_flight), (Some("replica"), 0));
     let letters = later.dead_letters(None, 5).await.unwrap();
     assert!(later.discard(&letters[0].message.id).await.unwrap());
 }

@@ -9,6 +9,7 @@ use queue::{
     Queue,
     amqp::{Letter, Take},
 };
+use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::BoxError;
 use tracing::{error, info, warn};
@@ -28,6 +29,8 @@ use crate::{
 
 /// How often a key that could not be opened is tried again.
 const REOPEN: Duration = Duration::from_secs(5);
+/// What the queue, and then the ledger, may take for a scrape: Prometheus waits for ten seconds.
+const SCRAPE: Duration = Duration::from_secs(4);
 const REFUSED: &[(&str, &str)] = &[("http_refused", "Requests that were turned away before anything saw them")];
 
 /// Runs until it is told to stop.
@@ -170,13 +173,11 @@ fn metrics_route(metrics: &Metrics, queue: &Arc<dyn Queue>, ledger: &Ledger, pip
             metrics.kms_away(name, witness.is_away());
         }
         async move {
-            let unavailable = |error: &dyn std::error::Error| {
-                crate::http::Problem::new(http::StatusCode::SERVICE_UNAVAILABLE, error.to_string())
-            };
-            let queue = queue.stats().await.map_err(|error| unavailable(&error))?;
-            let ledger = ledger.sums().await.map_err(|error| unavailable(&error))?;
-            let text = metrics.render(Snapshot { queue, ledger, now: clock.now() });
-            Ok::<_, crate::http::Problem>(([(http::header::CONTENT_TYPE, CONTENT_TYPE)], text))
+            // What does not answer is told of by `countersign_up`; why is at /readyz. The queue first: see `Snapshot`.
+            let queue = timeout(SCRAPE, queue.stats()).await.ok().and_then(Result::ok);
+            let ledger = timeout(SCRAPE, ledger.sums()).await.ok().and_then(Result::ok);
+            let snapshot = Snapshot { queue, ledger, now: clock.now() };
+            ([(http::header::CONTENT_TYPE, CONTENT_TYPE)], metrics.render(snapshot))
         }
     };
     Router::new().route("/metrics", get(scrape))
@@ -305,7 +306,9 @@ impl Reloader {
                 }
             };
             match super::open_witness(&settings, &self.clock, &self.metrics).await {
-                Ok(open) => match super::check_rules(&self.config, &open) {
+                Ok(open) => match super::check_rules(&self.config, &open)
+                    .and_then(|()| super::accept_certificate(&witness, open.public_key(), &self.clock))
+                {
                     Ok(()) => {
                         info!(witness = witness.name, "its key is open now");
                         opened.insert(witness.name.clone(), super::watched(open, &self.metrics));
@@ -314,7 +317,7 @@ impl Reloader {
                         error!(
                             witness = witness.name,
                             error = format!("{error:#}"),
-                            "its key does not suit its rules: correct them and reload"
+                            "its key does not suit its rules or its certificate: correct them and reload"
                         );
                         still_shut.push(witness);
                     }

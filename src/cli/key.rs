@@ -5,12 +5,18 @@ use std::process::ExitCode;
 use serde_json::json;
 
 use super::{KeyCommand, Output, Usage, output};
-use crate::kms;
+use crate::kms::{self, Environment, SecretSource};
 
 pub fn run(command: &KeyCommand, output: Output) -> anyhow::Result<ExitCode> {
-    let KeyCommand::Generate { spec, out } = command;
+    let KeyCommand::Generate { spec, out, passphrase_file } = command;
     let spec = spec.parse().map_err(Usage)?;
-    let public_key = kms::generate(spec, out)?;
+    let public_key = match passphrase_file {
+        None => kms::generate(spec, out)?,
+        Some(path) => {
+            let passphrase = SecretSource::File(path.clone()).read_line(&Environment::system());
+            kms::generate_encrypted(spec, out, &passphrase.map_err(anyhow::Error::msg)?)?
+        }
+    };
     let uri = std::path::absolute(out).unwrap_or_else(|_| out.clone());
     let answer = json!({
         "key": format!("file://{}", uri.display()),
@@ -20,7 +26,8 @@ pub fn run(command: &KeyCommand, output: Output) -> anyhow::Result<ExitCode> {
     });
     output::print(output, &answer, |_| public_key.to_pem());
     if output == Output::Text {
-        eprintln!("wrote {} (key = \"file://{}\" in a [[witness]])", out.display(), uri.display());
+        let and = if passphrase_file.is_some() { ", with its passphrase" } else { "" };
+        eprintln!("wrote {} (key = \"file://{}\" in a [[witness]]{and})", out.display(), uri.display());
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use serde::Serialize;
 
 use super::{Client, Output, Usage, WitnessCommand, output};
@@ -43,15 +44,33 @@ pub async fn run(config: &Config, clock: &Clock, command: &WitnessCommand, outpu
     match command {
         WitnessCommand::List => list(config, clock, output).await,
         WitnessCommand::PublicKey { name } => {
-            let witness = config.witnesses.iter().find(|witness| witness.name == *name).ok_or_else(|| {
-                let known: Vec<_> = config.witnesses.iter().map(|witness| witness.name.as_str()).collect();
-                Usage(format!("no witness is named {name}; the configuration has {}", known.join(", ")))
-            })?;
-            let pem = app::public_key(config, witness, clock).await?.to_pem();
+            let pem = app::public_key(config, named(config, name)?, clock).await?.to_pem();
             output::print(output, &serde_json::json!({ "witness": name, "public_key": pem }), |_| pem.clone());
             Ok(ExitCode::SUCCESS)
         }
+        WitnessCommand::Certificate { name, renew } => {
+            let certificates = app::certificates(config, named(config, name)?, clock, *renew).await?;
+            let chain = certificates.first().context("there is no certificate")?;
+            let answer = serde_json::json!({
+                "witness": name,
+                "certificate": chain.root_to_pem(),
+                "chain": chain.to_pem(),
+                "thumbprint": chain.thumbprint(),
+                "trusted_identity": format!("x509.subject: {}", chain.subject()),
+                "not_before": chain.not_before(),
+                "not_after": chain.not_after(),
+            });
+            output::print(output, &answer, |_| chain.root_to_pem().trim_end().to_owned());
+            Ok(ExitCode::SUCCESS)
+        }
     }
+}
+
+fn named<'a>(config: &'a Config, name: &str) -> Result<&'a config::Witness, Usage> {
+    config.witnesses.iter().find(|witness| witness.name == *name).ok_or_else(|| {
+        let known: Vec<_> = config.witnesses.iter().map(|witness| witness.name.as_str()).collect();
+        Usage(format!("no witness is named {name}; the configuration has {}", known.join(", ")))
+    })
 }
 
 async fn list(config: &Config, clock: &Clock, output: Output) -> anyhow::Result<ExitCode> {
@@ -77,6 +96,7 @@ fn of_daemon(witness: &config::Witness, view: WitnessView) -> anyhow::Result<Row
     let key = PublicKey::from_pem(&view.public_key)?;
     Ok(Row {
         resolved: Some(view.resolved),
+        algorithms: view.algorithms.into_iter().map(Algorithm::name).collect(),
         breaker: Some(if away.is_some() { "open" } else { "closed" }),
         state,
         away,

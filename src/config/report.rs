@@ -151,5 +151,5 @@ pub(crate) fn cut(text: &str) -> String {
 
 /// Whether a text could be a URL with a user and password in it, or a PKCS#11 URI with a PIN.
 pub(crate) fn may_hold_password(text: &str) -> bool {
-    text.contains('@') || text.contains("pin-")
+    text.contains('@') || text.to_ascii_lowercase().contains("pin-")
 }

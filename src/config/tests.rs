@@ -67,6 +67,7 @@ name = "release"
 description = "Signs everything that production may run"
 key = "awskms:///alias/image-signing?region=eu-west-1"
 public_key = "release.pub.pem"
+certificate = "release.chain.pem"
 rate = { per_second = 100 }
 
 [[witness.verify]]
@@ -81,6 +82,7 @@ reason = "found in a build log"
 [[witness]]
 name = "vault"
 key = "openbao://release?version=3&address=https://bao.internal:8200"
+subject = "O=Example, C=DE, ST=Berlin"
 login = { method = "approle", path = "auth/teams/ci/", role_id = "59d6d1ca", secret_id = { file = "secret-id" } }
 
 [[witness]]
@@ -97,6 +99,16 @@ login = { method = "jwt", role = "countersign", jwt = { env = "TOKEN" } }
 name = "agent"
 key = "hashivault://release"
 login = { method = "token", token = { file = "/run/agent/token" } }
+
+[[witness]]
+name = "token"
+key = "pkcs11:token=images;object=release?module-path=/usr/lib/softhsm/libsofthsm2.so"
+pin = { env = "TOKEN" }
+
+[[witness]]
+name = "local"
+key = "file:///etc/countersign/key.pem"
+passphrase = { file = "secret-id" }
 
 [[rule]]
 name = "production"
@@ -131,6 +143,7 @@ fn imagined() -> Outside {
             "denied" => Err(Unreadable::Io(std::io::ErrorKind::PermissionDenied.into())),
             "empty" => contents(""),
             "newline" => contents("\n"),
+            "release.chain.pem" => contents(include_str!("../../tests/data/vectors/keys/p256.notation.crt.pem")),
             "short" => contents("hunter2\n"),
             "spaced" => contents("hunter2 is a password\n"),
             "binary" => Ok(Contents { bytes: vec![0xff; 40], world_readable: false }),
@@ -222,12 +235,15 @@ fn every_key_is_read_into_what_the_code_needs() {
     assert!(matches!(&sources[1].auth, SourceAuth::Basic(login) if login.username == "hub"));
     assert_eq!(sources[1].registry, hub.name);
 
-    let [witness, vault, pod, ci, agent] = witnesses.as_slice() else { panic!("{witnesses:?}") };
+    let [witness, vault, pod, ci, agent, token, local] = witnesses.as_slice() else { panic!("{witnesses:?}") };
     assert_eq!(witness.key.to_string(), "awskms:///alias/image-signing?region=eu-west-1");
     assert_eq!(witness.rate, Some(Rate { per_second: 100, burst: 100 }));
     assert_eq!(witness.verify[0].until, Some("2027-02-28T23:00:00Z".parse().unwrap()));
     assert_eq!(witness.verify[1].revoked, Some("2026-12-24T03:00:00Z".parse().unwrap()));
     assert_eq!(witness.place.to_string(), "countersign.toml:49:1");
+    assert_eq!(witness.certificate.as_ref().unwrap().subject(), "CN=kms-test-p256,O=Example,ST=Test,C=XX");
+    assert_eq!(vault.subject.to_string(), "C=DE, ST=Berlin, O=Example, CN=vault");
+    assert_eq!(pod.subject.to_string(), "C=XX, ST=none, O=countersign, CN=pod");
     assert_eq!(witness.login, None);
     assert_eq!(vault.key.to_string(), "openbao://release?address=https://bao.internal:8200&version=3");
     let jwt = |path: &str, jwt| Some(Login::Jwt { path: path.to_owned(), role: "countersign".to_owned(), jwt });
@@ -237,6 +253,9 @@ fn every_key_is_read_into_what_the_code_needs() {
     assert_eq!(pod.login, jwt("kubernetes", service_account));
     assert_eq!(ci.login, jwt("jwt", SecretSource::Variable("TOKEN".to_owned())));
     assert_eq!(agent.login, Some(Login::Token { token: SecretSource::File("/run/agent/token".into()) }));
+
+    assert_eq!(token.login, Some(Login::Secret(SecretSource::Variable("TOKEN".to_owned()))));
+    assert_eq!(local.login, Some(Login::Secret(SecretSource::File("/etc/countersign/secret-id".into()))));
 
     let [rule] = rules.as_slice() else { panic!("{rules:?}") };
     assert_eq!(rule.registry.as_ref(), Some(&ours.name));
@@ -268,7 +287,7 @@ fn a_rule_and_a_key_that_do_not_fit_are_told_apart_with_the_cure() {
     let wrong = check_rule_against_key(rsa, "ECC_NIST_P256").unwrap_err();
     assert_eq!(
         wrong,
-        "countersign.toml:85:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
+        "countersign.toml:97:1: rule \"production\" signs with RSA_PKCS1_SHA_256, and the key of its witness \"release\" \
          is ECC_NIST_P256: write algorithm = \"ECDSA_SHA_256\""
     );
     assert!(check_rule_against_key(&ecdsa, "RSA_4096").unwrap_err().ends_with("write algorithm = \"RSA_PKCS1_SHA_256\""));

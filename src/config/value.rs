@@ -137,6 +137,22 @@ impl<'a> Value<'a> {
         }
     }
 
+    /// What a file of text says, of at most `limit` bytes.
+    pub(crate) fn read_file<T>(&self, limit: u64, parser: impl FnOnce(&str) -> Result<T, Wrong>) -> Option<T> {
+        let path = self.path()?;
+        let parsed = match self.report.outside.read(&path, limit) {
+            Ok(contents) => parser(&String::from_utf8_lossy(&contents.bytes)),
+            Err(error) => {
+                let help = "relative paths are relative to the folder of this configuration file";
+                return self.wrong(Wrong::new(format!("{}: {error}", path.display()), help));
+            }
+        };
+        match parsed {
+            Ok(parsed) => Some(parsed),
+            Err(wrong) => self.wrong(Wrong { message: format!("{}: {}", path.display(), wrong.message), ..wrong }),
+        }
+    }
+
     /// One of the declared words, as the choice at the same position.
     pub(crate) fn choice<T: Copy, const N: usize>(&self, choices: [T; N]) -> Option<T> {
         let Kind::Choice(choice) = self.kind else { unreachable!("{} is declared as something else", self.key.name) };

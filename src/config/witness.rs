@@ -2,7 +2,10 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
-use crate::kms::{KeyUri, Login, UriError};
+use crate::{
+    certificate::{self, Chain, SubjectName},
+    kms::{KeyUri, Login, UriError},
+};
 
 mod login;
 
@@ -22,10 +25,14 @@ pub struct Witness {
     pub description: String,
     /// The key that signs.
     pub key: KeyUri,
-    /// Who asks a Vault or an OpenBao; None: whom the environment's token belongs to.
+    /// Who asks a Vault or an OpenBao; None: whom the environment's token belongs to. Or what opens the key: a passphrase, a PIN.
     pub login: Option<Login>,
     /// PEM (SPKI): what the key's public half must be. None: what it is when it is first opened.
     pub public_key: Option<PathBuf>,
+    /// What its notation signatures name. None: a certificate that its own key signs, and that is kept in the ledger.
+    pub certificate: Option<Chain>,
+    /// Whom a certificate that its own key signs is for.
+    pub subject: SubjectName,
     /// Further public keys whose signatures count.
     pub verify: Vec<FormerKey>,
     /// None: as fast as the KMS allows.
@@ -72,8 +79,10 @@ pub(crate) static TABLE: Table = Table {
             Kind::Text(&KEY_URI),
             "\"awskms:///alias/image-signing?region=eu-west-1\"",
             "The key that signs: awskms://[ENDPOINT]/KEY for AWS KMS, alibabakms://ENDPOINT/[INSTANCE]/KEY for Alibaba Cloud KMS, \
-             hashivault://KEY or openbao://KEY for a Transit engine of Vault or OpenBao, or file:///path/key.pem for a key on this \
-             machine.",
+             gcpkms://projects/PROJECT/locations/LOCATION/keyRings/RING/cryptoKeys/KEY for Google Cloud KMS, \
+             azurekms://VAULT.vault.azure.net/KEY for Azure Key Vault, hashivault://KEY or openbao://KEY for a Transit engine of Vault or OpenBao, \
+             pkcs11:token=LABEL;object=LABEL?module-path=PATH for a hardware security module, or file:///path/key.pem for a key on \
+             this machine.",
         ),
         Key::optional(
             "login",
@@ -82,10 +91,36 @@ pub(crate) static TABLE: Table = Table {
             "How a Vault or an OpenBao is told who asks. If absent, by VAULT_TOKEN, BAO_TOKEN or ~/.vault-token.",
         ),
         Key::optional(
+            "pin",
+            Kind::Secret,
+            "{ file = \"/run/secrets/pin\" }",
+            "The PIN of a pkcs11: key's token. One that the token refuses is not tried a second time.",
+        ),
+        Key::optional(
+            "passphrase",
+            Kind::Secret,
+            "{ file = \"/run/secrets/passphrase\" }",
+            "The passphrase of a file:// key that is encrypted.",
+        ),
+        Key::optional(
             "public_key",
             Kind::Path,
             "\"release.pub.pem\"",
             "The public key that it must turn out to have, as PEM. If absent, the one that it has at first is kept in the queue's folder.",
+        ),
+        Key::optional(
+            "certificate",
+            Kind::Path,
+            "\"release.chain.pem\"",
+            "The certificate that notation's signatures name, as PEM, with its issuers after it up to the root. If absent, the witness's \
+             key signs one for itself when it is first needed, and it is kept in the ledger.",
+        ),
+        Key::optional(
+            "subject",
+            Kind::Text(&SUBJECT),
+            "\"C=DE, ST=Berlin, O=Example\"",
+            "Whom a certificate that the witness's key signs for itself is for: C, ST and O at least; CN is the witness's name, if absent. \
+             One that is kept already stays as it is until it is renewed.",
         ),
         Key::optional(
             "verify",
@@ -103,7 +138,9 @@ pub(crate) static TABLE: Table = Table {
 };
 
 static KEY_URI: Grammar =
-    Grammar { noun: "a key's URI in quotes", pattern: Some("^(file|awskms|alibabakms|hashivault|openbao)://") };
+    Grammar { noun: "a key's URI in quotes", pattern: Some("^((file|awskms|alibabakms|gcpkms|azurekms|hashivault|openbao)://|pkcs11:)") };
+
+static SUBJECT: Grammar = Grammar { noun: "a distinguished name in quotes", pattern: Some("=") };
 
 static VERIFY: Table = Table {
     title: "`verify`",
@@ -133,7 +170,14 @@ static RATE: Table = Table {
 pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
     let name = section.value("name").and_then(|value| value.parse(names::plain));
     let description = section.value("description").map(|value| value.text());
-    let key = section.value("key").and_then(|value| value.parse(key_uri));
+    let key = section.value("key").and_then(|value| {
+        let key = value.parse(key_uri);
+        if matches!(&key, Some(KeyUri::Pkcs11(reference)) if reference.holds_pin()) {
+            let help = "keep it in a file of its own: pin = { file = \"/run/secrets/pin\" } in this witness".to_owned();
+            section.report.warning(value.span.clone(), "the PIN stands in the configuration file itself", help);
+        }
+        key
+    });
     let login = section.value("login").map(|value| value.table().as_ref().and_then(login::read));
     if let (Some(key), Some(at)) = (&key, section.written("login"))
         && !matches!(key, KeyUri::Vault(_))
@@ -141,29 +185,46 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
         let help = "remove it: other keys take what they need from the environment".to_owned();
         section.report.error(at, "`login` is for hashivault:// and openbao:// keys", help);
     }
+    if let Some(key) = &key {
+        only_for(section, "pin", "pkcs11:", matches!(key, KeyUri::Pkcs11(_)));
+        only_for(section, "passphrase", "file://", matches!(key, KeyUri::File(_)));
+    }
+    let secret = |name| section.value(name).map(|value| value.secret_source());
+    let (pin, passphrase) = (secret("pin"), secret("passphrase"));
     let public_key = section.value("public_key").map(|value| value.readable_file());
+    let certificate = section.value("certificate").map(|value| value.read_file(certificate::MAX_PEM, chain));
+    let subject = section.value("subject").map(|value| value.parse(subject));
+    if let (Some(_), Some(at)) = (&certificate, section.written("subject")) {
+        let help = "remove it: `certificate` says whom it is for".to_owned();
+        section.report.error(at, "`subject` is for certificates that are made here", help);
+    }
     let verify = section.value("verify").map(|value| value.each_table(former_key));
     let rate = section.value("rate").map(|value| value.table().as_ref().and_then(rate));
     Some(Witness {
+        subject: optional(subject)?.unwrap_or_else(SubjectName::unnamed).with_common_name(name.as_deref()?),
         name: name?,
         description: description.unwrap_or_else(|| Some(String::new()))?,
         key: key?,
-        login: optional(login)?,
+        login: optional(login)?.or(optional(pin)?.or(optional(passphrase)?).map(Login::Secret)),
         public_key: optional(public_key)?,
+        certificate: optional(certificate)?,
         verify: verify.unwrap_or_else(|| Some(Vec::new()))?,
         rate: optional(rate)?,
         place: section.report.place(&section.span),
     })
 }
 
-fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
-    const LATER: [&str; 3] = ["gcpkms", "azurekms", "pkcs11"];
-    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION, alibabakms://ENDPOINT//alias/NAME or \
-                            hashivault://NAME";
-    let scheme = text.split(':').next().unwrap_or_default();
-    if LATER.contains(&scheme) {
-        return Err(Wrong::new(format!("keys in {scheme} are not in this version"), EXAMPLES));
+/// Refuses what opens keys of one kind beside a key of another.
+fn only_for(section: &Section<'_>, name: &'static str, scheme: &str, is_such: bool) {
+    if let Some(at) = section.written(name).filter(|_| !is_such) {
+        section.report.error(at, format!("`{name}` is for {scheme} keys"), "remove it".to_owned());
     }
+}
+
+fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
+    const EXAMPLES: &str = "write file:///path/key.pem, awskms:///alias/NAME?region=REGION, alibabakms://ENDPOINT//alias/NAME, \
+                            gcpkms://projects/…/cryptoKeys/KEY, azurekms://VAULT.vault.azure.net/KEY, hashivault://NAME or \
+                            pkcs11:token=LABEL;object=LABEL?module-path=PATH";
     let shown = cut(text);
     text.parse().map_err(|error| match error {
         UriError::NoScheme(_) if text.starts_with('/') => {
@@ -175,8 +236,21 @@ fn key_uri(text: &str) -> Result<KeyUri, Wrong> {
             "`key` holds a user or password",
             "remove it: credentials come from the environment, an AWS profile or `login`",
         ),
-        UriError::Malformed { what, .. } => Wrong::new(format!("\"{shown}\" is no key's URI"), what),
+        UriError::Malformed { uri, what } => Wrong::new(format!("\"{}\" is no key's URI", cut(&uri)), what),
     })
+}
+
+fn chain(pem: &str) -> Result<Chain, Wrong> {
+    Chain::from_pem(pem).map_err(|error| {
+        let because = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+        let help = "notation's readers want a certificate for signing code, then its issuers up to the root";
+        Wrong::new(format!("it is no chain that can be used: {error}{because}"), help)
+    })
+}
+
+fn subject(text: &str) -> Result<SubjectName, Wrong> {
+    text.parse()
+        .map_err(|wrong| Wrong::new(format!("\"{}\" is no subject: {wrong}", cut(text)), "write \"C=DE, ST=Berlin, O=Example\""))
 }
 
 fn former_key(section: &Section<'_>) -> Option<FormerKey> {

@@ -10,10 +10,10 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::exchange::Patience;
+use super::fault::Class;
 use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
 use crate::clock::Clock;
 use client::Client;
-use fault::Class;
 use place::{Gateway, Place};
 
 /// One version of an asymmetric signing key in Alibaba Cloud KMS (interface version 2016-01-20). Each version has key material of its
@@ -129,10 +129,10 @@ impl SigningKey for AlibabaKey {
     async fn dry_run(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<bool, Error> {
         let digest = BASE64_STANDARD.encode(digest);
         let asked: Vec<_> = self.asked(algorithm, &digest).into_iter().chain([("DryRun", "true")]).collect();
-        match self.client.try_call::<SignAnswer>("AsymmetricSign", &asked).await {
+        match self.client.call::<SignAnswer>("AsymmetricSign", &asked).await {
             // That it would have worked is told as an error.
-            Err((Some(Class::DryRun), _)) => Ok(true),
-            Err((_, error)) => Err(error),
+            Err(failed) if failed.class == Some(Class::DryRun) => Ok(true),
+            Err(failed) => Err(failed.error),
             Ok(_) => {
                 tracing::debug!(key = %self.client.uri(), "the KMS does not know dry runs, and made a signature");
                 Ok(false)

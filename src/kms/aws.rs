@@ -10,10 +10,10 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::exchange::Patience;
+use super::fault::Class;
 use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
 use crate::clock::Clock;
 use client::{Client, Operation};
-use fault::Class;
 pub(super) use place::{endpoint_url, is_loopback, is_region, region_of_arn};
 
 /// An asymmetric signing key in AWS KMS (service model `TrentService`, version 2014-11-01).

@@ -104,7 +104,9 @@ impl Classify for Error {
             Self::Unreachable { .. } | Self::Transient { .. } => return Verdict::TRANSIENT,
             Self::Denied { .. } => {
                 "allow countersign's identity to sign with this key (on AWS: kms:Sign, kms:GetPublicKey and kms:DescribeKey; on Alibaba \
-                 Cloud: kms:AsymmetricSign, kms:GetPublicKey, kms:DescribeKey and kms:ListKeyVersions; in a Vault: as the message says), then replay"
+                 Cloud: kms:AsymmetricSign, kms:GetPublicKey, kms:DescribeKey and kms:ListKeyVersions; on Google Cloud: useToSign and \
+                 viewPublicKey of cloudkms.cryptoKeyVersions, and list where the key names no version; on Azure: keys/read and \
+                 keys/sign/action; in a Vault: as the message says), then replay"
             }
             Self::Credentials { .. } => "give countersign credentials that the KMS knows, then replay",
             Self::KeyUnusable { .. } => {

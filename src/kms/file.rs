@@ -1,8 +1,7 @@
+mod pkcs8;
+
 use std::{
-    fmt,
-    fs::{self, File},
-    io::{self, Read},
-    os::unix::fs::PermissionsExt,
+    fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -16,16 +15,18 @@ use aws_lc_rs::{
         ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair, RSA_PKCS1_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair,
     },
 };
-use rsa::pkcs8::{LineEnding, SecretDocument};
-use secrecy::zeroize::Zeroizing;
+use rsa::pkcs8::SecretDocument;
+use secrecy::SecretString;
 use tokio::sync::Semaphore;
 
 use super::{
-    Algorithm, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey, create_file,
-    public_key::{import, pem_label},
+    Algorithm, Environment, Error, KeySpec, KeyUri, Login, PublicKey, RawSignature, SigningKey, create_file, public_key::import,
 };
 
 /// A private key in a PKCS#8 file on this machine (RFC 5208), readable by its owner only.
+///
+/// aws-lc computes with it in constant time: what it takes does not tell the key's bits to somebody who measures it. (The rsa
+/// crate does not, RUSTSEC-2023-0071, and is given public keys only.)
 pub(super) struct FileKey {
     uri: KeyUri,
     resolved: String,
@@ -40,13 +41,25 @@ enum PrivateKey {
     P256(EcdsaKeyPair),
 }
 
-/// No key of 4096 bits comes near it, in any encoding.
-const LARGEST_FILE: u64 = 64 * 1024;
-
 impl FileKey {
-    pub(super) fn open(path: &Path) -> Result<Self, Error> {
+    /// `login` says where the passphrase is, if the file is encrypted.
+    pub(super) fn open(path: &Path, login: Option<&Login>, environment: &Environment) -> Result<Self, Error> {
+        let passphrase = match login {
+            None => None,
+            Some(Login::Secret(passphrase)) => {
+                let secret = passphrase.read_line(environment);
+                Some(secret.map_err(|what| misconfigured(path, format!("the passphrase: {what}")))?)
+            }
+            Some(Login::Token { .. } | Login::AppRole { .. } | Login::Jwt { .. }) => {
+                return Err(misconfigured(path, "a `login` is for a Vault: a file takes a `passphrase` if it is encrypted"));
+            }
+        };
+        Self::open_with(path, passphrase.as_ref())
+    }
+
+    fn open_with(path: &Path, passphrase: Option<&SecretString>) -> Result<Self, Error> {
         let uri = KeyUri::File(path.to_owned());
-        let document = read_pkcs8(path)?;
+        let document = pkcs8::read(path, passphrase)?;
         let invalid = |source| Error::PublicKey { key: Arc::new(uri.clone()), source };
         // Both kinds are tried: which of them it is stands in the DER, and aws-lc reads that strictly.
         let (private_key, spki) = if let Ok(pair) = RsaKeyPair::from_pkcs8(document.as_bytes()) {
@@ -121,13 +134,22 @@ impl fmt::Debug for FileKey {
 }
 
 /// The public half of a private key's file, for those who only verify.
-pub(crate) fn public_key_of_file(path: &Path) -> Result<PublicKey, Error> {
-    FileKey::open(path).map(|key| key.public_key)
+pub(crate) fn public_key_of_file(path: &Path, login: Option<&Login>) -> Result<PublicKey, Error> {
+    FileKey::open(path, login, &Environment::system()).map(|key| key.public_key)
 }
 
 /// Makes a key and writes it as a PKCS#8 PEM file that its owner alone can read. An existing file is never replaced.
 /// An RSA key takes up to some seconds.
 pub fn generate(spec: KeySpec, path: &Path) -> Result<PublicKey, Error> {
+    generate_with(spec, path, None)
+}
+
+/// The same, encrypted with a passphrase (PBES2 of RFC 8018: scrypt and AES-256-CBC).
+pub fn generate_encrypted(spec: KeySpec, path: &Path, passphrase: &SecretString) -> Result<PublicKey, Error> {
+    generate_with(spec, path, Some(passphrase))
+}
+
+fn generate_with(spec: KeySpec, path: &Path, passphrase: Option<&SecretString>) -> Result<PublicKey, Error> {
     let failed = |what, source| Error::File { key: Arc::new(KeyUri::File(path.to_owned())), what, source };
     let no_key = |_| failed("the key could not be made", io::ErrorKind::Other.into());
     let rsa = |size| {
@@ -145,7 +167,7 @@ pub fn generate(spec: KeySpec, path: &Path) -> Result<PublicKey, Error> {
             SecretDocument::try_from(der.as_ref()).map_err(|_| no_key(aws_lc_rs::error::Unspecified))?
         }
     };
-    let pem = document.to_pem(PKCS8_LABEL, LineEnding::LF).expect("a key is far below PEM's limits");
+    let pem = pkcs8::to_pem(&document, passphrase).map_err(no_key)?;
     create_file(path, pem.as_bytes(), 0o600).map_err(|source| {
         let what = if source.kind() == io::ErrorKind::AlreadyExists {
             "there is a file already, and a key is never overwritten: choose another name, or move the old one away"
@@ -155,72 +177,7 @@ pub fn generate(spec: KeySpec, path: &Path) -> Result<PublicKey, Error> {
         failed(what, source)
     })?;
     // What was written is what a later start will read.
-    public_key_of_file(path)
-}
-
-const PKCS8_LABEL: &str = "PRIVATE KEY";
-
-fn read_pkcs8(path: &Path) -> Result<SecretDocument, Error> {
-    let failed =
-        |source| Error::File { key: Arc::new(KeyUri::File(path.to_owned())), what: "the key file could not be read", source };
-    // Before it is opened: opening a pipe would wait for its writer.
-    if !fs::metadata(path).map_err(failed)?.is_file() {
-        return Err(misconfigured(path, "it is not a file"));
-    }
-    let file = File::open(path).map_err(failed)?;
-    let mode = file.metadata().map_err(failed)?.permissions().mode() & 0o7777;
-    if mode & 0o077 != 0 {
-        let path_text = path.display();
-        let what =
-            format!("others than its owner have access to it (mode {mode:04o}), so it is not used: run `chmod 600 {path_text}`");
-        return Err(misconfigured(path, what));
-    }
-    let mut text = Zeroizing::new(String::with_capacity(8 * 1024));
-    file.take(LARGEST_FILE + 1).read_to_string(&mut text).map_err(|source| {
-        if source.kind() == io::ErrorKind::InvalidData { misconfigured(path, not_pem(path)) } else { failed(source) }
-    })?;
-    if text.len() as u64 > LARGEST_FILE {
-        return Err(misconfigured(path, "it is far too large for a key"));
-    }
-    let text = text.trim();
-    match pem_label(text) {
-        Some(PKCS8_LABEL) => {}
-        None => return Err(misconfigured(path, not_pem(path))),
-        Some(label) => return Err(misconfigured(path, wrong_label(path, label, text))),
-    }
-    let (_, document) = SecretDocument::from_pem(text).map_err(|_| {
-        misconfigured(
-            path,
-            "what is between `-----BEGIN PRIVATE KEY-----` and `-----END PRIVATE KEY-----` is damaged, or something follows it",
-        )
-    })?;
-    Ok(document)
-}
-
-fn not_pem(path: &Path) -> String {
-    let path = path.display();
-    format!(
-        "it is not a PEM file; if it is a key in DER, convert it with `openssl pkcs8 -topk8 -nocrypt -inform DER -in {path} -out NEW` \
-         and `chmod 600 NEW`"
-    )
-}
-
-fn wrong_label(path: &Path, label: &str, text: &str) -> String {
-    let path = path.display();
-    if label.contains("ENCRYPTED") || text.contains("Proc-Type: 4,ENCRYPTED") {
-        return format!(
-            "the private key is encrypted, which is not supported yet: decrypt it with `openssl pkcs8 -topk8 -nocrypt -in {path} -out \
-             NEW` and `chmod 600 NEW`, or keep it in a KMS"
-        );
-    }
-    match label {
-        "RSA PRIVATE KEY" | "EC PRIVATE KEY" | "EC PARAMETERS" => format!(
-            "the private key is in the older form {label} and not in PKCS#8: convert it with `openssl pkcs8 -topk8 -nocrypt -in {path} \
-             -out NEW` and `chmod 600 NEW`"
-        ),
-        label if label.ends_with("PUBLIC KEY") => "it is a public key, which cannot sign: name the private key's file".to_owned(),
-        label => format!("it is a PEM file of {label}, not of a PRIVATE KEY (PKCS#8): make one with `countersign key generate`"),
-    }
+    FileKey::open_with(path, passphrase).map(|key| key.public_key)
 }
 
 fn misconfigured(path: &Path, what: impl Into<String>) -> Error {

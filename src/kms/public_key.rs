@@ -8,9 +8,9 @@ use aws_lc_rs::{
     },
 };
 use rsa::{
-    RsaPublicKey,
+    BigUint, RsaPublicKey,
     pkcs8::{
-        Document, ObjectIdentifier, SubjectPublicKeyInfoRef,
+        Document, EncodePublicKey, ObjectIdentifier, SubjectPublicKeyInfoRef,
         der::pem::{LineEnding, PemLabel},
     },
     traits::PublicKeyParts,
@@ -164,6 +164,26 @@ impl PublicKey {
         Ok(Self(Arc::new(Parsed { spki, spec, fingerprint, verifiers })))
     }
 
+    /// An RSA key by its modulus and public exponent, each big-endian.
+    pub fn from_rsa(modulus: &[u8], exponent: &[u8]) -> Result<Self, PublicKeyError> {
+        let (modulus, exponent) = (BigUint::from_bytes_be(modulus), BigUint::from_bytes_be(exponent));
+        let key = RsaPublicKey::new(modulus, exponent)
+            .map_err(|_| PublicKeyError::Unsupported("RSA (larger than 4096 bits, or with broken numbers)".into()))?;
+        let der = key.to_public_key_der().map_err(|_| PublicKeyError::Invalid("RSA"))?;
+        Self::from_spki_der(der.as_bytes())
+    }
+
+    /// A P-256 key by the coordinates of its point, 32 bytes each, big-endian.
+    pub fn from_p256(x: &[u8], y: &[u8]) -> Result<Self, PublicKeyError> {
+        // The SubjectPublicKeyInfo of a P-256 key (RFC 5480 section 2) up to the coordinates of an uncompressed point.
+        const HEAD: [u8; 27] =
+            *b"\x30\x59\x30\x13\x06\x07\x2a\x86\x48\xce\x3d\x02\x01\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07\x03\x42\x00\x04";
+        if x.len() != 32 || y.len() != 32 {
+            return Err(PublicKeyError::Invalid(KeySpec::EcP256.name()));
+        }
+        Self::from_spki_der(&[&HEAD, x, y].concat())
+    }
+
     /// The key as `SubjectPublicKeyInfo` in DER.
     #[must_use]
     pub fn spki_der(&self) -> &[u8] {
@@ -258,6 +278,8 @@ impl fmt::Debug for PublicKey {
 #[cfg(test)]
 mod tests {
     use base64::{Engine, prelude::BASE64_STANDARD};
+
+    use rsa::pkcs8::DecodePublicKey;
 
     use super::*;
 
@@ -355,6 +377,22 @@ mod tests {
         let mut der = PublicKey::from_pem(P256).unwrap().spki_der().to_vec();
         *der.last_mut().unwrap() ^= 1;
         assert_eq!(PublicKey::from_spki_der(&der), Err(PublicKeyError::Invalid("EC_P256")));
+    }
+
+    #[test]
+    fn keys_are_made_of_their_numbers() {
+        let rsa = PublicKey::from_pem(RSA).unwrap();
+        let numbers = RsaPublicKey::from_public_key_der(rsa.spki_der()).unwrap();
+        let (modulus, exponent) = (numbers.n().to_bytes_be(), numbers.e().to_bytes_be());
+        assert_eq!(PublicKey::from_rsa(&modulus, &exponent), Ok(rsa));
+        assert!(PublicKey::from_rsa(&modulus[..128], &exponent).is_err(), "1024 bits");
+        assert!(PublicKey::from_rsa(&modulus, &[]).is_err() && PublicKey::from_rsa(&[], &exponent).is_err());
+
+        let p256 = PublicKey::from_pem(P256).unwrap();
+        let (x, y) = p256.spki_der()[27..].split_at(32);
+        assert_eq!(PublicKey::from_p256(x, y).unwrap(), p256);
+        assert!(PublicKey::from_p256(y, x).is_err(), "off the curve");
+        assert!(PublicKey::from_p256(x, &y[1..]).is_err() && PublicKey::from_p256(&[], &[]).is_err());
     }
 
     #[test]

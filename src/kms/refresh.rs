@@ -167,6 +167,13 @@ impl<S: Source> Kept<S> {
     }
 }
 
+impl<S: Source> fmt::Debug for Kept<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // What it holds is secret.
+        f.write_str("Kept")
+    }
+}
+
 impl<C: Expiring> Held<C> {
     fn of(credentials: C, now: Timestamp) -> Self {
         let Some(expires) = credentials.expires() else { return Self { credentials, due: None, over: None } };

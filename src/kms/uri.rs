@@ -1,6 +1,6 @@
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use super::{aws, vault::VaultReference};
+use super::{aws, azure::AzureReference, gcp::GcpReference, pkcs11::Pkcs11Reference, vault::VaultReference};
 
 /// Where a key is: a URI as cosign's users know them. It names a key and never holds a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -29,8 +29,14 @@ pub enum KeyUri {
         /// A RAM role to take with the credentials that the environment gives.
         role: Option<String>,
     },
+    /// `gcpkms://projects/…/cryptoKeys/KEY[/cryptoKeyVersions/N]`.
+    GcpKms(GcpReference),
+    /// `azurekms://HOST/KEY[/VERSION]`.
+    AzureKms(AzureReference),
     /// `hashivault://KEY` or `openbao://KEY`: a key in a Transit engine.
     Vault(VaultReference),
+    /// `pkcs11:token=LABEL;object=LABEL?module-path=PATH`: a key in a hardware security module or another token.
+    Pkcs11(Pkcs11Reference),
 }
 
 /// Why a text is no key reference.
@@ -38,7 +44,9 @@ pub enum KeyUri {
 pub enum UriError {
     #[error("{0:?} has no scheme: write file:///path/key.pem or awskms:///alias/NAME?region=REGION")]
     NoScheme(String),
-    #[error("{0:?} is no key provider: this version has file://, awskms://, alibabakms://, hashivault:// and openbao://")]
+    #[error(
+        "{0:?} is no key provider: this version has file://, awskms://, alibabakms://, gcpkms://, azurekms://, hashivault://, openbao:// and pkcs11:"
+    )]
     UnknownScheme(String),
     #[error("{uri:?}: {what}")]
     Malformed { uri: String, what: &'static str },
@@ -51,6 +59,10 @@ impl FromStr for KeyUri {
     type Err = UriError;
 
     fn from_str(text: &str) -> Result<Self, UriError> {
+        if let Some(rest) = Pkcs11Reference::after_scheme(text) {
+            let malformed = |what| UriError::Malformed { uri: Pkcs11Reference::shown(text), what };
+            return Pkcs11Reference::read(rest).map(Self::Pkcs11).map_err(malformed);
+        }
         let (scheme, rest) = text.split_once("://").ok_or_else(|| UriError::NoScheme(text.to_owned()))?;
         if scheme != "file" && rest.contains('@') {
             return Err(UriError::Secret);
@@ -65,6 +77,8 @@ impl FromStr for KeyUri {
             }
             "awskms" => aws_kms(rest).map_err(malformed),
             "alibabakms" => alibaba_kms(rest).map_err(malformed),
+            "gcpkms" => GcpReference::read(rest).map(Self::GcpKms).map_err(malformed),
+            "azurekms" => AzureReference::read(rest).map(Self::AzureKms).map_err(malformed),
             "hashivault" => VaultReference::hashivault(rest).map(Self::Vault).map_err(malformed),
             "openbao" => VaultReference::openbao(rest).map(Self::Vault).map_err(malformed),
             other => Err(UriError::UnknownScheme(other.to_owned())),
@@ -149,7 +163,10 @@ impl fmt::Display for KeyUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => write!(f, "file://{}", path.display()),
+            Self::GcpKms(reference) => reference.fmt(f),
+            Self::AzureKms(reference) => reference.fmt(f),
             Self::Vault(reference) => reference.fmt(f),
+            Self::Pkcs11(reference) => reference.fmt(f),
             Self::AwsKms { endpoint, key, region } => {
                 write!(f, "awskms://{}/{key}", endpoint.as_deref().unwrap_or_default())?;
                 region.as_ref().map_or(Ok(()), |region| write!(f, "?region={region}"))
@@ -245,7 +262,7 @@ mod tests {
     fn what_is_no_reference_is_refused_with_its_reason() {
         for (text, part) in [
             ("/a/key.pem", "no scheme"),
-            ("gcpkms://projects/p", "is no key provider"),
+            ("ftpkms://projects/p", "is no key provider"),
             ("file://key.pem", "three slashes"),
             ("awskms://alias", "three slashes"),
             ("awskms:///", "no key after"),

@@ -19,7 +19,7 @@ use tokio_postgres::config::Host;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use self::{failure::Failure, link::Link};
-use super::{Backend, Error, EventRecord, RuleOutcome, SignatureRecord, StoryQuery, Sums, Work};
+use super::{Backend, Error, EventRecord, KeptCertificate, RuleOutcome, SignatureRecord, StoryQuery, Sums, Work};
 use crate::{
     clock::Clock,
     oci::{Digest, RegistryName, Repository},
@@ -157,5 +157,14 @@ impl Backend for Store {
         digest: Digest,
     ) -> Result<Vec<SignatureRecord>, Error> {
         self.ask(|reply| read::Question::Signatures((registry, repository, digest), reply)).await
+    }
+
+    /// A statement of its own, which commits by itself, and shares no transaction with what goes by the thousand.
+    async fn keep_certificate(&self, certificate: KeptCertificate) -> Result<(), Error> {
+        self.ask(|reply| read::Question::Keep(certificate, reply)).await
+    }
+
+    async fn certificates(&self, witness: String, key: String) -> Result<Vec<KeptCertificate>, Error> {
+        self.ask(|reply| read::Question::Certificates(witness, key, reply)).await
     }
 }

@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
 use tokio::sync::oneshot;
 
-use super::{Backend, Error, EventRecord, RuleOutcome, SignatureRecord, StoryQuery, Sums, Work};
+use super::{Backend, Error, EventRecord, KeptCertificate, RuleOutcome, SignatureRecord, StoryQuery, Sums, Work};
 use crate::{
     clock::Clock,
     oci::{Digest, RegistryName, Repository},
@@ -33,8 +33,10 @@ pub(super) use read::{SIGNATURES, story_sql};
 
 /// `CSLG`: in the file's header, so that no other program's file (nor the queue's) is taken for a ledger.
 const APPLICATION_ID: i32 = 0x4353_4c47;
-/// In the file's `user_version`. A change of [`SCHEMA`] is a new version, and brings the old one's rows along.
-const VERSION: i64 = 1;
+/// Each brings a ledger one version further; its version is how many it has been through, in the file's `user_version`. One that
+/// was released never changes.
+const MIGRATIONS: [&str; 2] = [FIRST, CERTIFICATES];
+const VERSION: i64 = 2;
 
 const ANOTHER_FILE: &str = "name another file, or move this one away and a new ledger is begun";
 
@@ -48,7 +50,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Times are microseconds since 1970 in UTC; digests are their raw bytes, and the length tells the algorithm. Skip reasons and
 /// outcomes are the words of metrics. `tally` counts the terminal outcomes of `event`, in the same transactions.
 /// `signature.reference` is `:tag` or `@` where it is the subject's repository by that tag or by its digest, else written out.
-const SCHEMA: &str = "
+const FIRST: &str = "
     CREATE TABLE word (
         id      INTEGER PRIMARY KEY,
         text    TEXT NOT NULL UNIQUE
@@ -113,6 +115,16 @@ const SCHEMA: &str = "
         id          INTEGER PRIMARY KEY,
         written_at  INTEGER NOT NULL
     ) STRICT;
+";
+
+const CERTIFICATES: &str = "
+    CREATE TABLE certificate (
+        witness TEXT NOT NULL,
+        key     TEXT NOT NULL,
+        number  INTEGER NOT NULL,
+        pem     TEXT NOT NULL,
+        PRIMARY KEY (witness, key, number)
+    ) STRICT, WITHOUT ROWID;
 ";
 
 /// A question to the file, and the way back to whoever asked.
@@ -197,6 +209,23 @@ impl Backend for Store {
     ) -> Result<Vec<SignatureRecord>, Error> {
         self.read(move |connection| read::signatures(connection, &registry, &repository, &digest)).await
     }
+
+    /// Over a connection of its own: it happens once in a witness's life.
+    async fn keep_certificate(&self, certificate: KeptCertificate) -> Result<(), Error> {
+        let path = self.path.clone();
+        let keep = move || {
+            let kept = connect(&path)?.execute(
+                "INSERT INTO certificate (witness, key, number, pem) VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO NOTHING",
+                (&certificate.witness, &certificate.key, certificate.number, &certificate.pem),
+            );
+            kept.map(drop).map_err(|source| Error::Unavailable { what: "written", source: Arc::new(source) })
+        };
+        tokio::task::spawn_blocking(keep).await.map_err(|_| Error::Closed)?
+    }
+
+    async fn certificates(&self, witness: String, key: String) -> Result<Vec<KeptCertificate>, Error> {
+        self.read(move |connection| read::certificates(connection, &witness, &key)).await
+    }
 }
 
 /// SQLite gives its other files (`-wal`, `-shm`) the mode of this one.
@@ -217,7 +246,7 @@ fn connect(path: &Path) -> Result<Connection, Error> {
     let mut connection = Connection::open_with_flags(path, flags).map_err(open)?;
     connection.busy_timeout(PATIENCE).map_err(open)?;
     match state(&connection).map_err(open)? {
-        State::Empty => create(&mut connection).map_err(open)?,
+        State::Empty | State::Ours(1..VERSION) => bring_up(&mut connection).map_err(open)?,
         State::Ours(VERSION) => {}
         State::Ours(found) => return Err(Error::Newer { place: path.display().to_string(), found, known: VERSION }),
         State::Foreign => return Err(Error::Foreign { place: path.display().to_string(), cure: ANOTHER_FILE }),
@@ -247,13 +276,20 @@ fn state(connection: &Connection) -> rusqlite::Result<State> {
     })
 }
 
-fn create(connection: &mut Connection) -> rusqlite::Result<()> {
+fn bring_up(connection: &mut Connection) -> rusqlite::Result<()> {
     // Kept in the file. It cannot change within a transaction.
     connection.pragma_update(None, "journal_mode", "WAL")?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     // Another process may have been first.
-    if matches!(state(&transaction)?, State::Empty) {
-        transaction.execute_batch(SCHEMA)?;
+    let found = match state(&transaction)? {
+        State::Empty => 0,
+        State::Ours(found) => usize::try_from(found).unwrap_or(MIGRATIONS.len()),
+        State::Foreign => MIGRATIONS.len(),
+    };
+    if found < MIGRATIONS.len() {
+        for migration in &MIGRATIONS[found..] {
+            transaction.execute_batch(migration)?;
+        }
         transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
         transaction.pragma_update(None, "user_version", VERSION)?;
     }

@@ -209,7 +209,27 @@ on_each_backend!(
     another_key_is_another_record_and_the_one_asked_last_is_concluded,
     a_signature_that_is_found_is_recorded_once_and_never_replaces_that_we_wrote_it,
     texts_of_any_length_are_kept_shortened,
+    of_certificates_made_at_the_same_moment_the_first_is_kept,
 );
+
+fn certificate(number: u32, pem: &str) -> KeptCertificate {
+    KeptCertificate { witness: "release".into(), key: "key".into(), number, pem: pem.into() }
+}
+
+async fn of_certificates_made_at_the_same_moment_the_first_is_kept(place: &Place) {
+    let (one, other) = (place.system(), place.system());
+    assert_eq!(one.certificates("release", "key").await.unwrap(), []);
+    one.keep_certificate(certificate(1, "first")).await.unwrap();
+    other.keep_certificate(certificate(1, "second")).await.unwrap();
+    other.keep_certificate(certificate(2, "renewed")).await.unwrap();
+    one.keep_certificate(KeptCertificate { key: "other".into(), ..certificate(1, "another") }).await.unwrap();
+    for ledger in [one, other] {
+        let kept = ledger.certificates("release", "key").await.unwrap();
+        assert_eq!(kept, [certificate(2, "renewed"), certificate(1, "first")]);
+        assert_eq!(ledger.certificates("release", "other").await.unwrap().len(), 1);
+        assert_eq!(ledger.certificates("staging", "key").await.unwrap(), []);
+    }
+}
 
 async fn what_is_recorded_is_told_again_unchanged(place: &Place) {
     let (clock, hand) = clock();

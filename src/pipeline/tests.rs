@@ -21,6 +21,7 @@ use queue::{DeadLetter, Embedded, Kept, Message, Options, PartitionKey};
 use serde_json::{Value, json};
 use sha2::Digest as _;
 use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
@@ -207,7 +208,7 @@ impl House {
 
     async fn handle_one(queue: &Embedded, pipeline: &Pipeline) {
         let delivery = tokio::time::timeout(Duration::from_secs(20), queue.pull()).await;
-        let handled = pipeline.handle(delivery.expect("a delivery is due").unwrap().unwrap()).await;
+        let handled = pipeline.handle(delivery.expect("a delivery is due").unwrap().unwrap()).await.unwrap();
         pipeline.settle(handled).await.unwrap();
     }
 
@@ -756,6 +757,41 @@ async fn dropped_after<F: Future>(polls: usize, future: F) -> Option<F::Output> 
         }
     })
     .await
+}
+
+#[tokio::test]
+async fn event_that_others_may_have_is_left_alone_and_nothing_is_said_of_it() {
+    let house = House::new().await;
+    let pipeline = house.pipeline(release());
+    let digest = house.image("lost");
+    house.push(Some("1.0"), &digest).await;
+    let lost = CancellationToken::new();
+    let delivery = house.queue.pull().await.unwrap().unwrap().until(lost.clone());
+    lost.cancel();
+    assert!(pipeline.handle(delivery).await.is_none());
+    assert!(house.signed(&digest).is_empty());
+
+    // And one that is lost when it was handled, and is to be a dead letter.
+    house.enqueue("text/plain", "key", b"no event".to_vec()).await;
+    let lost = CancellationToken::new();
+    let (mut handled, mut signed) = (None, 0);
+    while handled.is_none() {
+        let delivery = house.queue.pull().await.unwrap().unwrap();
+        if delivery.message().content_type == "text/plain" {
+            handled = pipeline.handle(delivery.until(lost.clone())).await;
+        } else {
+            pipeline.settle(pipeline.handle(delivery).await.unwrap()).await.unwrap();
+            signed += 1;
+        }
+    }
+    lost.cancel();
+    pipeline.settle(handled.unwrap()).await.unwrap();
+    assert!(house.dead().await.is_empty());
+    assert_eq!(house.ledger.sums().await.unwrap().concluded(), signed);
+
+    house.settle(&pipeline).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+    assert_eq!(house.dead().await.len(), 1);
 }
 
 #[tokio::test]

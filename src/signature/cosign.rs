@@ -232,7 +232,7 @@ pub(super) mod tests {
     pub(super) const IMAGE: &[u8] = include_bytes!("../../tests/data/vectors/image/manifest.json");
     pub(super) const REFERENCE: &str = "registry.example.com/team/app:1.0";
 
-    pub(super) fn vector(folder: &str, file: &str) -> Vec<u8> {
+    pub(in crate::signature) fn vector(folder: &str, file: &str) -> Vec<u8> {
         let path = format!("{}/tests/data/vectors/{folder}/{file}", env!("CARGO_MANIFEST_DIR"));
         std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
     }

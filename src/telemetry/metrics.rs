@@ -58,11 +58,11 @@ pub struct Sample {
 }
 
 /// What the scrape takes from elsewhere. The two are read one after the other: while events are handled, one that is concluded
-/// in the ledger and not yet acknowledged to the queue is counted in both.
+/// in the ledger and not yet acknowledged to the queue is counted in both. What cannot be asked now is left out of the scrape.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
-    pub queue: queue::Stats,
-    pub ledger: Sums,
+    pub queue: Option<queue::Stats>,
+    pub ledger: Option<Sums>,
     /// When they were taken.
     pub now: Timestamp,
 }
@@ -336,34 +336,49 @@ struct Standing(Snapshot);
 impl Collector for Standing {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let Snapshot { queue, ledger, now } = &self.0;
-        let outcomes = [
-            (&Outcome::Signed, ledger.signed),
-            (&Outcome::AlreadySigned, ledger.already_signed),
-            (&Outcome::Skipped(Skip::NoRule), ledger.skipped),
-            (&Outcome::Dead, ledger.dead),
-        ];
-        let outcomes = outcomes.map(|(outcome, events)| ([("outcome", outcome.name())], events));
-        let reasons = ledger.skip_reasons.iter().map(|(skip, events)| ([("reason", skip.name())], *events));
-        let states = [("ready", queue.ready), ("waiting", queue.waiting), ("in_flight", queue.in_flight), ("dead", queue.dead)];
-        let states = states.map(|(state, messages)| ([("state", state)], messages));
-        let age = |oldest: Option<Timestamp>| oldest.map_or(0.0, |oldest| now.duration_since(oldest).as_secs_f64().max(0.0));
-        let oldest = age(queue.oldest);
-
         let mut to = Exposition(encoder);
-        to.one("events_received", "Events ever taken in", &ConstCounter::new(queue.pushed_total))?;
+        let up = [("queue", queue.is_some()), ("ledger", ledger.is_some())];
+        let up = up.map(|(part, is_up)| ([("part", part)], u64::from(is_up)));
         to.each(
-            "events",
-            "Events by their latest outcome: one that is replayed leaves its old one, so this can fall",
-            outcomes,
+            "up",
+            "1 if the queue and the ledger told how they are, 0 for the one whose series are missing",
+            up,
             ConstGauge::new,
         )?;
-        to.each("events_skipped", "Events of which nothing was signed, by why", reasons, ConstGauge::new)?;
-        to.one("events_discarded", "Dead letters that were discarded", &ConstCounter::new(queue.discarded_total))?;
-        to.one("events_queued", "Events that are still to be handled", &ConstGauge::new(queue.queued()))?;
-        to.each("queue_messages", "Messages in the queue now, by state", states, ConstGauge::new)?;
-        to.one("queue_oldest_seconds", "Age of the oldest event that is still to be handled, or 0", &ConstGauge::new(oldest))?;
-        if queue.partitions.is_empty() { Ok(()) } else { partitions(&mut to, &queue.partitions, age) }
+        queue.as_ref().map_or(Ok(()), |queue| encode_queue(&mut to, queue, *now))?;
+        ledger.as_ref().map_or(Ok(()), |ledger| encode_ledger(&mut to, ledger))
     }
+}
+
+fn encode_queue(to: &mut Exposition<'_>, queue: &queue::Stats, now: Timestamp) -> fmt::Result {
+    let states = [("ready", queue.ready), ("waiting", queue.waiting), ("in_flight", queue.in_flight), ("dead", queue.dead)];
+    let states = states.map(|(state, messages)| ([("state", state)], messages));
+    let age = |oldest: Option<Timestamp>| oldest.map_or(0.0, |oldest| now.duration_since(oldest).as_secs_f64().max(0.0));
+    let oldest = age(queue.oldest);
+    to.one("events_received", "Events ever taken in", &ConstCounter::new(queue.pushed_total))?;
+    to.one("events_discarded", "Dead letters that were discarded", &ConstCounter::new(queue.discarded_total))?;
+    to.one("events_queued", "Events that are still to be handled", &ConstGauge::new(queue.queued()))?;
+    to.each("queue_messages", "Messages in the queue now, by state", states, ConstGauge::new)?;
+    to.one("queue_oldest_seconds", "Age of the oldest event that is still to be handled, or 0", &ConstGauge::new(oldest))?;
+    if queue.partitions.is_empty() { Ok(()) } else { partitions(to, &queue.partitions, age) }
+}
+
+fn encode_ledger(to: &mut Exposition<'_>, ledger: &Sums) -> fmt::Result {
+    let outcomes = [
+        (&Outcome::Signed, ledger.signed),
+        (&Outcome::AlreadySigned, ledger.already_signed),
+        (&Outcome::Skipped(Skip::NoRule), ledger.skipped),
+        (&Outcome::Dead, ledger.dead),
+    ];
+    let outcomes = outcomes.map(|(outcome, events)| ([("outcome", outcome.name())], events));
+    let reasons = ledger.skip_reasons.iter().map(|(skip, events)| ([("reason", skip.name())], *events));
+    to.each(
+        "events",
+        "Events by their latest outcome: one that is replayed leaves its old one, so this can fall",
+        outcomes,
+        ConstGauge::new,
+    )?;
+    to.each("events_skipped", "Events of which nothing was signed, by why", reasons, ConstGauge::new)
 }
 
 /// By partition: 64 at most, and those of other layouts as long as there is something in them. Each has one holder at a time.
@@ -383,7 +398,12 @@ fn partitions(to: &mut Exposition<'_>, partitions: &[queue::Partition], age: imp
     )?;
     let held = partitions.iter().filter_map(|partition| Some((partition, partition.holder.clone()?)));
     let holders = held.map(|(partition, holder)| ([name(partition), ("replica", holder)], 1_u64));
-    to.each("queue_partition_holder", "1 for the replica that has messages of a partition now", holders, ConstGauge::new)
+    to.each(
+        "queue_partition_holder",
+        "1 for the replica that the messages of a partition come to, once one has",
+        holders,
+        ConstGauge::new,
+    )
 }
 
 /// Another module's counters.

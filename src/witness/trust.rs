@@ -41,7 +41,7 @@ impl TrustedKeys {
     pub fn offline(settings: &WitnessSettings) -> Result<Self, Error> {
         let pinned = pin::read(settings)?;
         let own = match &settings.key {
-            KeyUri::File(path) => match (kms::public_key_of_file(path), pinned) {
+            KeyUri::File(path) => match (kms::public_key_of_file(path, settings.login.as_ref()), pinned) {
                 (Ok(found), Some(pinned)) => {
                     let pin = settings.pin.as_ref().expect("there is a pinned key").path();
                     pin::compare_or_rotation(settings, pin, &pinned, &found)?;
@@ -51,7 +51,12 @@ impl TrustedKeys {
                 (Err(_), Some(pinned)) => Some(pinned),
                 (Err(source), None) => return Err(Error::Key { witness: settings.name.clone(), source }),
             },
-            KeyUri::AwsKms { .. } | KeyUri::AlibabaKms { .. } | KeyUri::Vault(_) => pinned,
+            KeyUri::AwsKms { .. }
+            | KeyUri::AlibabaKms { .. }
+            | KeyUri::GcpKms(_)
+            | KeyUri::AzureKms(_)
+            | KeyUri::Vault(_)
+            | KeyUri::Pkcs11(_) => pinned,
         };
         if own.is_none() && settings.verify.is_empty() {
             let key = Arc::new(settings.key.clone());

@@ -8,13 +8,13 @@ use std::{
 
 use async_rs::Runtime;
 use lapin::{
-    AsyncTcpStream, Connection, ConnectionProperties,
+    AsyncTcpStream, Connection, ConnectionProperties, ErrorKind,
     uri::{AMQPAuthority, AMQPScheme, AMQPUri, SASLMechanism},
 };
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::timeout;
 use tokio_rustls::rustls::{
-    ClientConfig, RootCertStore,
+    self, AlertDescription, CertificateError, ClientConfig, RootCertStore,
     crypto::aws_lc_rs,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
 };
@@ -22,13 +22,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     session::unavailable,
-    wire::{Kit, Wire},
+    wire::{Kit, Patience, Wire},
 };
 use crate::Error;
 
 /// How long a broker may take until it has let us in.
 const LIMIT: Duration = Duration::from_secs(10);
-/// In seconds. A broker that is silent for two of these is gone.
+/// In seconds, unless the URL or the broker say less: [`Patience`] has what follows from it.
 const HEARTBEAT: u16 = 10;
 /// The largest frame, in bytes; lapin keeps room for 32 of them each way. Bodies are cut into as many as it takes.
 const FRAME: u32 = 32 * 1024;
@@ -138,12 +138,17 @@ pub(super) async fn open(
     tracker: &TaskTracker,
     cut: &CancellationToken,
 ) -> Result<Connection, Error> {
-    let what = || format!("{} cannot be reached, or does not let us in", address.shown());
+    let what = |cause: Option<&io::Error>| {
+        let cure =
+            cause.and_then(|cause| cure(cause, address.tls.as_deref())).map(|cure| format!(": {cure}")).unwrap_or_default();
+        format!("{} cannot be reached, or does not let us in{cure}", address.shown())
+    };
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     let AMQPAuthority { host, port, .. } = &address.uri.authority;
-    let connected = timeout(LIMIT, Wire::open(host, *port, address.tls.clone(), cut.clone())).await;
+    let patience = Patience::new(address.uri.query.heartbeat.unwrap_or(HEARTBEAT));
+    let connected = timeout(LIMIT, Wire::open(host, *port, address.tls.clone(), cut.clone(), patience.clone())).await;
     let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-    let wire = connected.map_err(|error| Error::Unavailable { what: what(), source: Some(error.into()) })?;
+    let wire = connected.map_err(|error| Error::Unavailable { what: what(Some(&error)), source: Some(error.into()) })?;
     // lapin would connect itself, but leaves a task behind for each time that it could not.
     let wire = Mutex::new(Some(wire));
     let connect = async move |_: AMQPUri, _: Runtime<Kit>| {
@@ -152,7 +157,53 @@ pub(super) async fn open(
     };
     let connecting = Connection::connector(address.uri.clone(), Runtime::new(Kit::new(tracker.clone())), connect, properties);
     match timeout(2 * LIMIT, connecting).await {
-        Ok(connected) => connected.map_err(|error| unavailable(what(), error)),
-        Err(_) => Err(Error::Unavailable { what: what(), source: None }),
+        // With TLS 1.3 it is only now that the broker says what it thinks of our certificate.
+        Ok(connected) => {
+            let connection = connected.map_err(|error| match error.kind() {
+                ErrorKind::IOError(cause) => unavailable(what(Some(&**cause)), error),
+                _ => unavailable(what(None), error),
+            })?;
+            patience.agree(connection.configuration().heartbeat());
+            Ok(connection)
+        }
+        Err(_) => Err(Error::Unavailable { what: what(None), source: None }),
     }
+}
+
+/// What an administrator does about a failure of TLS.
+fn cure(error: &io::Error, tls: Option<&ClientConfig>) -> Option<&'static str> {
+    use CertificateError as Wrong;
+    if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe) {
+        // What it said before it hung up may be lost, because we had begun to speak.
+        return tls.map(|tls| {
+            if tls.client_auth_cert_resolver.has_certs() {
+                "it hangs up once it has seen our client certificate; `certificate` in `tls` may have expired, or it has to know \
+                 who signed it"
+            } else {
+                "it hangs up without a word, and may want a client certificate; name it as `certificate` and `key` in `tls`"
+            }
+        });
+    }
+    let error = error.get_ref()?.downcast_ref::<rustls::Error>()?;
+    Some(match error {
+        rustls::Error::InvalidCertificate(Wrong::UnknownIssuer) => {
+            "its certificate is of nobody that we believe; `ca` in `tls` has to name who signed it"
+        }
+        rustls::Error::InvalidCertificate(Wrong::Expired | Wrong::ExpiredContext { .. }) => {
+            "its certificate has expired; the broker needs a new one"
+        }
+        rustls::Error::InvalidCertificate(Wrong::NotValidForName | Wrong::NotValidForNameContext { .. }) => {
+            "its certificate is for other names; reach it by one of those"
+        }
+        rustls::Error::AlertReceived(AlertDescription::CertificateRequired | AlertDescription::HandshakeFailure) => {
+            "it wants a client certificate; name it as `certificate` and `key` in `tls`"
+        }
+        rustls::Error::AlertReceived(AlertDescription::CertificateExpired) => {
+            "our client certificate has expired; renew `certificate` in `tls`"
+        }
+        rustls::Error::AlertReceived(
+            AlertDescription::UnknownCA | AlertDescription::BadCertificate | AlertDescription::CertificateUnknown,
+        ) => "it does not believe our client certificate; it has to know who signed `certificate` in `tls`",
+        _ => return None,
+    })
 }

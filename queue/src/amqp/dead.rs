@@ -1,11 +1,16 @@
 //! Dead letters: a queue that is looked through without taking anything away.
 //!
 //! A queue has no way to be listed but to consume it. So a cursor does that on a channel of its own and holds what it listed
-//! unacked, some seconds from page to page; when it is let go of, everything is back in its place. While one is open the
-//! others would see gaps: an exclusive queue is the lock between replicas.
+//! unacked, some seconds from page to page; when it is let go of, everything is back. While one is open the others would see
+//! gaps: an exclusive queue is the lock between replicas.
+//!
+//! RabbitMQ keeps the order of what is given back, and puts it before what was never read, but after what was given back before.
+//! So a listing that went to its end leaves the order as it was, and one that was broken off leaves what it had behind the rest.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, hash_map::Entry},
+    hash::{BuildHasher as _, RandomState},
+    iter,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -23,33 +28,57 @@ use lapin::{
     types::FieldTable,
 };
 use tokio::{
-    sync::Mutex,
+    sync::{Mutex, RwLock, RwLockReadGuard},
     time::{Instant, timeout},
 };
 
 use super::{
     Core,
     envelope::Envelope,
+    lock,
     session::{Session, lost},
 };
 use crate::{DeadLetter, Error};
 
 /// How long a cursor stays open for the next page.
 const IDLE: Duration = Duration::from_secs(5);
+/// How long a cursor is gone on with. After half an hour the broker would end a channel that holds unacked messages
+/// (`consumer_timeout`).
+const LONGEST: Duration = Duration::from_secs(600);
 /// How long another replica's cursor is waited for.
 const PATIENCE: Duration = Duration::from_secs(12);
 /// A page has no more than this, whatever is asked for.
 const PAGE: usize = 1000;
 /// Nor more bytes of bodies than this and one chunk.
 const PAGE_BYTES: usize = 8 * 1024 * 1024;
-/// Letters that are asked for at once: what memory has to hold beyond a page.
-const CHUNK: usize = 50;
+/// Letters that are asked for, and given back, at once: what memory has to hold beyond a page. RabbitMQ keeps the order of so
+/// many; of more that one consumer gives back it takes any.
+const CHUNK: usize = 32;
+/// Letters on one channel, and up to a chunk more: with each ack the broker goes through what the channel has unacked.
+const CHANNEL: u64 = 2000;
+/// Chunks that are given back at once. RabbitMQ puts off what comes faster than it has it on record, and forgets the order then.
+const CHUNKS: usize = 16;
 
 #[derive(Debug, Default)]
 pub(super) struct Graveyard {
     cursor: Mutex<Option<Cursor>>,
-    /// Letters that a cursor of ours holds, and that the broker does not count as there.
+    /// Letters that we hold, and that the broker does not count as there.
     held: AtomicU64,
+    /// A listing whose cursor was let go of: its last letter, and all that it had. What was given back may come after what was
+    /// not looked at yet, so it goes on by what it had and not by place.
+    broken_off: std::sync::Mutex<Option<(String, HashSet<Mark>)>>,
+    marks: Marks,
+    /// Passed by each letter that is being taken away: nothing is given back meanwhile.
+    gate: RwLock<()>,
+}
+
+/// A letter that is being taken away, out of the cursor's hands.
+struct Taken<'a> {
+    session: Arc<Session>,
+    channel: Channel,
+    tag: u64,
+    letter: Option<DeadLetter>,
+    _pass: RwLockReadGuard<'a, ()>,
 }
 
 impl Graveyard {
@@ -81,8 +110,11 @@ impl Graveyard {
         if is_next {
             return self.page(core, place, limit).await;
         }
+        let broken_off = lock(&self.broken_off).take().filter(|(last, _)| Some(last.as_str()) == after);
         self.let_go(core, place).await;
-        if let Some(after) = after {
+        if let Some((_, had)) = broken_off {
+            place.insert(Cursor::open(core, &self.marks).await?).skip = had;
+        } else if let Some(after) = after {
             loop {
                 let mut page = self.page(core, place, limit).await?;
                 if page.is_empty() {
@@ -102,83 +134,93 @@ impl Graveyard {
     async fn page(&self, core: &Core, place: &mut Option<Cursor>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
         let cursor = match place {
             Some(cursor) => cursor,
-            None => place.insert(Cursor::open(core).await?),
+            None => place.insert(Cursor::open(core, &self.marks).await?),
         };
-        let page = cursor.page(core, limit).await;
-        self.held.store(cursor.tags.len() as u64, Ordering::Relaxed);
-        page
+        cursor.page(core, limit, &self.held).await
     }
 
     /// As [`crate::Queue::replay`].
     pub async fn replay(&self, core: &Core, id: &str) -> Result<bool, Error> {
-        let mut place = self.cursor.lock().await;
-        if !self.find(core, &mut place, id, true).await? {
-            return Ok(false);
-        }
-        let cursor = place.as_mut().expect("it was found by it");
-        let dead = cursor.shown.get(id).expect("it was found there");
-        let envelope = Envelope::new(dead.message.clone(), dead.pushed_at);
-        let session = Arc::clone(&cursor.session);
-        let done = core.put_off(&session, envelope, Duration::ZERO).await;
-        self.take_away(core, &mut place, id, done).await
+        let Some(mut taken) = self.take(core, id, true).await? else { return Ok(false) };
+        let letter = taken.letter.take().expect("it was asked for as a whole");
+        let envelope = Envelope::new(letter.message, letter.pushed_at);
+        let done = core.put_off(&taken.session, envelope, Duration::ZERO).await;
+        self.settle(taken, done).await
     }
 
     /// As [`crate::Queue::discard`]. A crash between the two steps counts it, and leaves it there.
     pub async fn discard(&self, core: &Core, id: &str) -> Result<bool, Error> {
-        let mut place = self.cursor.lock().await;
-        if !self.find(core, &mut place, id, false).await? {
-            return Ok(false);
-        }
-        let cursor = place.as_mut().expect("it was found by it");
-        let session = Arc::clone(&cursor.session);
+        let Some(taken) = self.take(core, id, false).await? else { return Ok(false) };
         // What was discarded, without its body.
         let mut headers = FieldTable::default();
         headers.insert("id".into(), lapin::types::AMQPValue::LongString(id.into()));
         let receipt = BasicProperties::default().with_delivery_mode(2).with_headers(headers);
-        let sent = core.discarded.sending(&session);
-        let done = session.publish("", &core.topology.discarded(), sent.stamp(receipt), &[]).await;
+        let sent = core.discarded.sending(&taken.session);
+        let done = taken.session.publish("", &core.topology.discarded(), sent.stamp(receipt), &[]).await;
         if done.is_ok() {
             core.discarded.confirmed(sent);
         }
-        self.take_away(core, &mut place, id, done).await
+        self.settle(taken, done).await
     }
 
-    async fn take_away(&self, core: &Core, place: &mut Option<Cursor>, id: &str, done: Result<(), Error>) -> Result<bool, Error> {
-        let cursor = place.as_mut().expect("it was found by it");
-        let done = match done {
-            Ok(()) => cursor.ack(id).await,
-            Err(error) => Err(error),
-        };
-        self.held.store(cursor.tags.len() as u64, Ordering::Relaxed);
-        if let Err(error) = done {
-            self.let_go(core, place).await;
-            return Err(error);
+    /// Takes a letter out of the cursor; `whole` if its body is needed. `None` if there is none.
+    ///
+    /// What the cursor has gone by it knows, so whatever is looked for is behind it, or known: going through many costs one
+    /// reading of the queue, whether they are its next ones or a few far between.
+    async fn take(&self, core: &Core, id: &str, whole: bool) -> Result<Option<Taken<'_>>, Error> {
+        let mut place = self.cursor.lock().await;
+        if place.as_ref().is_some_and(|cursor| !cursor.works() || !cursor.skip.is_empty()) {
+            self.let_go(core, &mut place).await;
         }
-        Ok(true)
-    }
-
-    /// Goes to a letter; `whole` if its body is needed. False, and everything is let go of, if there is none.
-    async fn find(&self, core: &Core, place: &mut Option<Cursor>, id: &str, whole: bool) -> Result<bool, Error> {
-        if let Some(cursor) = place.as_ref().filter(|cursor| cursor.works())
-            && (cursor.shown.contains_key(id) || !whole && cursor.tags.contains_key(id))
-        {
-            return Ok(true);
-        }
-        self.let_go(core, place).await;
-        loop {
-            match self.page(core, place, PAGE).await {
-                Ok(page) if page.iter().any(|letter| letter.message.id == id) => return Ok(true),
-                Ok(page) if !page.is_empty() => {}
-                Ok(_) => {
-                    self.let_go(core, place).await;
-                    return Ok(false);
-                }
-                Err(error) => {
-                    self.let_go(core, place).await;
-                    return Err(error);
-                }
+        match self.find(core, &mut place, id, whole).await {
+            Ok(true) => {}
+            Ok(false) => return Ok(None),
+            Err(error) => {
+                self.let_go(core, &mut place).await;
+                return Err(error);
             }
         }
+        let pass = self.gate.read().await;
+        let cursor = place.as_mut().expect("it was found by it");
+        cursor.used = Instant::now();
+        let (channel, tag) = cursor.tags.remove(&cursor.marks.of(id)).expect("it was found there");
+        let letter = cursor.shown.iter_mut().find_map(|page| page.remove(id));
+        Ok(Some(Taken {
+            session: Arc::clone(&cursor.session),
+            channel: cursor.channels[channel].clone(),
+            tag,
+            letter,
+            _pass: pass,
+        }))
+    }
+
+    async fn find(&self, core: &Core, place: &mut Option<Cursor>, id: &str, whole: bool) -> Result<bool, Error> {
+        if let Some(cursor) = place
+            && cursor.tags.contains_key(&cursor.marks.of(id))
+        {
+            if !whole || cursor.shown.iter().any(|page| page.contains_key(id)) {
+                return Ok(true);
+            }
+            // Too far back: from the start again.
+            self.let_go(core, place).await;
+        }
+        loop {
+            let page = self.page(core, place, PAGE).await?;
+            if page.is_empty() || page.iter().any(|letter| letter.message.id == id) {
+                return Ok(!page.is_empty());
+            }
+        }
+    }
+
+    /// Acks what has got to where it goes, and gives back what has not.
+    async fn settle(&self, taken: Taken<'_>, done: Result<(), Error>) -> Result<bool, Error> {
+        let Taken { session, channel, tag, .. } = &taken;
+        let settled = match &done {
+            Ok(()) => session.asked(channel.basic_ack(*tag, BasicAckOptions { multiple: false })).await,
+            Err(_) => session.asked(channel.basic_nack(*tag, BasicNackOptions { multiple: false, requeue: true })).await,
+        };
+        self.held.fetch_sub(1, Ordering::Relaxed);
+        done.and(settled).map(|()| true)
     }
 
     /// Lets go of a cursor that nobody has asked for a while.
@@ -193,12 +235,18 @@ impl Graveyard {
     /// The connection is gone, and the cursor with it.
     pub async fn forget(&self) {
         *self.cursor.lock().await = None;
+        let _closed = self.gate.write().await;
         self.held.store(0, Ordering::Relaxed);
     }
 
     async fn let_go(&self, core: &Core, place: &mut Option<Cursor>) {
-        if let Some(cursor) = place.take()
-            && cursor.works()
+        let Some(cursor) = place.take() else { return };
+        if let Some(last) = &cursor.last {
+            let had = cursor.tags.keys().chain(&cursor.skip).copied().collect();
+            *lock(&self.broken_off) = Some((last.clone(), had));
+        }
+        let _closed = self.gate.write().await;
+        if !cursor.session.is_over()
             && let Err(error) = cursor.close(core).await
         {
             tracing::debug!(error = &error as &dyn std::error::Error, "the broker takes the dead letters back by itself");
@@ -210,44 +258,72 @@ impl Graveyard {
 #[derive(Debug)]
 struct Cursor {
     session: Arc<Session>,
-    channel: Channel,
-    /// What was listed and is still there.
-    tags: HashMap<String, u64>,
-    /// The last page.
-    shown: HashMap<String, DeadLetter>,
+    channels: Vec<Channel>,
+    marks: Marks,
+    /// What was listed and is still there, by its mark.
+    tags: HashMap<Mark, Tag>,
+    /// What an earlier part of this listing had.
+    skip: HashSet<Mark>,
+    /// The last two pages: many that are taken away at once may come to the next page while some are on the one before.
+    shown: [HashMap<String, DeadLetter>; 2],
     last: Option<String>,
-    /// Consumers that there were.
-    chunks: u64,
+    /// The last tag of each chunk.
+    chunks: Vec<Tag>,
+    opened: Instant,
     used: Instant,
 }
 
+/// The number of a channel, and of a delivery on it.
+type Tag = (usize, u64);
+
+/// Stands for an id of any length: 128 bits that nobody can foresee, so that no two are the same.
+type Mark = [u64; 2];
+
+#[derive(Clone, Debug, Default)]
+struct Marks([RandomState; 2]);
+
+impl Marks {
+    fn of(&self, id: &str) -> Mark {
+        self.0.each_ref().map(|keys| keys.hash_one(id))
+    }
+}
+
 impl Cursor {
-    async fn open(core: &Core) -> Result<Self, Error> {
+    async fn open(core: &Core, marks: &Marks) -> Result<Self, Error> {
         let session = core.session()?;
         take_lock(core, &session).await?;
-        let channel = session.channel().await?;
-        Ok(Self { session, channel, tags: HashMap::new(), shown: HashMap::new(), last: None, chunks: 0, used: Instant::now() })
+        let now = Instant::now();
+        Ok(Self {
+            session,
+            channels: vec![],
+            marks: marks.clone(),
+            skip: HashSet::new(),
+            tags: HashMap::new(),
+            shown: Default::default(),
+            last: None,
+            chunks: vec![],
+            opened: now,
+            used: now,
+        })
     }
 
     fn works(&self) -> bool {
-        !self.session.is_over()
+        !self.session.is_over() && self.opened.elapsed() < LONGEST
     }
 
-    async fn page(&mut self, core: &Core, limit: usize) -> Result<Vec<DeadLetter>, Error> {
+    async fn page(&mut self, core: &Core, limit: usize, held: &AtomicU64) -> Result<Vec<DeadLetter>, Error> {
         let (mut page, mut bytes) = (Vec::new(), 0);
-        self.shown.clear();
         while page.len() < limit && bytes < PAGE_BYTES {
-            let chunk = self.chunk(core, (limit - page.len()).min(CHUNK)).await?;
+            let chunk = self.chunk(core, (limit - page.len()).min(CHUNK), held).await?;
             if chunk.is_empty() {
                 break;
             }
             bytes += chunk.iter().map(|letter| letter.message.body.len()).sum::<usize>();
-            page.extend(chunk);
-        }
-        for letter in &page {
-            self.shown.insert(letter.message.id.clone(), letter.clone());
+            page.extend(chunk.into_iter().filter(|letter| !self.skip.contains(&self.marks.of(&letter.message.id))));
         }
         if let Some(last) = page.last() {
+            self.shown.rotate_left(1);
+            self.shown[1] = page.iter().map(|letter| (letter.message.id.clone(), letter.clone())).collect();
             self.last = Some(last.message.id.clone());
         }
         self.used = Instant::now();
@@ -255,19 +331,21 @@ impl Cursor {
     }
 
     /// The next few, by a consumer that may have no more than those.
-    async fn chunk(&mut self, core: &Core, limit: usize) -> Result<Vec<DeadLetter>, Error> {
+    async fn chunk(&mut self, core: &Core, limit: usize, held: &AtomicU64) -> Result<Vec<DeadLetter>, Error> {
         let (session, queue) = (Arc::clone(&self.session), core.topology.dead());
         let there = session.depth(&queue).await?.0;
         let expected = usize::try_from(there).unwrap_or(usize::MAX).min(limit);
         if expected == 0 {
             return Ok(vec![]);
         }
-        // In this order they are given back.
-        let tag = format!("dead-{:012}", self.chunks);
-        self.chunks += 1;
+        if self.chunks.last().is_none_or(|(_, last)| *last >= CHANNEL) {
+            self.channels.push(session.channel().await?);
+        }
+        let (number, channel) = (self.channels.len() - 1, &self.channels[self.channels.len() - 1]);
+        let tag = format!("dead-{}", self.chunks.len());
         let prefetch = u16::try_from(expected).unwrap_or(u16::MAX);
-        session.asked(self.channel.basic_qos(prefetch, BasicQosOptions { global: false })).await?;
-        let consuming = self.channel.basic_consume(
+        session.asked(channel.basic_qos(prefetch, BasicQosOptions { global: false })).await?;
+        let consuming = channel.basic_consume(
             queue.as_str().into(),
             tag.as_str().into(),
             BasicConsumeOptions::default(),
@@ -275,51 +353,58 @@ impl Cursor {
         );
         let mut consumer = session.asked(consuming).await?;
         let mut letters = Vec::with_capacity(expected);
-        let mut twice = Vec::new();
-        let mut seen = HashSet::new();
-        while seen.len() + twice.len() < expected {
+        let (mut twice, mut last) = (Vec::new(), 0);
+        while letters.len() + twice.len() < expected {
             let Ok(Some(Ok(delivery))) = timeout(Duration::from_secs(10), consumer.next()).await else { return Err(lost()) };
+            last = delivery.delivery_tag;
             let letter = Envelope::read_dead(&delivery.properties, delivery.data, core.now());
-            let id = letter.message.id.clone();
             // A burial that was done twice left two: one is enough.
-            if self.tags.contains_key(&id) {
-                twice.push(delivery.delivery_tag);
-            } else {
-                self.tags.insert(id.clone(), delivery.delivery_tag);
-                seen.insert(id);
-                letters.push(letter);
+            match self.tags.entry(self.marks.of(&letter.message.id)) {
+                Entry::Occupied(_) => twice.push(delivery.delivery_tag),
+                Entry::Vacant(tag) => {
+                    tag.insert((number, delivery.delivery_tag));
+                    held.fetch_add(1, Ordering::Relaxed);
+                    letters.push(letter);
+                }
             }
         }
-        session.asked(self.channel.basic_cancel(tag.as_str().into(), BasicCancelOptions { nowait: false })).await?;
+        self.chunks.push((number, last));
+        session.asked(channel.basic_cancel(tag.as_str().into(), BasicCancelOptions { nowait: false })).await?;
         for tag in twice {
-            session.asked(self.channel.basic_ack(tag, BasicAckOptions { multiple: false })).await?;
+            session.asked(channel.basic_ack(tag, BasicAckOptions { multiple: false })).await?;
         }
         Ok(letters)
-    }
-
-    async fn ack(&mut self, id: &str) -> Result<(), Error> {
-        let tag = self.tags.remove(id).ok_or_else(lost)?;
-        self.shown.remove(id);
-        self.used = Instant::now();
-        self.session.asked(self.channel.basic_ack(tag, BasicAckOptions { multiple: false })).await
     }
 
     /// Gives everything back, in its order, and the lock when the broker has it.
     async fn close(self, core: &Core) -> Result<(), Error> {
         let (session, queue) = (&self.session, core.topology.dead());
-        if let Some(last) = self.tags.values().max() {
-            session.asked(self.channel.basic_nack(*last, BasicNackOptions { multiple: true, requeue: true })).await?;
-        }
-        let back = self.tags.len() as u64;
-        let settled = async {
-            // The broker takes it back some time after it has heard it.
-            while session.depth(&queue).await?.0 < back {
-                tokio::time::sleep(Duration::from_millis(2)).await;
+        let mut tags: Vec<Tag> = self.tags.values().copied().collect();
+        tags.sort_unstable();
+        let chunk = |tag: &Tag| self.chunks.partition_point(|last| last < tag);
+        let chunks: Vec<&[Tag]> = tags.chunk_by(|one, next| chunk(one) == chunk(next)).collect();
+        let mut there = session.depth(&queue).await?.0;
+        // Alone, the first one waits for the acks before it, which count as well.
+        let (first, rest) = chunks.split_at(chunks.len().min(1));
+        for some in iter::once(first).chain(rest.chunks(CHUNKS)) {
+            for chunk in some {
+                let (channel, last) = *chunk.last().expect("a chunk has letters");
+                session
+                    .asked(self.channels[channel].basic_nack(last, BasicNackOptions { multiple: true, requeue: true }))
+                    .await?;
+                there += chunk.len() as u64;
             }
-            Ok(())
-        };
-        timeout(Duration::from_secs(5), settled).await.unwrap_or(Ok(()))?;
-        session.asked(self.channel.close(200, "OK".into())).await?;
+            let taken_back = async {
+                while session.depth(&queue).await?.0 < there {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                Ok(())
+            };
+            timeout(Duration::from_secs(5), taken_back).await.unwrap_or(Ok(()))?;
+        }
+        for channel in &self.channels {
+            session.asked(channel.close(200, "OK".into())).await?;
+        }
         let lock = core.topology.lock("dead");
         let channel = session.channel().await?;
         session.asked(channel.queue_delete(lock.as_str().into(), QueueDeleteOptions::default())).await?;

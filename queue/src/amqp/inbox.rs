@@ -3,7 +3,7 @@
 //! A partition's messages come to one replica only, so it is enough that equal keys take turns in here.
 
 use std::{
-    collections::{HashMap, VecDeque, hash_map::Entry},
+    collections::{HashMap, HashSet, VecDeque, hash_map::Entry},
     mem,
     sync::{Mutex, MutexGuard},
 };
@@ -11,6 +11,7 @@ use std::{
 use jiff::Timestamp;
 use lapin::Acker;
 use tokio::sync::{Notify, Semaphore};
+use tokio_util::sync::CancellationToken;
 
 use super::envelope::Envelope;
 use crate::PartitionKey;
@@ -26,6 +27,8 @@ pub(super) struct Held {
     pub acker: Acker,
     /// The connection that it came by: only there can it be settled.
     pub session: u64,
+    /// Cancelled when that is over.
+    pub lost: CancellationToken,
 }
 
 impl Held {
@@ -39,8 +42,8 @@ pub(super) struct Inbox {
     inner: Mutex<Inner>,
     /// About one permit for each key in `turns`: waiting for it is waiting for a message, first come, first served.
     arrivals: Semaphore,
-    /// Told whenever the last message is out of hand.
-    empty: Notify,
+    /// Told whenever a message is out of hand.
+    let_go: Notify,
     /// Messages of one source that are held at most: the consumer's prefetch.
     window: usize,
 }
@@ -54,6 +57,8 @@ struct Inner {
     unsettled: HashMap<usize, usize>,
     in_hand: usize,
     waiting: usize,
+    /// Sources of which nothing is handed out.
+    frozen: HashSet<usize>,
     closed: bool,
 }
 
@@ -86,7 +91,7 @@ impl Level {
 
 impl Inbox {
     pub fn new(window: usize) -> Self {
-        Self { inner: Mutex::default(), arrivals: Semaphore::new(0), empty: Notify::new(), window }
+        Self { inner: Mutex::default(), arrivals: Semaphore::new(0), let_go: Notify::new(), window }
     }
 
     /// Puts a message in line. What is returned is to be moved behind others on the broker: one busy key has filled most of
@@ -120,13 +125,18 @@ impl Inbox {
     pub async fn take(&self) -> Option<Held> {
         loop {
             self.arrivals.acquire().await.ok()?.forget();
-            let mut inner = self.lock();
+            let inner = &mut *self.lock();
             if inner.closed {
                 return None;
             }
             // Whoever was in line may have gone with its connection.
             let Some(key) = inner.turns.pop_front() else { continue };
             let Some(line) = inner.lines.get_mut(&key) else { continue };
+            // What is lost stays until all of its connection is taken away.
+            let is_due = |held: &Held| !inner.frozen.contains(&held.source) && !held.lost.is_cancelled();
+            if !line.waiting.front().is_some_and(is_due) {
+                continue;
+            }
             let Some(held) = line.waiting.pop_front() else { continue };
             line.in_hand = Some(InHand { pushed_at: held.envelope.pushed_at, source: held.source });
             inner.waiting -= 1;
@@ -172,8 +182,57 @@ impl Inbox {
                 self.arrivals.add_permits(1);
             }
         }
-        if inner.in_hand == 0 {
-            self.empty.notify_waiters();
+        self.let_go.notify_waiters();
+    }
+
+    /// Nothing more of this source is handed out.
+    pub fn freeze(&self, source: usize) {
+        self.lock().frozen.insert(source);
+    }
+
+    pub fn thaw(&self, source: usize) {
+        let mut inner = self.lock();
+        inner.frozen.remove(&source);
+        self.line_up(&mut inner);
+    }
+
+    /// Waits until nothing of this source is in hand.
+    pub async fn let_go_of(&self, source: usize) {
+        let is_held = || self.lock().lines.values().any(|line| line.in_hand.is_some_and(|in_hand| in_hand.source == source));
+        loop {
+            let let_go = self.let_go.notified();
+            if !is_held() {
+                return;
+            }
+            let_go.await;
+        }
+    }
+
+    /// Forgets a source, and what of it is not in hand.
+    pub fn take_source(&self, source: usize) -> Vec<Held> {
+        let inner = &mut *self.lock();
+        let mut taken = Vec::new();
+        for line in inner.lines.values_mut() {
+            let (ours, others) = mem::take(&mut line.waiting).into_iter().partition(|held| held.source == source);
+            line.waiting = others;
+            taken.extend(Vec::from(ours));
+        }
+        inner.lines.retain(|_, line| line.in_hand.is_some() || !line.waiting.is_empty());
+        inner.waiting -= taken.len();
+        inner.unsettled.remove(&source);
+        inner.frozen.remove(&source);
+        self.line_up(inner);
+        taken
+    }
+
+    /// Keys whose turn was passed over are in line again.
+    fn line_up(&self, inner: &mut Inner) {
+        let lined: HashSet<PartitionKey> = inner.turns.iter().cloned().collect();
+        for (key, line) in &inner.lines {
+            if line.in_hand.is_none() && !line.waiting.is_empty() && !lined.contains(key) {
+                inner.turns.push_back(key.clone());
+                self.arrivals.add_permits(1);
+            }
         }
     }
 
@@ -192,7 +251,9 @@ impl Inbox {
 
     /// What is in hand comes from sources that no longer are.
     pub fn lose_sources(&self) {
-        self.lock().unsettled.clear();
+        let mut inner = self.lock();
+        inner.unsettled.clear();
+        inner.frozen.clear();
     }
 
     /// No message is handed out any more.
@@ -208,11 +269,11 @@ impl Inbox {
     /// Waits until nothing is in hand.
     pub async fn empty(&self) {
         loop {
-            let empty = self.empty.notified();
+            let let_go = self.let_go.notified();
             if self.lock().in_hand == 0 {
                 return;
             }
-            empty.await;
+            let_go.await;
         }
     }
 

@@ -4,6 +4,7 @@
 //! (`connection.blocked`), and acks must go through all the same.
 
 use std::{
+    collections::HashSet,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard,
@@ -16,7 +17,9 @@ use std::{
 use futures::{StreamExt as _, stream::SelectAll};
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, Consumer, Event,
-    options::{BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions},
+    options::{
+        BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
+    },
     types::FieldTable,
 };
 use tokio::{
@@ -27,7 +30,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     connect::{self, Address},
-    topology::{Layout, Topology},
+    topology::{self, Layout, Topology},
 };
 use crate::Error;
 
@@ -51,7 +54,7 @@ pub(super) struct Session {
     /// The receiver has to look at the sources again.
     changed: Notify,
     reported: AtomicBool,
-    /// Consumers end because we want it.
+    /// Nothing is consumed any more.
     closing: AtomicBool,
 }
 
@@ -70,6 +73,10 @@ pub(super) enum Source {
 struct Sources {
     /// Their places are the numbers that deliveries are known by.
     all: Vec<Source>,
+    /// Those whose consumers end because we want it.
+    left: HashSet<usize>,
+    /// Those that something was delivered from. Whoever is a queue's single active consumer stays that as long as it consumes.
+    active: HashSet<usize>,
     consumers: SelectAll<Numbered>,
 }
 
@@ -77,9 +84,10 @@ struct Sources {
 type Numbered = futures::stream::BoxStream<'static, (usize, Option<lapin::Result<lapin::message::Delivery>>)>;
 
 impl Session {
-    /// Connects to one broker and declares everything.
+    /// Connects to one broker and declares everything. If it `is_known`, that ought to be there.
     pub async fn open(
         number: u64,
+        is_known: bool,
         address: &Address,
         name: &str,
         topology: &Topology,
@@ -95,7 +103,15 @@ impl Session {
             let consume = consuming.create_channel().await.map_err(open)?;
             let publish = publishing.create_channel().await.map_err(open)?;
             publish.confirm_select(ConfirmSelectOptions { nowait: false }).await.map_err(open)?;
-            super::topology::declare(&consume, topology).await?;
+            if is_known && topology::is_bare(&consuming.create_channel().await.map_err(open)?, topology).await? {
+                tracing::error!(
+                    broker = address.shown(),
+                    "the broker came back without anything of ours, as with an empty disk: what was queued there, dead letters and \
+                     the past are lost, and the totals begin anew. It is set up again; what the registry got since the oldest \
+                     event that was still queued may be unsigned: have it sent again, or sign it by hand"
+                );
+            }
+            topology::declare(&consume, topology).await?;
             Ok((consuming, publishing, consume, publish))
         };
         let late = || Error::Unavailable { what: format!("{} does not answer", address.shown()), source: None };
@@ -149,22 +165,49 @@ impl Session {
         let end = futures::stream::once(async move { (number, None) });
         self.sources().consumers.push(deliveries.chain(end).boxed());
         self.changed.notify_one();
-        Ok(())
+        // It was begun while the others were ended.
+        if self.is_closing() { self.leave(number).await } else { Ok(()) }
     }
 
-    /// Ends all consumers; what was delivered stays.
-    pub async fn consume_no_more(&self) -> Result<(), Error> {
-        self.closing.store(true, Ordering::Relaxed);
-        let sources = self.sources().all.len();
-        for number in 0..sources {
-            let options = lapin::options::BasicCancelOptions { nowait: false };
-            self.asked(self.consume.basic_cancel(tag(number).into(), options)).await?;
+    /// Ends one consumer; what was delivered stays.
+    pub async fn leave(&self, number: usize) -> Result<(), Error> {
+        {
+            let mut sources = self.sources();
+            sources.left.insert(number);
+            sources.active.remove(&number);
         }
-        Ok(())
+        let options = BasicCancelOptions { nowait: false };
+        self.asked(self.consume.basic_cancel(tag(number).into(), options)).await
+    }
+
+    /// Begins to end all consumers, and no more are begun: their numbers.
+    pub fn consume_no_more(&self) -> Vec<usize> {
+        self.closing.store(true, Ordering::Relaxed);
+        let sources = self.sources();
+        (0..sources.all.len()).filter(|number| !sources.left.contains(number)).collect()
+    }
+
+    /// The consumer of a queue, if there is one.
+    pub fn number_of(&self, source: &Source) -> Option<usize> {
+        let sources = self.sources();
+        (0..sources.all.len()).find(|number| sources.all[*number] == *source && !sources.left.contains(number))
     }
 
     pub fn source(&self, number: usize) -> Option<Source> {
         self.sources().all.get(number).cloned()
+    }
+
+    /// Something was delivered from this source: it is ours.
+    pub fn is_ours(&self, number: usize) {
+        let mut sources = self.sources();
+        if !sources.left.contains(&number) {
+            sources.active.insert(number);
+        }
+    }
+
+    /// Sources whose messages come to us and to nobody else.
+    pub fn ours(&self) -> Vec<usize> {
+        if self.is_closing() { vec![] } else { self.sources().active.iter().copied().collect() }
     }
 
     pub fn all_sources(&self) -> Vec<Source> {
@@ -211,7 +254,7 @@ impl Session {
                     self.fail(&unavailable("a consumer ended", error));
                     end = Poll::Ready(());
                 }
-                None if self.is_closing() => {}
+                None if sources.left.contains(&number) => {}
                 None => {
                     let what = format!("the broker ended the consumer of {:?}", sources.all.get(number));
                     self.fail(&Error::Unavailable { what, source: None });
@@ -348,6 +391,11 @@ impl Session {
             () = sleep_until(self.began + age) => {}
             () = self.failed() => {}
         }
+    }
+
+    /// Cancelled when the session is over.
+    pub fn cut(&self) -> CancellationToken {
+        self.cut.clone()
     }
 
     pub async fn failed(&self) {

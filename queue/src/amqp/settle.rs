@@ -90,7 +90,7 @@ impl Settle for Hand {
 
     fn release(self: Box<Self>) {
         let Self { core, held } = *self;
-        let session = core.session.borrow().as_ref().map(|session| session.number);
+        let session = core.session().ok().map(|session| session.number);
         if let Some(held) = core.inbox.give_back(held, session) {
             // Without a supervisor there is no connection, and the broker has it back already.
             let _ = core.chores.send(Chore::Return(held));

@@ -4,7 +4,7 @@
 //! replica tells the others every two seconds what it holds. What one process does is counted exactly as soon as it is done;
 //! what others hold is as old as their last report.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, future::join_all};
 use jiff::Timestamp;
@@ -36,6 +36,8 @@ const REPORT: usize = 64 * 1024;
 #[derive(Clone, Debug)]
 pub(super) struct Report {
     at: Instant,
+    /// How many partitions it shares with the others; none if it leaves them to those.
+    shares: u16,
     partitions: Vec<Partition>,
     dead: u64,
     /// On their way from one queue into another.
@@ -113,8 +115,13 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     Ok(stats)
 }
 
+/// With those that are idle and ours.
 fn own_partitions(core: &Core, session: &Session) -> Vec<Partition> {
-    let held = core.inbox.levels().into_iter().filter_map(|(source, level)| {
+    let mut levels = core.inbox.levels();
+    for source in session.ours() {
+        levels.entry(source).or_default();
+    }
+    let held = levels.into_iter().filter_map(|(source, level)| {
         let Some(Source::Partition { route: name }) = session.source(source) else { return None };
         Some(Partition {
             name,
@@ -134,7 +141,8 @@ fn older(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestamp> 
 /// Tells the other replicas what this one holds.
 pub(super) async fn report(core: Arc<Core>, session: Arc<Session>) {
     core.graveyard.tidy(&core).await;
-    let mut text = format!("dead {}\nmoving {}\n", core.graveyard.held(), core.moves.under_way());
+    let shares = if core.consumes() { core.topology.partitions } else { 0 };
+    let mut text = format!("shares {shares}\ndead {}\nmoving {}\n", core.graveyard.held(), core.moves.under_way());
     let shown = |time: Option<Timestamp>| time.map_or(0, |time| i64::try_from(time.as_nanosecond()).unwrap_or(i64::MAX));
     text.push_str(&format!("oldest {}\n", shown(core.oldest())));
     for held in own_partitions(&core, &session) {
@@ -185,12 +193,13 @@ pub(super) async fn listen(core: &Arc<Core>, session: &Arc<Session>) {
 
 /// Tolerant: another version may say more.
 fn parse(replica: &str, text: &str) -> Report {
-    let mut report = Report { at: Instant::now(), partitions: vec![], dead: 0, moving: 0, oldest: None };
+    let mut report = Report { at: Instant::now(), shares: 0, partitions: vec![], dead: 0, moving: 0, oldest: None };
     let time = |word: &str| {
         word.parse().ok().filter(|time| *time > 0).and_then(|time: i64| Timestamp::from_nanosecond(time.into()).ok())
     };
     for line in text.lines() {
         match line.split(' ').collect::<Vec<_>>()[..] {
+            ["shares", number] => report.shares = number.parse().unwrap_or_default(),
             ["dead", number] => report.dead = number.parse().unwrap_or_default(),
             ["moving", number] => report.moving = number.parse().unwrap_or_default(),
             ["oldest", at] => report.oldest = time(at),
@@ -223,6 +232,14 @@ impl Core {
         let mut others = lock(&self.others);
         others.retain(|_, report| report.at.elapsed() < SILENCE);
         others.values().cloned().collect()
+    }
+
+    /// Those that share the partitions of our layout, this one included.
+    pub(super) fn replicas(&self) -> BTreeSet<String> {
+        let others = lock(&self.others);
+        let sharing =
+            others.iter().filter(|(_, report)| report.at.elapsed() < SILENCE && report.shares == self.topology.partitions);
+        sharing.map(|(replica, _)| replica.clone()).chain([self.options.replica.clone()]).collect()
     }
 
     /// When the oldest message was pushed that this replica holds, or handed back to wait. What waits from before a restart is

@@ -11,9 +11,9 @@ use std::{
 
 use futures::StreamExt as _;
 use lapin::{
-    BasicProperties, Channel, Consumer, ErrorKind,
+    BasicProperties, Channel, Consumer,
     options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
-    protocol::{AMQPErrorKind, AMQPSoftError},
+    protocol::AMQPSoftError,
     types::{AMQPValue, FieldTable},
 };
 use tokio::time::{Instant, sleep, timeout};
@@ -22,6 +22,7 @@ use super::{
     envelope::{Envelope, Read},
     lock,
     session::{Session, lost, unavailable},
+    topology::soft_error,
 };
 use crate::Error;
 
@@ -133,8 +134,7 @@ async fn answered<T>(session: &Session, answer: impl Future<Output = lapin::Resu
     match timeout(LIMIT, answer).await {
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(error)) => {
-            let is_gone = matches!(error.kind(), ErrorKind::ProtocolError(error)
-                if *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND));
+            let is_gone = soft_error(&error) == Some(AMQPSoftError::NOTFOUND);
             let error = unavailable("a stream of the broker cannot be read", error);
             if is_gone {
                 session.fail(&error);

@@ -2,7 +2,11 @@
 
 use std::{error::Error as StdError, sync::Arc, time::Duration};
 
-use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use futures::{
+    StreamExt as _,
+    future::{BoxFuture, try_join_all},
+    stream::FuturesUnordered,
+};
 use lapin::message::Delivery;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -17,7 +21,7 @@ use super::{
     layouts, lock,
     session::{Session, Source},
     settle::Chore,
-    stats,
+    shares, stats,
 };
 use crate::Error;
 
@@ -38,12 +42,12 @@ pub(super) async fn run(
     opened: oneshot::Sender<Result<(), Error>>,
 ) {
     let mut opened = Some(opened);
-    let mut failures = 0;
+    let (mut failures, mut is_known) = (0, false);
     let mut running = Running::new();
     for number in 1.. {
         let began = Instant::now();
         let connected = tokio::select! {
-            connected = connect(&core, number, &tracker) => connected,
+            connected = connect(&core, number, is_known, &tracker) => connected,
             () = stop.cancelled() => return,
         };
         match connected {
@@ -55,6 +59,7 @@ pub(super) async fn run(
                 } else {
                     tracing::info!("connected to the broker");
                 }
+                is_known = true;
                 let over = live(&core, &session, &mut chores, &mut running, &stop).await;
                 core.session.send_replace(None);
                 session.end().await;
@@ -91,14 +96,14 @@ pub(super) async fn run(
 }
 
 /// The brokers in turn, each time beginning with another.
-async fn connect(core: &Core, number: u64, tracker: &TaskTracker) -> Result<Arc<Session>, Error> {
+async fn connect(core: &Core, number: u64, is_known: bool, tracker: &TaskTracker) -> Result<Arc<Session>, Error> {
     let access = (core.options.access)().map_err(|what| Error::Unavailable { what, source: None })?;
     let mut addresses = connect::addresses(&access)?;
     let first = usize::try_from(number - 1).unwrap_or_default() % addresses.len();
     addresses.rotate_left(first);
     let mut last = None;
     for address in &addresses {
-        match Session::open(number, address, &core.options.replica, &core.topology, tracker).await {
+        match Session::open(number, is_known, address, &core.options.replica, &core.topology, tracker).await {
             Ok(session) => match begin(core, &session).await {
                 Ok(()) => return Ok(session),
                 Err(error) => {
@@ -140,7 +145,8 @@ async fn live(
     let mut beat = interval(stats::BEAT);
     let reports = stats::listen(core, session);
     let others = layouts::watch(core, session);
-    tokio::pin!(receive, reports, others);
+    let sharing = shares::watch(core, session);
+    tokio::pin!(receive, reports, others, sharing);
     let mut receiving = true;
     let finished = async {
         stop.cancelled().await;
@@ -161,6 +167,7 @@ async fn live(
             _ = beat.tick() => running.push(Box::pin(stats::report(Arc::clone(core), Arc::clone(session)))),
             () = &mut reports => {}
             () = &mut others => {}
+            () = &mut sharing => {}
             () = &mut finished => {
                 if !session.is_closing() {
                     close(core, session).await;
@@ -219,21 +226,19 @@ fn start(core: &Arc<Core>, session: Option<&Arc<Session>>, task: Chore, running:
     }
 }
 
-/// Lets the other replicas have everything that is not in hand.
-async fn close(core: &Arc<Core>, session: &Arc<Session>) {
-    if session.consume_no_more().await.is_err() {
-        return;
-    }
-    session.gather(|source, delivery| arrive(core, session, source, delivery));
-    for held in core.inbox.take_all() {
-        core.chore(Chore::Return(held)).await;
-    }
+/// Lets the other replicas have each partition as soon as nothing of it is in hand.
+async fn close(core: &Core, session: &Session) {
+    let releasing = session.consume_no_more().into_iter().map(|number| shares::release(core, session, number));
+    // What could not be released is, with the connection.
+    let _ = try_join_all(releasing).await;
 }
 
 /// Takes what the broker delivered.
 pub(super) fn arrive(core: &Core, session: &Session, source: usize, delivery: Delivery) {
     let envelope = Envelope::read(&delivery.properties, delivery.data, core.now());
-    let held = Held { envelope, source, redelivered: delivery.redelivered, acker: delivery.acker, session: session.number };
+    let (redelivered, acker) = (delivery.redelivered, delivery.acker);
+    let held = Held { envelope, source, redelivered, acker, session: session.number, lost: session.cut() };
+    session.is_ours(source);
     core.no_longer_waiting(&held.envelope);
     let tasks = if let Some(settlement) = core.remembered(&held) {
         vec![Chore::Carry(held, settlement)]

@@ -336,6 +336,33 @@ pub(super) async fn declare(channel: &Channel, topology: &Topology) -> Result<()
     declare_layout(channel, topology, &topology.layout()).await
 }
 
+/// Whether nothing of ours is on the broker. The channel is not to be used again.
+pub(super) async fn is_bare(channel: &Channel, topology: &Topology) -> Result<bool, Error> {
+    let options = ExchangeDeclareOptions { passive: true, durable: true, ..ExchangeDeclareOptions::default() };
+    let name = topology.accept();
+    let declared = channel.exchange_declare(name.as_str().into(), ExchangeKind::Direct, options, FieldTable::default()).await;
+    match declared {
+        Ok(()) => {
+            // It does no harm if it stays.
+            let _ = channel.close(200, "OK".into()).await;
+            Ok(false)
+        }
+        Err(error) if soft_error(&error) == Some(AMQPSoftError::NOTFOUND) => Ok(true),
+        Err(error) => Err(unavailable(format!("the exchange {name} could not be looked for"), error)),
+    }
+}
+
+/// What the broker did not like, if it has only ended the channel for it.
+pub(super) fn soft_error(error: &lapin::Error) -> Option<AMQPSoftError> {
+    match error.kind() {
+        ErrorKind::ProtocolError(error) => match error.kind() {
+            AMQPErrorKind::Soft(error) => Some(error.clone()),
+            AMQPErrorKind::Hard(_) => None,
+        },
+        _ => None,
+    }
+}
+
 pub(super) async fn declare_layout(channel: &Channel, topology: &Topology, layout: &Layout) -> Result<(), Error> {
     // First: nobody may have messages in a layout that others cannot find.
     bind(channel, &topology.layouts(), &layout.mark(), &topology.probe()).await?;
@@ -382,9 +409,7 @@ fn table(arguments: Arguments) -> FieldTable {
 
 /// Why the broker would not declare something.
 fn refused(kind: &'static str, name: &str, error: lapin::Error) -> Error {
-    let mismatch = matches!(error.kind(), ErrorKind::ProtocolError(error)
-        if *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED));
-    if !mismatch {
+    if soft_error(&error) != Some(AMQPSoftError::PRECONDITIONFAILED) {
         return unavailable(format!("the {kind} {name} could not be declared"), error);
     }
     // "PRECONDITION_FAILED - inequivalent arg 'x-max-age' for queue …"

@@ -9,7 +9,10 @@ use std::{
     net::SocketAddr,
     os::fd::{AsFd, AsRawFd},
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -25,7 +28,7 @@ use tokio::{
     net::TcpStream,
     runtime::Handle,
     task::JoinHandle,
-    time::{Sleep, interval, sleep},
+    time::{Sleep, interval, sleep, sleep_until},
 };
 use tokio_rustls::{TlsConnector, rustls::ClientConfig, rustls::pki_types::ServerName};
 use tokio_util::{
@@ -124,15 +127,53 @@ impl<T: Send + 'static> Future for Spawned<T> {
 trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
 
-/// A connection to a broker that ends when its token is cancelled.
+/// A connection to a broker that ends when its token is cancelled, or when the broker was silent for too long.
 pub(super) struct Wire {
     stream: Box<dyn Duplex>,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    patience: Patience,
+    /// When silence has been too long.
+    late: Pin<Box<Sleep>>,
+}
+
+/// How long a broker may be silent, while it owes a heartbeat.
+#[derive(Clone, Debug)]
+pub(super) struct Patience(Arc<AtomicU64>);
+
+impl Patience {
+    /// For as many seconds between heartbeats as were agreed on; 0 if there are none, and no limit.
+    ///
+    /// The broker looks every half of that time whether it has said anything, so it is never silent for more than all of it. It
+    /// ends a connection, and gives what it delivered there to others, when it has heard nothing for twice the time at least:
+    /// 1.5 times after the network fell silent at the earliest, since our last words may be half a time old by then. We have to
+    /// know before, at 1.3 times: what is handed over must be in our hands no more.
+    pub fn new(heartbeat: u16) -> Self {
+        let patience = Self(Arc::default());
+        patience.agree(heartbeat);
+        patience
+    }
+
+    /// As in [`Patience::new`], from the next word of the broker's on.
+    pub fn agree(&self, heartbeat: u16) {
+        self.0.store(u64::from(heartbeat) * 1_300, Ordering::Relaxed);
+    }
+
+    fn end(&self) -> tokio::time::Instant {
+        let forever = Duration::from_secs(365 * 24 * 3600);
+        let limit = Some(self.0.load(Ordering::Relaxed)).filter(|limit| *limit > 0).map_or(forever, Duration::from_millis);
+        tokio::time::Instant::now() + limit
+    }
 }
 
 impl Wire {
     /// Connects; with TLS if that is given.
-    pub async fn open(host: &str, port: u16, tls: Option<Arc<ClientConfig>>, cut: CancellationToken) -> io::Result<Compat<Self>> {
+    pub async fn open(
+        host: &str,
+        port: u16,
+        tls: Option<Arc<ClientConfig>>,
+        cut: CancellationToken,
+        patience: Patience,
+    ) -> io::Result<Compat<Self>> {
         let tcp = TcpStream::connect((host.trim_matches(['[', ']']), port)).await?;
         tcp.set_nodelay(true)?;
         let stream: Box<dyn Duplex> = match tls {
@@ -142,7 +183,8 @@ impl Wire {
                 Box::new(TlsConnector::from(config).connect(name, tcp).await?)
             }
         };
-        Ok(Self { stream, cut: Box::pin(cut.cancelled_owned()) }.compat())
+        let late = Box::pin(sleep_until(patience.end()));
+        Ok(Self { stream, cut: Box::pin(cut.cancelled_owned()), patience, late }.compat())
     }
 
     fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {
@@ -156,7 +198,14 @@ impl Wire {
 impl AsyncRead for Wire {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.check(context)?;
-        Pin::new(&mut self.stream).poll_read(context, into)
+        let read = Pin::new(&mut self.stream).poll_read(context, into);
+        if read.is_ready() {
+            let end = self.patience.end();
+            self.late.as_mut().reset(end);
+        } else if self.late.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the broker has sent no heartbeat")));
+        }
+        read
     }
 }
 

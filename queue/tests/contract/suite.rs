@@ -58,6 +58,8 @@ macro_rules! hold_to_the_contract {
             burying_survives_a_restart,
             dead_letters_are_listed_oldest_first_in_pages,
             listing_loses_none_while_letters_are_taken_away,
+            two_who_list_at_once_see_each_letter_once,
+            order_of_many_dead_letters_stays_as_it_is,
             replayed_message_is_delivered_with_new_patience,
             replayed_message_waits_for_its_key,
             discarded_message_is_gone_for_good,

@@ -20,7 +20,8 @@ use super::place::Place;
 use crate::{
     clock::Clock,
     kms::{
-        Environment, exchange,
+        Environment, caller,
+        exchange::{self, Patience},
         refresh::{CredentialsError, Expiring, Kept, Source, is_sendable},
     },
 };
@@ -34,13 +35,10 @@ pub(super) struct Credentials {
     pub(super) expires: Option<Timestamp>,
 }
 
-/// The credentials that requests are signed with, fetched anew before they expire.
-pub(super) struct Provider(Kept<Chain>);
-
 /// The environment, the pod's OIDC token (RRSA), the profile of the command line tool, the instance's RAM role; and then the role
 /// that the key's reference names. The first that is set up at all has to provide: one that is set up wrongly, or fails, is never
 /// passed over.
-struct Chain {
+pub(super) struct Chain {
     environment: Environment,
     clock: Clock,
     sts: reqwest::Url,
@@ -69,35 +67,24 @@ struct Role {
     external_id: Option<String>,
 }
 
-impl Provider {
-    /// `role` is taken with what the chain gives.
-    pub(super) fn new(environment: Environment, clock: Clock, place: &Place, role: Option<&str>) -> Result<Self, reqwest::Error> {
-        let (connect, attempt) = (Duration::from_secs(2), Duration::from_secs(5));
-        let mut outside = exchange::client(connect, attempt);
-        if place.is_this_machine() {
-            outside = outside.no_proxy();
-        }
-        let chain = Chain {
-            environment,
-            clock: clock.clone(),
-            sts: place.sts.clone(),
-            role: role.map(str::to_owned),
-            outside: outside.build()?,
-            inside: exchange::client(Duration::from_secs(1), attempt).no_proxy().build()?,
-            metadata: place.metadata.clone(),
-            has_role: AtomicBool::new(false),
-        };
-        Ok(Self(Kept::new(chain, clock)))
-    }
-
-    pub(super) async fn current(&self) -> Result<Credentials, CredentialsError> {
-        self.0.current().await
-    }
-
-    /// The credentials after the KMS refused these ones as expired or unknown: fetched anew, unless somebody else just did.
-    pub(super) async fn renewed(&self, refused: &Credentials) -> Result<Credentials, CredentialsError> {
-        self.0.renewed(refused).await
-    }
+/// The credentials that requests are signed with, fetched anew before they expire. `role` is taken with what the chain gives.
+pub(super) fn provider(
+    environment: Environment,
+    clock: Clock,
+    place: &Place,
+    role: Option<&str>,
+) -> Result<Kept<Chain>, reqwest::Error> {
+    let chain = Chain {
+        environment,
+        clock: clock.clone(),
+        sts: place.sts.clone(),
+        role: role.map(str::to_owned),
+        outside: caller::client(&place.endpoint, Patience::USUAL).build()?,
+        inside: exchange::client(Duration::from_secs(1), Duration::from_secs(5)).no_proxy().build()?,
+        metadata: place.metadata.clone(),
+        has_role: AtomicBool::new(false),
+    };
+    Ok(Kept::new(chain, clock))
 }
 
 impl Credentials {
@@ -138,12 +125,6 @@ impl PartialEq for Credentials {
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Credentials").field("id", &self.id).field("expires", &self.expires).finish_non_exhaustive()
-    }
-}
-
-impl fmt::Debug for Provider {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Provider")
     }
 }
 

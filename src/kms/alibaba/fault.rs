@@ -1,38 +1,10 @@
-use std::time::Duration;
-
-use http::{StatusCode, header::RETRY_AFTER};
+use http::StatusCode;
 use serde::Deserialize;
 
-use crate::kms::exchange::{Answer, one_line, without};
-
-/// What an error answer of Alibaba Cloud says.
-#[derive(Debug)]
-pub(super) struct Fault {
-    pub(super) class: Class,
-    /// The code and the message, for people. Bounded, and without anything that ends a line.
-    pub(super) what: String,
-    pub(super) retry_after: Option<Duration>,
-}
-
-/// What an error answer means for what happens next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Class {
-    Throttled,
-    Transient,
-    /// The credentials are past their time, or unknown: fetching them anew may help.
-    CredentialsExpired,
-    /// The request was signed for a time that is not theirs.
-    Clock,
-    /// The nonce was used before: another one helps.
-    Nonce,
-    BadCredentials,
-    Denied,
-    KeyUnusable,
-    NotFound,
-    Misconfigured,
-    /// It would have worked, had it not been a dry run.
-    DryRun,
-}
+use crate::kms::{
+    exchange::Answer,
+    fault::{Class, Fault, Told},
+};
 
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "PascalCase")]
@@ -45,28 +17,12 @@ struct ErrorBody {
     request_id: String,
 }
 
-impl Fault {
-    /// `secrets` are those of the request.
-    pub(super) fn of<'a>(answer: &Answer, secrets: impl IntoIterator<Item = &'a str>) -> Self {
-        let ErrorBody { code, message, request_id } = serde_json::from_slice(&answer.body).unwrap_or_default();
-        let class = classify(answer.status, &code);
-        // Where a signature is wrong, what they signed is repeated, security token included.
-        let message = if code.contains("Signature") { message.split(". ").next().unwrap_or_default() } else { &message };
-        // Before it is cut, which would leave the beginning of one.
-        let message = without(message.trim().lines().next().unwrap_or_default().to_owned(), secrets);
-        let (code, message) = (one_line(&code, 64), one_line(&message, 300));
-        let mut what = format!("HTTP {}", answer.status.as_u16());
-        for part in [&code, &message] {
-            if !part.is_empty() {
-                what = format!("{what}: {part}");
-            }
-        }
-        if !request_id.is_empty() {
-            what = format!("{what} (request {})", one_line(&request_id, 64));
-        }
-        let seconds = answer.headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
-        Self { class, what, retry_after: seconds.map(Duration::from_secs) }
-    }
+/// What an error answer of Alibaba Cloud says. `secrets` are those of the request.
+pub(super) fn fault<'a>(answer: &Answer, secrets: impl IntoIterator<Item = &'a str>) -> Fault {
+    let ErrorBody { code, message, request_id } = serde_json::from_slice(&answer.body).unwrap_or_default();
+    // Where a signature is wrong, what they signed is repeated, security token included.
+    let message = if code.contains("Signature") { message.split(". ").next().unwrap_or_default() } else { &message };
+    Fault::new(classify(answer.status, &code), answer, &Told { code: &code, message, request: &request_id }, secrets)
 }
 
 /// By the code, not by the status: a key that is not there is a 404, and so can a token be that has expired.
@@ -105,12 +61,7 @@ fn classify_family(status: StatusCode, family: &str) -> Class {
         "InvalidParameter" | "MissingParameter" | "ParseRequestParameterException" | "InvalidAction" | "InvalidVersion" => {
             Class::Misconfigured
         }
-        _ => match status.as_u16() {
-            429 => Class::Throttled,
-            408 | 500.. => Class::Transient,
-            401 | 403 => Class::Denied,
-            _ => Class::Misconfigured,
-        },
+        _ => Class::of_status(status),
     }
 }
 
@@ -123,7 +74,10 @@ mod tests {
 
     fn fault(status: u16, body: &str) -> Fault {
         let body = Zeroizing::new(body.as_bytes().to_vec());
-        Fault::of(&Answer { status: StatusCode::from_u16(status).unwrap(), headers: HeaderMap::new(), body }, ["a-secret-token"])
+        super::fault(
+            &Answer { status: StatusCode::from_u16(status).unwrap(), headers: HeaderMap::new(), body },
+            ["a-secret-token"],
+        )
     }
 
     #[test]

@@ -39,10 +39,6 @@ impl Place {
         let metadata = "http://100.100.100.200/".parse().expect("it is a constant");
         Ok(Self { endpoint, gateway, sts, metadata })
     }
-
-    pub(super) fn is_this_machine(&self) -> bool {
-        aws::is_loopback(&self.endpoint)
-    }
 }
 
 /// STS of the region, if one is known: `ALIBABA_CLOUD_STS_REGION`, `ALIBABA_CLOUD_REGION_ID`, the KMS's. The one in the VPC if that

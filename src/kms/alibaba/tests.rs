@@ -1,9 +1,4 @@
-use std::{
-    fs,
-    io::Write,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{fs, sync::Arc, time::Duration};
 
 use futures::future::join_all;
 use integration_tests::alibaba::{BASE, Fake, Fault, NEW, OLD, PROVIDER, ROLE};
@@ -21,11 +16,11 @@ use tokio_rustls::{
         pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     },
 };
-use tracing::instrument::WithSubscriber;
 
 use super::*;
 use crate::{
     clock::ManualClock,
+    kms::logged::logged,
     outcome::{Classify, Verdict},
     witness::{Witness, WitnessSettings},
 };
@@ -348,20 +343,6 @@ async fn an_instances_own_gateway_is_trusted_by_its_own_authority() {
     }
 }
 
-/// Everything that is logged.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
 #[tokio::test]
 async fn a_role_that_ends_mid_run_costs_no_signature_and_shows_in_no_log() {
     let scene = Scene::set().await;
@@ -372,11 +353,7 @@ async fn a_role_that_ends_mid_run_costs_no_signature_and_shows_in_no_log() {
         ("ALIBABA_CLOUD_OIDC_PROVIDER_ARN", PROVIDER),
         ("ALIBABA_CLOUD_ROLE_ARN", ROLE),
     ]);
-    let log = Log::default();
-    let sink = log.clone();
-    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || sink.clone()).finish();
-    async {
-        tracing::callsite::rebuild_interest_cache();
+    let log = logged(async {
         let key = scene.open_with("/alias/rsa", &environment).await.unwrap();
         for hour in 2..5 {
             scene.hand.advance(Duration::from_secs(3600));
@@ -397,10 +374,8 @@ async fn a_role_that_ends_mid_run_costs_no_signature_and_shows_in_no_log() {
         let error = scene.open_with("/alias/rsa", &wrong).await.unwrap_err();
         assert!(matches!(error, Error::Credentials { .. }) && !error.to_string().contains("CanonicalRequest"), "{error}");
         tracing::trace!(?error);
-    }
-    .with_subscriber(subscriber)
+    })
     .await;
-    let log = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
     assert!(log.contains("Alibaba Cloud credentials fetched") && log.contains("key opened"), "{log}");
     for secret in [BASE[1], "issuedSecret", "issuedToken", "oidc.token", "notTheSecret", "Signature="] {
         assert!(!log.contains(secret), "{secret} is in the log");

@@ -7,7 +7,6 @@ mod profile;
 mod sts;
 
 use std::{
-    fmt,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
@@ -27,12 +26,9 @@ pub(super) use profile::setting_of_profile;
 use profile::{Base, Plan};
 use sts::{Identity, Sts};
 
-/// The credentials that requests are signed with, fetched anew before they expire.
-pub(super) struct Provider(Kept<Chain>);
-
 /// The environment, the profile in the shared files, a web identity, the container's endpoint, the instance's.
 /// The first that is set up at all has to provide: one that is set up wrongly, or fails, is never passed over.
-struct Chain {
+pub(super) struct Chain {
     environment: Environment,
     clock: Clock,
     /// For the region that is used where nothing else names one.
@@ -59,51 +55,27 @@ impl Default for Hosts {
     }
 }
 
-impl Provider {
-    /// `region` is the key's; `http` is used for STS.
-    pub(super) fn new(
-        environment: Environment,
-        clock: Clock,
-        region: &str,
-        http: reqwest::Client,
-    ) -> Result<Self, reqwest::Error> {
-        Self::at(Hosts::default(), environment, clock, region, http)
-    }
-
-    fn at(
-        hosts: Hosts,
-        environment: Environment,
-        clock: Clock,
-        region: &str,
-        outside: reqwest::Client,
-    ) -> Result<Self, reqwest::Error> {
-        let inside = exchange::client(Duration::from_secs(1), Duration::from_secs(5)).no_proxy().build()?;
-        let chain = Chain {
-            environment,
-            clock: clock.clone(),
-            region: region.to_owned(),
-            outside,
-            inside,
-            hosts,
-            has_role: AtomicBool::new(false),
-        };
-        Ok(Self(Kept::new(chain, clock)))
-    }
-
-    pub(super) async fn current(&self) -> Result<Credentials, CredentialsError> {
-        self.0.current().await
-    }
-
-    /// The credentials after the KMS refused these ones as expired or unknown: fetched anew, unless somebody else just did.
-    pub(super) async fn renewed(&self, refused: &Credentials) -> Result<Credentials, CredentialsError> {
-        self.0.renewed(refused).await
-    }
+/// The credentials that requests are signed with, fetched anew before they expire. `region` is the key's; `http` is used for STS.
+pub(super) fn provider(
+    environment: Environment,
+    clock: Clock,
+    region: &str,
+    http: reqwest::Client,
+) -> Result<Kept<Chain>, reqwest::Error> {
+    provider_at(Hosts::default(), environment, clock, region, http)
 }
 
-impl fmt::Debug for Provider {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Provider")
-    }
+fn provider_at(
+    hosts: Hosts,
+    environment: Environment,
+    clock: Clock,
+    region: &str,
+    outside: reqwest::Client,
+) -> Result<Kept<Chain>, reqwest::Error> {
+    let inside = exchange::client(Duration::from_secs(1), Duration::from_secs(5)).no_proxy().build()?;
+    let (region, time) = (region.to_owned(), clock.clone());
+    let chain = Chain { environment, clock: time, region, outside, inside, hosts, has_role: AtomicBool::new(false) };
+    Ok(Kept::new(chain, clock))
 }
 
 impl Expiring for Credentials {

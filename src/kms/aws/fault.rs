@@ -1,68 +1,24 @@
-use std::time::Duration;
+use std::str;
 
-use http::{StatusCode, header::RETRY_AFTER};
+use http::StatusCode;
 use serde::Deserialize;
 
-use crate::kms::exchange::{Answer, one_line, without};
+use crate::kms::{
+    exchange::{Answer, one_line},
+    fault::{Class, Fault, Told},
+};
 
-/// What an error answer of KMS says.
-#[derive(Debug)]
-pub(super) struct Fault {
-    pub(super) class: Class,
-    /// The code and the message, for people. Bounded, and without anything that ends a line.
-    pub(super) what: String,
-    pub(super) retry_after: Option<Duration>,
-}
-
-/// What an error answer means for what happens next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Class {
-    Throttled,
-    Transient,
-    /// The credentials are past their time, or unknown: reading them anew may help.
-    CredentialsExpired,
-    /// The request was signed for a time that is not the KMS's.
-    Clock,
-    /// The signature is not the one that the secret key makes.
-    BadCredentials,
-    Denied,
-    /// The state of the key forbids it. Some states pass: `DescribeKey` tells.
-    InvalidState,
-    KeyUnusable,
-    NotFound,
-    Misconfigured,
-    /// It would have worked, had it not been a dry run.
-    DryRun,
-    /// To Verify: the signature is none of the key's.
-    InvalidSignature,
-}
-
-impl Fault {
-    /// `secrets` are those of the request.
-    pub(super) fn of<'a>(answer: &Answer, secrets: impl IntoIterator<Item = &'a str>) -> Self {
-        let Answer { status, headers, body } = answer;
-        let ErrorBody { code, message } = serde_json::from_slice(body).unwrap_or_default();
-        // The header comes as `Code:http://…`, the field as `namespace#Code`.
-        let header = headers.get("x-amzn-errortype").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let code = if code.is_empty() { header } else { &code };
-        let code = code.rsplit('#').next().unwrap_or_default();
-        let code = one_line(code.split(':').next().unwrap_or_default(), 64);
-        let class = classify(*status, &code, &message);
-        // Where a signature is wrong, AWS goes on to repeat the request, session token included, from the second line on.
-        // The secrets go before it is cut, which would leave the beginning of one.
-        let message = one_line(&without(message.trim().lines().next().unwrap_or_default().to_owned(), secrets), 300);
-        let mut what = format!("HTTP {}", status.as_u16());
-        for part in [&code, &message] {
-            if !part.is_empty() {
-                what = format!("{what}: {part}");
-            }
-        }
-        if let Some(id) = headers.get("x-amzn-requestid").and_then(|value| value.to_str().ok()) {
-            what = format!("{what} (request {})", one_line(id, 64));
-        }
-        let seconds = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
-        Self { class, what, retry_after: seconds.map(Duration::from_secs) }
-    }
+/// What an error answer of KMS says. `secrets` are those of the request.
+pub(super) fn fault<'a>(answer: &Answer, secrets: impl IntoIterator<Item = &'a str>) -> Fault {
+    let header = |name| answer.headers.get(name).and_then(|value| str::from_utf8(value.as_bytes()).ok()).unwrap_or_default();
+    let ErrorBody { code, message } = serde_json::from_slice(&answer.body).unwrap_or_default();
+    // The header comes as `Code:http://…`, the field as `namespace#Code`.
+    let code = if code.is_empty() { header("x-amzn-errortype") } else { &code };
+    let code = code.rsplit('#').next().unwrap_or_default();
+    let code = one_line(code.split(':').next().unwrap_or_default(), 64);
+    let class = classify(answer.status, &code, &message);
+    // Where a signature is wrong, AWS goes on to repeat the request, session token included, from the second line on.
+    Fault::new(class, answer, &Told { code: &code, message: &message, request: header("x-amzn-requestid") }, secrets)
 }
 
 fn classify(status: StatusCode, code: &str, message: &str) -> Class {
@@ -110,12 +66,7 @@ fn classify(status: StatusCode, code: &str, message: &str) -> Class {
         "KMSInvalidSignatureException" => Class::InvalidSignature,
         "NotFoundException" | "InvalidArnException" => Class::NotFound,
         "ValidationException" | "SerializationException" => Class::Misconfigured,
-        _ => match status.as_u16() {
-            429 => Class::Throttled,
-            408 | 500.. => Class::Transient,
-            401 | 403 => Class::Denied,
-            _ => Class::Misconfigured,
-        },
+        _ => Class::of_status(status),
     }
 }
 
@@ -129,14 +80,16 @@ struct ErrorBody {
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderMap;
+    use std::time::Duration;
+
+    use http::{HeaderMap, header::RETRY_AFTER};
 
     use super::*;
 
     const SECRET: &str = "the-session-token-of-the-request";
 
     fn fault(status: StatusCode, headers: HeaderMap, body: &str) -> Fault {
-        Fault::of(&Answer { status, headers, body: body.as_bytes().to_vec().into() }, [SECRET])
+        super::fault(&Answer { status, headers, body: body.as_bytes().to_vec().into() }, [SECRET])
     }
 
     #[test]

@@ -43,10 +43,6 @@ impl Place {
         }
         Ok(Self { endpoint, region })
     }
-
-    pub(super) fn is_this_machine(&self) -> bool {
-        is_loopback(&self.endpoint)
-    }
 }
 
 /// Where STS is, and for which region requests to it are signed: `AWS_REGION`, `AWS_DEFAULT_REGION`, the profile's, or else the

@@ -195,7 +195,7 @@ async fn answers_that_cannot_be_right_are_refused_as_such() {
 async fn refusals_say_what_an_administrator_has_to_do() {
     for (fault, part, cure) in [
         (Fault::error(400, "AccessDeniedException"), "AccessDeniedException: as the test has it (request 0a1b2c)", "kms:Sign"),
-        (Fault::error(400, "NotFoundException"), "no such key in region eu-west-1", "name, region"),
+        (Fault::error(400, "NotFoundException"), "no such key, alias or version at http", "name, region"),
         (Fault::error(400, "InvalidKeyUsageException"), "cannot be used for Sign", "asymmetric signing key"),
         (Fault::error(400, "ValidationException"), "did not understand Sign", "correct"),
         (Fault::error(302, ""), "did not understand Sign: HTTP 302", "correct"),

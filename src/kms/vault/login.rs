@@ -10,7 +10,7 @@ use secrecy::{ExposeSecret, SecretString, zeroize::Zeroizing};
 use super::{place::variable, reference::Flavor};
 use crate::kms::Environment;
 
-/// How a Vault or an OpenBao is told who asks. Paths are those of the auth methods' mounts, without slashes around them.
+/// How a Vault or an OpenBao is told who asks, or what opens a key elsewhere. Paths are those of the auth methods' mounts, without slashes around them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Login {
     /// A token that somebody else obtained.
@@ -19,6 +19,8 @@ pub enum Login {
     AppRole { path: String, role_id: String, secret_id: Option<SecretSource> },
     /// A signed statement of who asks: the JWT method, and the Kubernetes method, where it is a service account's token.
     Jwt { path: String, role: String, jwt: SecretSource },
+    /// What opens the key itself: an encrypted file's passphrase, or the PIN of a PKCS#11 token. A Vault takes it for its token.
+    Secret(SecretSource),
 }
 
 /// Where a secret is. It is read anew whenever it is needed, because files are rotated.
@@ -33,6 +35,15 @@ pub enum SecretSource {
 impl SecretSource {
     /// The secret, without spaces and line ends around it; or why there is none, for people.
     pub(super) fn read(&self, environment: &Environment) -> Result<SecretString, String> {
+        self.read_trimmed(environment, str::trim)
+    }
+
+    /// The same of a secret whose spaces count: only the end of its line is not part of it.
+    pub(crate) fn read_line(&self, environment: &Environment) -> Result<SecretString, String> {
+        self.read_trimmed(environment, |text| text.trim_end_matches(['\r', '\n']))
+    }
+
+    fn read_trimmed(&self, environment: &Environment, trim: fn(&str) -> &str) -> Result<SecretString, String> {
         let text = match self {
             Self::File(path) => read_file(path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?,
             Self::Variable(name) => {
@@ -40,7 +51,7 @@ impl SecretSource {
             }
             Self::Given(secret) => return Ok(secret.clone()),
         };
-        match text.trim() {
+        match trim(&text) {
             "" => Err(format!("{self} is empty")),
             secret => Ok(SecretString::from(secret)),
         }
@@ -66,7 +77,7 @@ impl Login {
     /// The mount's API path, if it is a login at all.
     pub(super) fn path(&self) -> Option<String> {
         match self {
-            Self::Token { .. } => None,
+            Self::Token { .. } | Self::Secret(_) => None,
             Self::AppRole { path, .. } | Self::Jwt { path, .. } => Some(format!("auth/{path}/login")),
         }
     }

@@ -158,7 +158,7 @@ impl Session {
             secret.read(&self.environment).map_err(|what| Fault::new(Class::Credentials, what))
         };
         match &self.login {
-            Login::Token { token } => self.look_up(read(token)?).await,
+            Login::Token { token } | Login::Secret(token) => self.look_up(read(token)?).await,
             Login::AppRole { role_id, secret_id, .. } => {
                 let secret_id = secret_id.as_ref().map(read).transpose()?;
                 let mut body = json!({ "role_id": role_id });
@@ -246,7 +246,7 @@ impl Session {
             }
         }
         let new = self.renewed(token, self.logins()).await?;
-        if let (Login::Token { token }, Some(lease)) = (&self.login, new.lease()) {
+        if let (Login::Token { token } | Login::Secret(token), Some(lease)) = (&self.login, new.lease()) {
             let seconds = (lease.end() - Instant::now()).as_secs();
             tracing::warn!(server = self.client.address(), seconds, %token, "the token ends and cannot be renewed for longer: put a new one in its place");
         }
@@ -263,7 +263,7 @@ impl Session {
             return fault.told(&before);
         }
         let source = match &self.login {
-            Login::Token { token } => token.to_string(),
+            Login::Token { token } | Login::Secret(token) => token.to_string(),
             Login::AppRole { path, .. } | Login::Jwt { path, .. } => format!("the login at {path}"),
         };
         let before = format!(

@@ -1,16 +1,14 @@
 mod fake;
 
-use std::{
-    io::Write,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use futures::future::join_all;
-use tracing::instrument::WithSubscriber;
 
 use super::*;
-use crate::outcome::{Classify, Verdict};
+use crate::{
+    kms::logged::logged,
+    outcome::{Classify, Verdict},
+};
 use fake::{Fake, Fault as Wrong, SECRET};
 
 const DIGEST: [u8; 32] = [7; 32];
@@ -277,27 +275,10 @@ async fn what_a_server_repeats_of_a_request_is_not_told() {
     assert!(error.to_string().contains("your token is <redacted>"), "{error}");
 }
 
-/// Everything that is logged.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
 #[tokio::test]
 async fn the_most_talkative_log_holds_no_secret() {
     let fake = Fake::start().await;
-    let log = Log::default();
-    let sink = log.clone();
-    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || sink.clone()).finish();
-    async {
+    let log = logged(async {
         // Twice: another test may meet an event's place for the first time in the same moment, and that nobody listened would
         // be remembered of it.
         for _ in 0..2 {
@@ -308,10 +289,8 @@ async fn the_most_talkative_log_holds_no_secret() {
             tracing::trace!(?key, ?by_token);
             tracing::callsite::rebuild_interest_cache();
         }
-    }
-    .with_subscriber(subscriber)
+    })
     .await;
-    let log = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
     assert!(log.contains("key opened") && log.contains("logged in") && log.contains("TRACE"), "{log}");
     for secret in [SECRET, "s.login-"] {
         assert!(!log.contains(secret), "{secret} is in the log");

@@ -1,4 +1,4 @@
-//! What is asked of the ledger.
+//! What is asked of the ledger, and the little that is said to it one by one.
 
 use std::{collections::HashMap, str::FromStr};
 
@@ -11,7 +11,7 @@ use tokio_postgres::Row;
 use super::{Failure, Link, link::Session, write::text_column};
 use crate::{
     ledger::{
-        Asked, Error, EventFacts, EventRecord, MOST_SIGNATURES, RuleOutcome, SignatureRecord, StoryQuery, Sums,
+        Asked, Error, EventFacts, EventRecord, KeptCertificate, MOST_SIGNATURES, RuleOutcome, SignatureRecord, StoryQuery, Sums,
         columns::{
             digest_column, read_digest, read_outcome, read_reference, read_repository, read_rules, read_state, repository_word,
         },
@@ -29,6 +29,8 @@ pub(super) enum Question {
     Story(StoryQuery, Reply<Vec<EventRecord>>),
     Rules(Vec<String>, Reply<HashMap<String, Vec<RuleOutcome>>>),
     Signatures(Manifest, Reply<Vec<SignatureRecord>>),
+    Certificates(String, String, Reply<Vec<KeptCertificate>>),
+    Keep(KeptCertificate, Reply<()>),
 }
 
 const SUMS: &str = "SELECT outcome, reason, sum(events)::bigint FROM countersign.tally GROUP BY outcome, reason";
@@ -42,6 +44,12 @@ const SIGNATURES: &str = "
      WHERE digest = $1 AND repository = $2
      ORDER BY id DESC LIMIT $3";
 
+const CERTIFICATES: &str = "
+    SELECT number, pem FROM countersign.certificate WHERE witness = $1 AND key = $2 ORDER BY number DESC";
+
+const KEEP: &str =
+    "INSERT INTO countersign.certificate (witness, key, number, pem) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING";
+
 /// An index answers each of the questions: a digest tells more than a repository.
 fn story_sql(condition: &str) -> String {
     format!(
@@ -53,34 +61,43 @@ fn story_sql(condition: &str) -> String {
     )
 }
 
-pub(super) fn statements() -> [String; 6] {
+pub(super) fn statements() -> [String; 8] {
     let whole = story_sql("true");
     let by_tag = story_sql("tag = $3");
     let by_digest = story_sql("($3::text IS NULL OR tag = $3) AND digest = $4");
-    [SUMS.to_owned(), SIGNATURES.to_owned(), whole, by_tag, by_digest, RULES.to_owned()]
+    let [sums, signatures, rules] = [SUMS, SIGNATURES, RULES].map(str::to_owned);
+    [sums, signatures, whole, by_tag, by_digest, rules, CERTIFICATES.to_owned(), KEEP.to_owned()]
 }
 
 /// Until the last [`super::Store`] is dropped.
-pub(super) async fn run(mut link: Link<6>, mut questions: mpsc::UnboundedReceiver<Question>) {
+pub(super) async fn run(mut link: Link<8>, mut questions: mpsc::UnboundedReceiver<Question>) {
     while let Some(question) = questions.recv().await {
         // Whoever asked may have gone.
         match question {
             Question::Sums(reply) => drop(reply.send(answer(&mut link, sums).await)),
             Question::Story(query, reply) => {
-                drop(reply.send(answer(&mut link, async |session: &Session<6>| story(session, &query).await).await));
+                drop(reply.send(answer(&mut link, async |session: &Session<8>| story(session, &query).await).await));
             }
             Question::Rules(messages, reply) => {
-                drop(reply.send(answer(&mut link, async |session: &Session<6>| rules(session, &messages).await).await));
+                drop(reply.send(answer(&mut link, async |session: &Session<8>| rules(session, &messages).await).await));
             }
             Question::Signatures(manifest, reply) => {
-                drop(reply.send(answer(&mut link, async |session: &Session<6>| signatures(session, &manifest).await).await));
+                drop(reply.send(answer(&mut link, async |session: &Session<8>| signatures(session, &manifest).await).await));
+            }
+            Question::Certificates(witness, key, reply) => {
+                let ask = async |session: &Session<8>| certificates(session, &witness, &key).await;
+                drop(reply.send(answer(&mut link, ask).await));
+            }
+            // Said twice, it is kept once.
+            Question::Keep(certificate, reply) => {
+                drop(reply.send(answer(&mut link, async |session: &Session<8>| keep(session, &certificate).await).await));
             }
         }
     }
 }
 
 /// Asks, and once more over a new connection if this one is gone.
-async fn answer<T>(link: &mut Link<6>, mut ask: impl AsyncFnMut(&Session<6>) -> Result<T, Failure>) -> Result<T, Error> {
+async fn answer<T>(link: &mut Link<8>, mut ask: impl AsyncFnMut(&Session<8>) -> Result<T, Failure>) -> Result<T, Error> {
     let mut again = true;
     loop {
         let patience = link.patience();
@@ -98,7 +115,7 @@ async fn answer<T>(link: &mut Link<6>, mut ask: impl AsyncFnMut(&Session<6>) -> 
     }
 }
 
-async fn sums(session: &Session<6>) -> Result<Sums, Failure> {
+async fn sums(session: &Session<8>) -> Result<Sums, Failure> {
     let mut sums = Sums::default();
     for row in session.client.query(&session.statements[0], &[]).await? {
         let (outcome, reason): (&str, &str) = (row.try_get(0)?, row.try_get(1)?);
@@ -110,11 +127,11 @@ async fn sums(session: &Session<6>) -> Result<Sums, Failure> {
     Ok(sums)
 }
 
-async fn story(session: &Session<6>, query: &StoryQuery) -> Result<Vec<EventRecord>, Failure> {
+async fn story(session: &Session<8>, query: &StoryQuery) -> Result<Vec<EventRecord>, Failure> {
     let repository = repository_word(&query.registry, &query.repository);
     let tag = query.tag.as_ref().map(Tag::as_str);
     let limit = i64::from(query.limit);
-    let [_, _, whole, by_tag, by_digest, _] = &session.statements;
+    let [_, _, whole, by_tag, by_digest, ..] = &session.statements;
     let rows = match (&query.digest, tag) {
         (Some(digest), _) => session.client.query(by_digest, &[&repository, &limit, &tag, &digest_column(digest)]).await?,
         (None, Some(_)) => session.client.query(by_tag, &[&repository, &limit, &tag]).await?,
@@ -154,7 +171,7 @@ pub(super) fn outcome(row: &Row) -> Result<Outcome, Failure> {
     read_outcome(row.try_get("outcome")?, row.try_get("reason")?).ok_or(Failure::Damaged("outcome"))
 }
 
-async fn rules(session: &Session<6>, messages: &[String]) -> Result<HashMap<String, Vec<RuleOutcome>>, Failure> {
+async fn rules(session: &Session<8>, messages: &[String]) -> Result<HashMap<String, Vec<RuleOutcome>>, Failure> {
     // By the id as it was asked for, which is the column's but for characters that PostgreSQL does not hold.
     let columns: HashMap<_, _> = messages.iter().map(|message| (text_column(message), message)).collect();
     let rows = session.client.query(&session.statements[5], &[&columns.keys().collect::<Vec<_>>()]).await?;
@@ -165,7 +182,7 @@ async fn rules(session: &Session<6>, messages: &[String]) -> Result<HashMap<Stri
     rows.iter().map(rules).collect()
 }
 
-async fn signatures(session: &Session<6>, (registry, repository, digest): &Manifest) -> Result<Vec<SignatureRecord>, Failure> {
+async fn signatures(session: &Session<8>, (registry, repository, digest): &Manifest) -> Result<Vec<SignatureRecord>, Failure> {
     let limit = i64::from(MOST_SIGNATURES);
     let word = repository_word(registry, repository);
     let rows = session.client.query(&session.statements[1], &[&digest_column(digest), &word, &limit]).await?;
@@ -187,6 +204,21 @@ async fn signatures(session: &Session<6>, (registry, repository, digest): &Manif
         })
     };
     rows.iter().map(signature).collect()
+}
+
+async fn certificates(session: &Session<8>, witness: &str, key: &str) -> Result<Vec<KeptCertificate>, Failure> {
+    let rows = session.client.query(&session.statements[6], &[&witness, &key]).await?;
+    let certificate = |row: &Row| {
+        let (witness, key) = (witness.to_owned(), key.to_owned());
+        Ok(KeptCertificate { witness, key, number: count(row, "number")?, pem: row.try_get("pem")? })
+    };
+    rows.iter().map(certificate).collect()
+}
+
+async fn keep(session: &Session<8>, certificate: &KeptCertificate) -> Result<(), Failure> {
+    let KeptCertificate { witness, key, number, pem } = certificate;
+    session.client.execute(&session.statements[7], &[witness, key, &i64::from(*number), pem]).await?;
+    Ok(())
 }
 
 fn asked(row: &Row) -> Result<Option<Asked>, Failure> {

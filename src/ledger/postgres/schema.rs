@@ -8,7 +8,7 @@ use super::{Failure, place};
 use crate::ledger::Error;
 
 /// Each brings a ledger one version further; its version is how many it has been through. One that was released never changes.
-const MIGRATIONS: &[&str] = &[FIRST];
+const MIGRATIONS: &[&str] = &[FIRST, CERTIFICATES];
 
 /// `countersign` in ASCII, as far as a number goes: the advisory lock that migrations run under.
 const LOCK: i64 = 0x636f_756e_7465_7273;
@@ -83,6 +83,16 @@ const FIRST: &str = "
     CREATE TABLE countersign.probe (
         shard           integer PRIMARY KEY,
         written_at      timestamptz NOT NULL
+    );
+";
+
+const CERTIFICATES: &str = "
+    CREATE TABLE countersign.certificate (
+        witness         text NOT NULL,
+        key             text NOT NULL,
+        number          bigint NOT NULL,
+        pem             text NOT NULL,
+        PRIMARY KEY (witness, key, number)
     );
 ";
 

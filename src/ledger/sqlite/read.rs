@@ -7,7 +7,7 @@ use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 use super::rows::{DigestColumn, TimeColumn, damaged, outcome, parsed};
 use crate::{
     ledger::{
-        Asked, EventFacts, EventRecord, MOST_SIGNATURES, RuleOutcome, SignatureRecord, StoryQuery, Sums,
+        Asked, EventFacts, EventRecord, KeptCertificate, MOST_SIGNATURES, RuleOutcome, SignatureRecord, StoryQuery, Sums,
         columns::{read_reference, read_repository, read_rules, read_state, repository_word},
     },
     oci::{Digest, RegistryName, Repository},
@@ -124,6 +124,16 @@ pub(super) fn signatures(
         ":limit": MOST_SIGNATURES,
     };
     signatures.query_map(parameters, |row| signature(row, registry, repository, digest))?.collect()
+}
+
+pub(super) fn certificates(connection: &Connection, witness: &str, key: &str) -> rusqlite::Result<Vec<KeptCertificate>> {
+    let mut certificates = connection
+        .prepare_cached("SELECT number, pem FROM certificate WHERE witness = :witness AND key = :key ORDER BY number DESC")?;
+    let certificate = |row: &Row<'_>| {
+        let (witness, key) = (witness.to_owned(), key.to_owned());
+        Ok(KeptCertificate { witness, key, number: row.get("number")?, pem: row.get("pem")? })
+    };
+    certificates.query_map(named_params! { ":witness": witness, ":key": key }, certificate)?.collect()
 }
 
 fn signature(

@@ -73,10 +73,23 @@ fn a_newer_versions_ledger_is_refused_and_left_as_it_is() {
     let folder = tempfile::tempdir().unwrap();
     let (path, ledger) = system(&folder);
     drop(ledger);
-    Connection::open(&path).unwrap().execute_batch("PRAGMA user_version = 2").unwrap();
+    Connection::open(&path).unwrap().execute_batch("PRAGMA user_version = 3").unwrap();
     let error = open(&path).unwrap_err();
-    assert!(matches!(error, Error::Newer { found: 2, known: 1, .. }), "{error:?}");
+    assert!(matches!(error, Error::Newer { found: 3, known: 2, .. }), "{error:?}");
     assert!(error.to_string().ends_with("use a newer one"), "{error}");
+}
+
+#[tokio::test]
+async fn an_older_versions_ledger_is_brought_up_with_what_is_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, ledger) = system(&folder);
+    ledger.conclude(conclusion(1, Outcome::Signed)).await.unwrap();
+    drop(ledger);
+    Connection::open(&path).unwrap().execute_batch("DROP TABLE certificate; PRAGMA user_version = 1").unwrap();
+    let ledger = open(&path).unwrap();
+    ledger.keep_certificate(certificate(1, "a")).await.unwrap();
+    assert_eq!(ledger.certificates("release", "key").await.unwrap(), [certificate(1, "a")]);
+    assert_eq!(ledger.sums().await.unwrap().signed, 1);
 }
 
 #[test]

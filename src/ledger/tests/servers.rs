@@ -86,7 +86,7 @@ async fn replicas_that_start_at_once_make_one_ledger() {
     for result in join_all(replicas.iter().map(Ledger::check)).await {
         result.unwrap();
     }
-    assert_eq!(server.sql(&database, "SELECT version FROM countersign.ledger").unwrap(), "1");
+    assert_eq!(server.sql(&database, "SELECT version FROM countersign.ledger").unwrap(), "2");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -294,9 +294,9 @@ async fn another_programs_schema_and_a_newer_versions_ledger_are_refused_and_lef
     server.sql(&database, "DROP SCHEMA countersign CASCADE").unwrap();
     connect(&url).check().await.unwrap();
     let before = tables();
-    server.sql(&database, "UPDATE countersign.ledger SET version = 2").unwrap();
+    server.sql(&database, "UPDATE countersign.ledger SET version = 3").unwrap();
     let (error, _) = refusal(&url).await;
-    assert!(matches!(error, Error::Newer { found: 2, known: 1, .. }), "{error:?}");
+    assert!(matches!(error, Error::Newer { found: 3, known: 2, .. }), "{error:?}");
     assert!(error.to_string().contains(&server.host()) && error.to_string().ends_with("use a newer one"), "{error}");
     assert_eq!(tables(), before);
 }

@@ -122,7 +122,7 @@ fn snapshot() -> Snapshot {
     };
     let ledger =
         Sums { signed: 7, already_signed: 2, skipped: 5, dead: 4, skip_reasons: [(Skip::NoRule, 3), (Skip::Untagged, 2)].into() };
-    Snapshot { queue, ledger, now: "2026-11-21T09:01:30.5Z".parse().unwrap() }
+    Snapshot { queue: Some(queue), ledger: Some(ledger), now: "2026-11-21T09:01:30.5Z".parse().unwrap() }
 }
 
 fn value(families: &BTreeMap<String, Exposed>, family: &str, sample: &str, labels: &[(&str, &str)]) -> f64 {
@@ -187,8 +187,8 @@ fn every_metric_is_well_formed_and_says_what_it_is() {
     assert_eq!(parse(&metrics.render(snapshot())).len(), parse(&metrics.render(snapshot())).len());
     // Nothing has happened yet.
     parse(&Metrics::new().render(Snapshot {
-        queue: queue::Stats::default(),
-        ledger: Sums::default(),
+        queue: Some(queue::Stats::default()),
+        ledger: Some(Sums::default()),
         now: Timestamp::UNIX_EPOCH,
     }));
 }
@@ -206,6 +206,22 @@ fn received_is_the_sum_of_the_outcomes_and_what_is_queued() {
     let reasons: f64 = families["countersign_events_skipped"].samples.values().sum();
     assert_eq!(reasons, outcome("skipped"));
     assert_eq!(value(&families, "countersign_queue_oldest_seconds", "countersign_queue_oldest_seconds", &[]), 90.5);
+}
+
+#[test]
+fn what_is_away_is_said_to_be_and_the_rest_is_told() {
+    let up = |families: &BTreeMap<String, Exposed>| {
+        ["queue", "ledger"].map(|part| value(families, "countersign_up", "countersign_up", &[("part", part)]))
+    };
+    let families = parse(&exercised().render(snapshot()));
+    assert_eq!(up(&families), [1.0, 1.0]);
+    let families = parse(&exercised().render(Snapshot { ledger: None, ..snapshot() }));
+    assert_eq!(up(&families), [1.0, 0.0]);
+    assert!(families.contains_key("countersign_events_queued") && families.contains_key("countersign_kms_signs"));
+    assert!(!families.contains_key("countersign_events"), "no zeros that are none");
+    let families = parse(&exercised().render(Snapshot { queue: None, ..snapshot() }));
+    assert_eq!(up(&families), [0.0, 1.0]);
+    assert!(families.contains_key("countersign_events") && !families.contains_key("countersign_events_received"));
 }
 
 #[test]
@@ -239,9 +255,10 @@ fn partitions_have_depth_age_and_holder() {
         holder: Some("one-12".to_owned()),
         ready: 4,
         in_flight: 1,
-        oldest: snapshot.queue.oldest,
+        oldest: snapshot.queue.as_ref().unwrap().oldest,
     };
-    snapshot.queue.partitions = vec![queue::Partition { name: "8.0".to_owned(), ..queue::Partition::default() }, held];
+    snapshot.queue.as_mut().unwrap().partitions =
+        vec![queue::Partition { name: "8.0".to_owned(), ..queue::Partition::default() }, held];
     let families = parse(&Metrics::new().render(snapshot));
     let of = |family: &str, labels: &[(&str, &str)]| {
         let name = format!("countersign_queue_partition_{family}");

@@ -5,13 +5,16 @@
 //! `target/bench.json`.
 
 mod bare;
+mod broker;
 mod cosign;
+mod dead_letters;
 mod events;
 #[cfg(feature = "kms")]
 mod kms;
 mod latency;
 mod memory;
 mod meter;
+mod rabbitmq;
 mod report;
 mod requests;
 mod rules;
@@ -29,13 +32,14 @@ use integration_tests::{daemon, process};
 use crate::report::{load_average, summary, target};
 
 #[cfg(feature = "kms")]
-const PARTS: [&str; 8] = ["signing", "requests", "latency", "events", "memory", "rules", "cosign", "kms"];
+const PARTS: [&str; 10] =
+    ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign", "kms"];
 #[cfg(not(feature = "kms"))]
-const PARTS: [&str; 7] = ["signing", "requests", "latency", "events", "memory", "rules", "cosign"];
+const PARTS: [&str; 9] = ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign"];
 const USAGE: &str = "usage: bench [--quick] [--only NAME]...
   --quick       small numbers and one round, to see that it works
-  --only NAME   only this part: signing, requests, latency, events, memory, rules, cosign or, with
-                the feature kms, kms";
+  --only NAME   only this part: signing, requests, latency, events, memory, rules, rabbitmq,
+                dead-letters, cosign or, with the feature kms, kms";
 
 /// How much of it.
 #[derive(Debug, Clone, Copy)]
@@ -79,6 +83,8 @@ async fn main() -> Result<ExitCode> {
             "events" => events::measure(scale).await,
             "memory" => memory::measure(scale).await,
             "rules" => rules::measure(scale).await,
+            "rabbitmq" => rabbitmq::measure(scale).await,
+            "dead-letters" => dead_letters::measure(scale).await,
             "cosign" => cosign::measure(scale).await,
             #[cfg(feature = "kms")]
             "kms" => kms::measure(scale).await,

@@ -34,6 +34,8 @@ pub struct Plan {
     pub key_uri: Option<String>,
     pub in_flight: usize,
     pub rules: String,
+    /// Further lines of `[queue]`, and the `[ledger]`.
+    pub queue: String,
     /// Keeps its state in memory, or on a disk.
     pub on_disk: bool,
     pub environment: Vec<(&'static str, String)>,
@@ -43,7 +45,8 @@ impl Plan {
     /// A P-256 key, and `rules`.
     pub fn new(registry: impl Into<String>, in_flight: usize, rules: impl Into<String>) -> Self {
         let (registry, rules) = (registry.into(), rules.into());
-        Self { registry, keys: Keys::P256, key_uri: None, in_flight, rules, on_disk: false, environment: Vec::new() }
+        let (keys, queue, environment) = (Keys::P256, String::new(), Vec::new());
+        Self { registry, keys, key_uri: None, in_flight, rules, queue, on_disk: false, environment }
     }
 }
 
@@ -77,10 +80,10 @@ impl Stage {
             .mode(0o600)
             .open(folder.path().join("token"))?
             .write_all(TOKEN.as_bytes())?;
-        let Plan { registry, in_flight, rules, .. } = &plan;
+        let Plan { registry, in_flight, rules, queue, .. } = &plan;
         let config = format!(
             "[server]\nlisten = \"127.0.0.1:{port}\"\n\n\
-             [queue]\npath = \"{}\"\nin_flight = {in_flight}\n\n\
+             [queue]\npath = \"{}\"\nin_flight = {in_flight}\n{queue}\n\
              [[registry]]\nname = \"{registry}\"\nurl = \"http://{registry}\"\n\n\
              [[source]]\nname = \"main\"\nkind = \"distribution\"\nregistry = \"{registry}\"\ntoken = {{ file = \"token\" }}\n\n\
              [[witness]]\nname = \"release\"\nkey = \"{key_uri}\"\n\n{rules}",
@@ -103,6 +106,15 @@ impl Stage {
         self.daemon.pid().context("the daemon is not running")
     }
 
+    /// Its configuration, and what it needs in the environment.
+    pub fn config(&self) -> PathBuf {
+        self.folder.path().join("countersign.toml")
+    }
+
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        self.plan.environment.clone()
+    }
+
     pub fn log(&self) -> PathBuf {
         self.daemon.log()
     }
@@ -120,11 +132,22 @@ impl Stage {
     /// Sends the events, `posters` at a time, waits until all have ended, and says how long that took from the first one's
     /// sending. Each has to end as `outcome`.
     pub async fn work_off(&self, events: Vec<Bytes>, posters: usize, outcome: &str) -> Result<Duration> {
+        self.work_off_with(&[], events, posters, outcome).await
+    }
+
+    /// The same, with replicas beside it that share its queue and its ledger: each is sent its part of the events.
+    pub async fn work_off_with(&self, others: &[Self], events: Vec<Bytes>, posters: usize, outcome: &str) -> Result<Duration> {
         let mut wire = Wire::open(&self.host).await?;
         let before = self.metrics(&mut wire).await?.ended(outcome);
         let count = events.len();
         let begun = Instant::now();
-        at_once(&self.host, posters, Until::Count(count), &Arc::new(Events(events))).await?;
+        let all: Vec<&Self> = std::iter::once(self).chain(others).collect();
+        let posting = all.iter().enumerate().map(|(place, stage)| {
+            let share: Vec<Bytes> = events.iter().skip(place).step_by(all.len()).cloned().collect();
+            let posters = posters / all.len();
+            async move { at_once(&stage.host, posters, Until::Count(share.len()), &Arc::new(Events(share))).await }
+        });
+        futures::future::try_join_all(posting).await?;
         let wanted = before + u64::try_from(count)?;
         loop {
             let metrics = self.metrics(&mut wire).await?;

@@ -69,6 +69,54 @@ pub async fn listing_loses_none_while_letters_are_taken_away(backend: impl Backe
     assert_eq!(listed, order.into_iter().collect());
 }
 
+pub async fn two_who_list_at_once_see_each_letter_once(backend: impl Backend) {
+    let queue = backend.queue();
+    let order = bury_some(&*queue, 100).await;
+    // From now on none is one that was never looked at.
+    assert_eq!(queue.dead_letters(None, 1000).await.unwrap().len(), 100);
+    assert!(queue.dead_letters(order.last().map(String::as_str), 1000).await.unwrap().is_empty());
+    let mut listed = [vec![], vec![]];
+    let mut ended = [false; 2];
+    while ended != [true; 2] {
+        for ((listed, limit), ended) in listed.iter_mut().zip([7, 40]).zip(&mut ended).filter(|(_, ended)| !**ended) {
+            let page = queue.dead_letters(listed.last().map(String::as_str), limit).await.unwrap();
+            *ended = page.is_empty();
+            listed.extend(page.into_iter().map(|letter| letter.message.id));
+        }
+    }
+    for mut listed in listed {
+        listed.sort();
+        let mut order = order.clone();
+        order.sort();
+        assert_eq!(listed, order);
+    }
+}
+
+pub async fn order_of_many_dead_letters_stays_as_it_is(backend: impl Backend) {
+    let queue = backend.queue();
+    let mut order = bury_some(&*queue, 300).await;
+    for round in 0..3 {
+        let mut listed = Vec::new();
+        loop {
+            let page = queue.dead_letters(listed.last().map(String::as_str), 70).await.unwrap();
+            if page.is_empty() {
+                break;
+            }
+            listed.extend(page.into_iter().map(|letter| letter.message.id));
+        }
+        assert_eq!(listed, order, "{round}");
+        // A few, far between, and at once.
+        let taken: Vec<_> = order.iter().skip(round).step_by(7).cloned().collect();
+        let replays = taken.iter().map(|id| async { queue.replay(id).await.unwrap() });
+        assert!(futures::future::join_all(replays).await.into_iter().all(|was_there| was_there));
+        order.retain(|id| !taken.contains(id));
+        for _ in &taken {
+            next(&*queue).await.ack().await.unwrap();
+        }
+    }
+    assert_eq!(queue.stats().await.unwrap().dead, order.len() as u64);
+}
+
 pub async fn replayed_message_is_delivered_with_new_patience(mut backend: impl Backend) {
     let queue = backend.queue();
     queue.push(vec![message(1)]).await.unwrap();

@@ -53,7 +53,13 @@ pub async fn stats_survive_a_restart(mut backend: impl Backend) {
     next(&*queue).await.retry(retry(Duration::from_secs(3600))).await.unwrap();
     let stats = queue.stats().await.unwrap();
     drop(queue);
-    assert_eq!(backend.restart().await.stats().await.unwrap(), stats);
+    let mut again = backend.restart().await.stats().await.unwrap();
+    // Who holds a partition in which nothing was delivered since is not known any more.
+    for (partition, before) in again.partitions.iter_mut().zip(&stats.partitions).filter(|(now, _)| now.holder.is_none()) {
+        assert_eq!((before.ready, before.in_flight), (0, 0));
+        partition.holder.clone_from(&before.holder);
+    }
+    assert_eq!(again, stats);
     assert_eq!((stats.pushed_total, stats.discarded_total, stats.ready, stats.waiting, stats.dead), (8, 1, 4, 1, 2));
 }
 

@@ -1,11 +1,11 @@
 use http::{StatusCode, header::ACCEPT};
-use jiff::SignedDuration;
 use secrecy::ExposeSecret;
 use serde::Deserialize;
 
 use super::{Chain, Credentials, CredentialsError, Document, Identity, Role};
 use crate::kms::{
     alibaba::acs3::Call,
+    caller::TheirClock,
     exchange::{Answer, exchange, one_line, without},
     refresh::token_of,
 };
@@ -13,7 +13,6 @@ use crate::kms::{
 const VERSION: &str = "2015-04-01";
 const SESSION_NAME: &str = "countersign";
 const LARGEST: usize = 64 * 1024;
-const LEAST_SKEW: SignedDuration = SignedDuration::from_secs(60);
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -38,24 +37,16 @@ impl Chain {
             vec![("RoleArn", role.arn.as_str()), ("RoleSessionName", role.session.as_deref().unwrap_or(SESSION_NAME))];
         parameters.extend(role.external_id.as_deref().map(|id| ("ExternalId", id)));
         let call = Call { endpoint: &self.sts, action: "AssumeRole", version: VERSION, parameters: &parameters };
-        let mut time = self.clock.now();
-        let post = async |time| {
-            let (url, headers) = call.signed(with, time, &super::super::nonce());
+        let time = TheirClock::new(self.clock.clone());
+        let post = async || {
+            let (url, headers) = call.signed(with, time.now(), &super::super::nonce());
             let answer = exchange(self.outside.post(url).headers(headers), LARGEST).await;
             answer.map_err(|error| CredentialsError::unanswered(&self.sts_name(), error))
         };
-        let mut answer = post(time).await?;
+        let mut answer = post().await?;
         // A clock that is wrong makes the request too old: once more by theirs.
-        if !answer.status.is_success()
-            && let Some(theirs) = answer.date()
-            && theirs.duration_since(time).abs() > LEAST_SKEW
-        {
-            tracing::warn!(
-                seconds = time.duration_since(theirs).as_secs(),
-                "this machine's clock differs from STS's: set it right"
-            );
-            time = theirs;
-            answer = post(time).await?;
+        if !answer.status.is_success() && time.set_by(&answer, "STS") {
+            answer = post().await?;
         }
         self.read(&role.arn, &answer, with.secrets())
     }

@@ -27,13 +27,13 @@ impl Machine {
         path.to_str().unwrap().to_owned()
     }
 
-    fn provider(&self, role: Option<&str>, variables: &[(&str, &str)]) -> Provider {
+    fn provider(&self, role: Option<&str>, variables: &[(&str, &str)]) -> Kept<Chain> {
         let home = [("HOME", self.folder.path().to_str().unwrap())];
         let environment = Environment::of_all(home.into_iter().chain(variables.iter().copied()));
         let uri = format!("alibabakms://{}//k", self.cloud.address).parse().unwrap();
         let mut place = Place::of(&uri, &environment).unwrap();
         (place.sts, place.metadata) = (place.endpoint.clone(), place.endpoint.clone());
-        Provider::new(environment, self.clock.clone(), &place, role).unwrap()
+        provider(environment, self.clock.clone(), &place, role).unwrap()
     }
 
     /// The access key, or what is wrong.

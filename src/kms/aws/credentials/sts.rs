@@ -5,7 +5,7 @@ use http::{
     HeaderMap, HeaderValue,
     header::{ACCEPT, CONTENT_TYPE},
 };
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use reqwest::Url;
 use secrecy::{ExposeSecret, zeroize::Zeroizing};
 
@@ -18,6 +18,7 @@ use crate::{
             place,
             sigv4::{Scope, signed_headers},
         },
+        caller::TheirClock,
         exchange::{Answer, exchange, one_line, without},
         refresh::token_of,
     },
@@ -51,7 +52,6 @@ pub(super) struct Sts<'a> {
 const SESSION: &str = "countersign";
 const FORM: &str = "application/x-www-form-urlencoded; charset=utf-8";
 const LARGEST: usize = 64 * 1024;
-const LEAST_SKEW: SignedDuration = SignedDuration::from_secs(60);
 
 impl<'a> Sts<'a> {
     pub(super) fn of(
@@ -76,19 +76,11 @@ impl<'a> Sts<'a> {
         form.extend(role.external_id.as_deref().map(|id| ("ExternalId", id)));
         form.extend(duration.as_deref().map(|seconds| ("DurationSeconds", seconds)));
         let secrets: Vec<_> = [Some(with.secret_access_key()), with.session_token()].into_iter().flatten().collect();
-        let mut time = self.clock.now();
-        let mut answer = self.post(&form, Some((with, time))).await?;
+        let time = TheirClock::new(self.clock.clone());
+        let mut answer = self.post(&form, Some((with, time.now()))).await?;
         // A clock that is wrong makes the signature wrong: once more by theirs.
-        if !answer.status.is_success()
-            && let Some(theirs) = answer.date()
-            && theirs.duration_since(time).abs() > LEAST_SKEW
-        {
-            tracing::warn!(
-                seconds = time.duration_since(theirs).as_secs(),
-                "this machine's clock differs from STS's: set it right"
-            );
-            time = theirs;
-            answer = self.post(&form, Some((with, time))).await?;
+        if !answer.status.is_success() && time.set_by(&answer, "STS") {
+            answer = self.post(&form, Some((with, time.now()))).await?;
         }
         self.read(&role.arn, &answer, &secrets)
     }

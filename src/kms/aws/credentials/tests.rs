@@ -35,14 +35,14 @@ impl Machine {
     }
 
     /// With these variables beside those that say where everything is.
-    fn provider<const N: usize>(&self, variables: [(&str, &str); N]) -> Provider {
+    fn provider<const N: usize>(&self, variables: [(&str, &str); N]) -> Kept<Chain> {
         let sts = self.url("");
         let mut all =
             vec![("HOME", self.folder.path().to_str().unwrap()), ("AWS_ENDPOINT_URL_STS", &sts), ("AWS_REGION", REGION)];
         all.extend(variables);
         let hosts = Hosts { container: self.url(""), instance: self.url("") };
         let http = exchange::client(Duration::from_secs(2), Duration::from_secs(5)).no_proxy().build().unwrap();
-        Provider::at(hosts, Environment::of_all(all), self.clock.clone(), "us-east-2", http).unwrap()
+        provider_at(hosts, Environment::of_all(all), self.clock.clone(), "us-east-2", http).unwrap()
     }
 
     /// The access key, or what is wrong.
@@ -399,7 +399,7 @@ async fn endpoints_that_hang_are_waited_for_some_seconds_and_no_longer() {
         let start = tokio::time::Instant::now();
         let http = exchange::client(Duration::from_secs(2), Duration::from_secs(5)).no_proxy().build().unwrap();
         let environment = Environment::of_all(variables);
-        let provider = Provider::new(environment, clock.clone(), REGION, http).unwrap();
+        let provider = provider(environment, clock.clone(), REGION, http).unwrap();
         let error = provider.current().await.unwrap_err();
         assert!(error.to_string().contains("no answer from"), "{error}");
         assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());

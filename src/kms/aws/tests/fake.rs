@@ -174,7 +174,7 @@ impl Key {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("key.pem");
         crate::kms::create_file(&path, pem.as_bytes(), 0o600).unwrap();
-        let public = crate::kms::public_key_of_file(&path).unwrap();
+        let public = crate::kms::public_key_of_file(&path, None).unwrap();
         let pair = if public.spec() == KeySpec::EcP256 {
             Pair::Ec(EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, document.as_bytes()).unwrap())
         } else {

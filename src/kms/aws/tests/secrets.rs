@@ -1,13 +1,7 @@
-use std::{
-    fs,
-    io::Write,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{fs, time::Duration};
 
 use futures::future::join_all;
 use jiff::SignedDuration;
-use tracing::instrument::WithSubscriber;
 
 use super::{
     super::{AwsKey, credentials::fake::Cloud},
@@ -15,33 +9,16 @@ use super::{
     fake::{ACCESS_KEY, Fault, SECRET_KEY},
 };
 use crate::{
-    kms::{Algorithm, Environment, SigningKey},
+    kms::{Algorithm, Environment, SigningKey, logged::logged},
     outcome::{Classify, Verdict},
 };
-
-/// Everything that is logged.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
 
 #[tokio::test]
 async fn the_most_talkative_log_holds_no_secret() {
     let scene = Scene::set().await;
     scene.write_credentials(ACCESS_KEY, SECRET_KEY, Some("a-session-token"));
     scene.kms.set_token("a-session-token");
-    let log = Log::default();
-    let sink = log.clone();
-    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || sink.clone()).finish();
-    async {
+    let log = logged(async {
         // Twice: another test may meet an event's place for the first time in the same moment, and that nobody listened would
         // be remembered of it.
         for _ in 0..2 {
@@ -51,10 +28,8 @@ async fn the_most_talkative_log_holds_no_secret() {
             tracing::trace!(?key);
             tracing::callsite::rebuild_interest_cache();
         }
-    }
-    .with_subscriber(subscriber)
+    })
     .await;
-    let log = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
     assert!(log.contains("key opened") && log.contains("TRACE"), "{log}");
     for secret in [SECRET_KEY, "a-session-token", "Signature="] {
         assert!(!log.contains(secret), "{secret} is in the log");
@@ -73,11 +48,7 @@ async fn credentials_that_end_mid_run_cost_no_signature_and_show_in_no_log() {
         ("AWS_ROLE_ARN", "arn:aws:iam::111122223333:role/pod"),
         ("AWS_ENDPOINT_URL_STS", &url),
     ]);
-    let log = Log::default();
-    let sink = log.clone();
-    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || sink.clone()).finish();
-    async {
-        tracing::callsite::rebuild_interest_cache();
+    let log = logged(async {
         scene.kms.set_token("issued-token-1==");
         let uri = scene.uri("alias/rsa");
         let key = AwsKey::open_patiently(&uri, scene.clock.clone(), &environment, IMPATIENT).await.unwrap();
@@ -101,10 +72,8 @@ async fn credentials_that_end_mid_run_cost_no_signature_and_show_in_no_log() {
         assert_eq!(error.verdict(), Verdict::TRANSIENT, "{error}");
         tracing::trace!(?error, ?key);
         assert_eq!((sts.requests().len(), scene.kms.requests().len()), (2, 1));
-    }
-    .with_subscriber(subscriber)
+    })
     .await;
-    let log = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
     assert!(log.contains("AWS credentials fetched") && log.contains("could not be renewed"), "{log}");
     for secret in [SECRET_KEY, "issued-token", "web.identity", "Signature="] {
         assert!(!log.contains(secret), "{secret} is in the log");
