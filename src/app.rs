@@ -1,5 +1,6 @@
 //! Builds everything from a `Config`. The only place that names every module.
 
+mod admission;
 mod daemon;
 
 use std::{
@@ -40,6 +41,7 @@ use crate::{
     witness::{self, Observation, Operation, Pin, Probed, Rate, TrustedKeySettings, TrustedKeys, Witness, WitnessSettings},
 };
 
+pub use admission::{ca_bundle, judge, serve as serve_admission};
 pub use daemon::serve;
 
 /// The state folder: queue, ledger, socket, pinned keys.
@@ -58,6 +60,10 @@ pub fn registry_of(config: &Config, name: &RegistryName) -> anyhow::Result<Regis
 }
 
 fn open_registry(registry: &config::Registry, metrics: Option<&Metrics>) -> anyhow::Result<Registry> {
+    Ok(Registry::new(registry_settings(registry, metrics)?)?)
+}
+
+fn registry_settings(registry: &config::Registry, metrics: Option<&Metrics>) -> anyhow::Result<registry::Settings> {
     let observer = metrics.map(|metrics| {
         let (metrics, name) = (metrics.clone(), registry.name.to_string());
         let observe = move |operation, result, took| metrics.registry_asked(&name, operation, result, took);
@@ -68,7 +74,7 @@ fn open_registry(registry: &config::Registry, metrics: Option<&Metrics>) -> anyh
         .as_ref()
         .map(|path| fs::read(path).with_context(|| format!("{}: cannot be read", path.display())))
         .transpose()?;
-    let settings = registry::Settings {
+    Ok(registry::Settings {
         name: registry.name.clone(),
         url: registry.url.clone(),
         credentials: registry.login.as_ref().map(|login| registry::Credentials {
@@ -78,8 +84,7 @@ fn open_registry(registry: &config::Registry, metrics: Option<&Metrics>) -> anyh
         ca,
         timeouts: registry::Timeouts::default(),
         observer,
-    };
-    Ok(Registry::new(settings)?)
+    })
 }
 
 /// The rules, ready to be looked up.

@@ -1,10 +1,12 @@
 //! What an administrator types. One file a subcommand.
 
+pub mod admission;
 pub mod check;
 mod client;
 pub mod explain;
 pub mod health;
 pub mod key;
+pub mod manifest;
 pub mod output;
 pub mod queue;
 pub mod sign;
@@ -78,7 +80,17 @@ pub enum Command {
     /// (`host/namespace`) of which every tag is signed. The rules decide by whom and how.
     Sign(SignArgs),
     /// Say whether images are attested, by whom, and otherwise what is missing. Needs public keys only, or with --with-kms the KMS.
+    ///
+    /// With --filename it judges manifests as the admission webhook would, by the policies of the configuration: YAML with
+    /// several documents, lists, or JSON. 0 if all would be admitted.
     Verify(VerifyArgs),
+    /// Pin the tags in manifests to the digests that the policies approve, and print them; comments and all else stay.
+    Resolve(ResolveArgs),
+    /// Run the admission webhook of a Kubernetes cluster: only images run that meet the policies of their namespace.
+    ///
+    /// It needs public keys only, never a KMS. POST /validate and /mutate are what the cluster calls; /livez, /readyz and
+    /// /metrics are as the daemon's. SIGTERM stops it; SIGHUP reads the configuration again.
+    Admission(AdmissionArgs),
     /// The whole story of an image: rules that match or why they don't, signatures it has, what is queued or dead.
     Explain(ExplainArgs),
     /// The queue from outside. Works whether the daemon runs or not.
@@ -167,15 +179,45 @@ pub struct SignArgs {
 
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
-    #[arg(required = true, value_name = "REFERENCE")]
+    #[arg(required_unless_present = "files", conflicts_with = "files", value_name = "REFERENCE")]
     pub references: Vec<String>,
     /// Only signatures of this witness count; may be given more than once, and then each must have signed.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", conflicts_with = "files")]
     pub witness: Vec<String>,
     /// Have each signature verified by the KMS of its witness, too, where that can be asked. Needs what signing needs, and the right
-    /// to verify (on AWS kms:Verify, on Alibaba Cloud kms:AsymmetricVerify, in a Vault `update` on the key's verify path).
-    #[arg(long)]
+    /// to verify (on AWS kms:Verify, on Alibaba Cloud kms:AsymmetricVerify, on Azure keys/verify, in a Vault `update` on the key's
+    /// verify path).
+    #[arg(long, conflicts_with = "files")]
     pub with_kms: bool,
+    #[command(flatten)]
+    pub manifests: ManifestArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(arg_required_else_help = true)]
+pub struct ResolveArgs {
+    #[command(flatten)]
+    pub manifests: ManifestArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ManifestArgs {
+    /// A manifest; `-` is standard input. May be given more than once.
+    #[arg(id = "files", long = "filename", short = 'f', value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// The cluster whose policies count. As `cluster` in [admission] says, if absent.
+    #[arg(long, value_name = "NAME", requires = "files")]
+    pub cluster: Option<String>,
+    /// The namespace that it would be applied to. As the manifest says, or `default`, if absent.
+    #[arg(long, short, value_name = "NAME", requires = "files")]
+    pub namespace: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct AdmissionArgs {
+    /// Print the authority that the API server has to trust, as it stands in `caBundle`, and do nothing else. Made if there is none.
+    #[arg(long)]
+    pub ca_bundle: bool,
 }
 
 #[derive(Debug, Args)]

@@ -4,11 +4,13 @@
 //! A file from which none can be made is answered with all that is wrong with it, each with its line and its cure.
 //! Every section and key is declared once (`shape.rs`); the reader, the JSON Schema and `config/default.toml` follow it.
 
+mod admission;
 mod door;
 mod ledger;
 mod log;
 mod names;
 mod outside;
+mod policy;
 mod postgres;
 mod problem;
 mod queue;
@@ -31,7 +33,10 @@ use std::{borrow::Cow, path::Path};
 
 use toml::de::DeTable;
 
+use crate::policy::Policy;
+
 pub use self::{
+    admission::{Admission, Breakglass, Cache, Certificate, CustomKind},
     door::Door,
     ledger::Ledger,
     log::{Log, LogFormat},
@@ -65,6 +70,8 @@ pub struct Config {
     pub sources: Vec<Source>,
     pub witnesses: Vec<Witness>,
     pub rules: Vec<Rule>,
+    pub policies: Vec<Policy>,
+    pub admission: Admission,
 }
 
 /// The defaults, with every key and what it means: `config/default.toml`.
@@ -145,13 +152,15 @@ static ROOT: Table = Table {
         Key::defaulted("source", Kind::Tables(&source::TABLE), "[]", source::TABLE.doc),
         Key::defaulted("witness", Kind::Tables(&witness::TABLE), "[]", witness::TABLE.doc),
         Key::defaulted("rule", Kind::Tables(&rule::TABLE), "[]", rule::TABLE.doc),
-        Key::later("policy"),
-        Key::later("admission"),
+        Key::defaulted("policy", Kind::Tables(&policy::TABLE), "[]", policy::TABLE.doc),
+        Key::defaulted("admission", Kind::Table(&admission::TABLE), "{}", admission::TABLE.doc),
     ],
 };
 
 fn read(report: &Report<'_>, document: &DeTable<'_>) -> Option<Config> {
-    for given in [&report.names.registries, &report.names.sources, &report.names.witnesses, &report.names.rules] {
+    for given in
+        [&report.names.registries, &report.names.sources, &report.names.witnesses, &report.names.rules, &report.names.policies]
+    {
         given.report_repeated(report);
     }
     let root = Section::new(report, &ROOT, Cow::Borrowed(document), 0..0);
@@ -164,6 +173,8 @@ fn read(report: &Report<'_>, document: &DeTable<'_>) -> Option<Config> {
     let sources = root.value("source").and_then(|value| value.each_table(source::read));
     let witnesses = root.value("witness").and_then(|value| value.each_table(witness::read));
     let rules = root.value("rule").and_then(|value| value.each_table(rule::read));
+    let policies = root.value("policy").and_then(|value| value.each_table(policy::read));
+    let admission = one("admission").as_ref().and_then(admission::read);
     if let Some(rules) = &rules {
         rule::report_same(report, rules);
     }
@@ -176,6 +187,8 @@ fn read(report: &Report<'_>, document: &DeTable<'_>) -> Option<Config> {
         sources: sources?,
         witnesses: witnesses?,
         rules: rules?,
+        policies: policies?,
+        admission: admission?,
     })
 }
 

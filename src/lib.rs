@@ -12,6 +12,7 @@
 //! that does not start at bytes which the configured registry served and which we hashed.
 
 pub mod admin;
+pub mod admission;
 pub mod app;
 pub mod attachment;
 pub mod certificate;
@@ -27,6 +28,7 @@ pub mod lifecycle;
 pub mod oci;
 pub mod outcome;
 pub mod pipeline;
+pub mod policy;
 pub mod registry;
 pub mod rule;
 pub mod signature;

@@ -51,7 +51,10 @@ async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
         _ => {}
     }
     let (config, warnings) = Config::load(&path)?;
-    if let Command::Serve = cli.command {
+    if let Command::Admission(cli::AdmissionArgs { ca_bundle: true }) = cli.command {
+        return cli::admission::print_ca_bundle(&config, &clock, output);
+    }
+    if let Command::Serve | Command::Admission(_) = cli.command {
         let format = match config.log.format {
             countersign::config::LogFormat::Human => LogFormat::Human,
             countersign::config::LogFormat::Json => LogFormat::Json,
@@ -60,11 +63,18 @@ async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
         for warning in &warnings {
             tracing::warn!("{warning}");
         }
-        return app::serve(&path, config, log).await;
+        return match cli.command {
+            Command::Admission(_) => app::serve_admission(path, config, log).await,
+            _ => app::serve(&path, config, log).await,
+        };
     }
     log_to_stderr("error")?;
     match &cli.command {
         Command::Witness(command) => cli::witness::run(&config, &clock, command, output).await,
+        Command::Verify(args) if !args.manifests.files.is_empty() => {
+            cli::manifest::verify(&config, &clock, &args.manifests, output).await
+        }
+        Command::Resolve(args) => cli::manifest::resolve(&config, &clock, &args.manifests).await,
         Command::Verify(args) => cli::verify::run(&config, &clock, args, output).await,
         Command::Sign(args) => {
             let client = app::client(&config, &clock, !args.dry_run).await?;
@@ -78,7 +88,12 @@ async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
             let client = app::client(&config, &clock, false).await?;
             cli::queue::run(&client, &clock, command, output).await
         }
-        Command::Serve | Command::Check(_) | Command::Key(_) | Command::Health(_) | Command::Completions { .. } => {
+        Command::Serve
+        | Command::Admission(_)
+        | Command::Check(_)
+        | Command::Key(_)
+        | Command::Health(_)
+        | Command::Completions { .. } => {
             unreachable!("handled above")
         }
     }

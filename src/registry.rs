@@ -34,6 +34,7 @@ use connect::Client;
 use transport::{Call, ERROR_LIMIT, Outgoing};
 
 pub use error::{Account, At, Broken, Error, Reported};
+pub(crate) use flight::Flights;
 pub use manifest::Manifest;
 
 use crate::oci::{Digest, RegistryName, Repository, Tag};

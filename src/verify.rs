@@ -208,14 +208,15 @@ fn judge(signer: Signer<'_>, layer: &Layer, payload: Option<&Bytes>, wanted: &Wa
     if statement.digest != wanted.digest {
         return Err(Rejection::OtherDigest(statement.digest));
     }
-    if !approves(&statement, wanted) {
-        return Err(Rejection::OtherReference(statement.reference));
-    }
     let witness = signer.witness.to_owned();
     match signer.standing {
         Standing::Counts => {}
         Standing::Ended { until } => return Err(Rejection::Expired { witness, until }),
         Standing::Revoked { since, reason } => return Err(Rejection::Revoked { witness, at: since, reason }),
+    }
+    // Last, because some policies take a signature of the digest under any name: all else about it has to be right.
+    if !approves(&statement, wanted) {
+        return Err(Rejection::OtherReference(statement.reference));
     }
     let key = signer.key.fingerprint().to_owned();
     Ok(Verified { witness, key, reference: statement.reference, layer: layer.clone() })

@@ -51,13 +51,7 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let intake = Arc::new(Intake::new(queue.clone(), clock.clone(), sources(&config)));
     attach_intake(&metrics, &intake);
 
-    let limits = Limits {
-        max_body: config.server.max_body,
-        header_timeout: config.server.header_timeout,
-        body_timeout: config.server.body_timeout,
-        max_requests: config.server.max_requests,
-        ..Limits::default()
-    };
+    let limits = limits(&config.server);
     let tls = config.server.tls.as_ref().map(open_tls).transpose()?;
     let server = Server::bind(config.server.listen, limits.clone(), tls.clone()).await?;
     let socket = Server::bind_unix(&socket_path(state_folder(&config)), limits).await?;
@@ -121,7 +115,11 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
 
 /// Lets `task` finish while draining, and drops it when most of the grace period is over: what it has in hand goes back to the
 /// queue, and a registry or a KMS that hangs does not make an orderly stop a failure.
-async fn in_time<T: IntoEnd>(drain: CancellationToken, grace: Duration, task: impl Future<Output = T>) -> Result<(), BoxError> {
+pub(super) async fn in_time<T: IntoEnd>(
+    drain: CancellationToken,
+    grace: Duration,
+    task: impl Future<Output = T>,
+) -> Result<(), BoxError> {
     let late = async {
         drain.cancelled().await;
         tokio::time::sleep(grace * 3 / 4).await;
@@ -135,7 +133,17 @@ async fn in_time<T: IntoEnd>(drain: CancellationToken, grace: Duration, task: im
     }
 }
 
-fn open_tls(tls: &config::Tls) -> anyhow::Result<Tls> {
+pub(super) fn limits(server: &config::Server) -> Limits {
+    Limits {
+        max_body: server.max_body,
+        header_timeout: server.header_timeout,
+        body_timeout: server.body_timeout,
+        max_requests: server.max_requests,
+        ..Limits::default()
+    }
+}
+
+pub(super) fn open_tls(tls: &config::Tls) -> anyhow::Result<Tls> {
     let certificate = fs::read(&tls.certificate).with_context(|| format!("{}: cannot be read", tls.certificate.display()))?;
     Ok(Tls::from_pem(&certificate, &tls.key.expose().to_owned().into())?)
 }
@@ -148,8 +156,8 @@ fn attach_intake(metrics: &Metrics, intake: &Arc<Intake>) {
     });
 }
 
-/// What the two listeners turned away.
-fn attach_refused(metrics: &Metrics, listeners: [(&'static str, Arc<Counters>); 2]) {
+/// What the listeners turned away.
+pub(super) fn attach_refused<const N: usize>(metrics: &Metrics, listeners: [(&'static str, Arc<Counters>); N]) {
     metrics.attach(REFUSED, move || {
         let refused = listeners.iter().flat_map(|(listener, counters)| {
             let sample = move |(reason, value): (&str, u64)| Sample {
@@ -216,7 +224,7 @@ fn readiness(queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>) 
 }
 
 /// What of `[server]` holds as long as the process.
-fn fixed(server: &config::Server) -> impl PartialEq {
+pub(super) fn fixed(server: &config::Server) -> impl PartialEq {
     let limits = (server.max_body, server.max_requests, server.header_timeout, server.body_timeout);
     (server.listen, server.tls.is_some(), server.grace, limits)
 }

@@ -23,6 +23,7 @@ pub(crate) struct Names {
     pub sources: Given,
     pub witnesses: Given,
     pub rules: Given,
+    pub policies: Given,
     /// The registries that sources are for.
     sources_for: HashSet<String>,
 }
@@ -39,6 +40,7 @@ impl Names {
             sources: Given::gather(document, "source", as_written),
             witnesses: Given::gather(document, "witness", as_written),
             rules: Given::gather(document, "rule", as_written),
+            policies: Given::gather(document, "policy", as_written),
         }
     }
 

@@ -128,7 +128,7 @@ static TRIGGER: Choice = Choice {
     later: &[],
 };
 
-static FORMAT: Choice = Choice {
+pub(crate) static FORMAT: Choice = Choice {
     words: &[Word { text: "cosign", doc: "Simple signing under the .sig tag, which nearly every verifier reads." }],
     later: &["bundle", "notation"],
 };
@@ -238,8 +238,13 @@ fn tags(value: &Value<'_>) -> Option<Vec<String>> {
     Some(tags)
 }
 
+/// The formats of a list, in the order of the declared words.
+pub(crate) fn each_format(value: &Value<'_>) -> Option<Vec<Format>> {
+    value.each(|element| element.choice([Format::Cosign]))
+}
+
 fn formats(value: &Value<'_>) -> Option<Vec<Format>> {
-    let mut formats = value.each(|element| element.choice([Format::Cosign]))?;
+    let mut formats = each_format(value)?;
     if formats.is_empty() {
         let help = "write formats = [\"cosign\"], or enabled = false".to_owned();
         value.report.error(value.span.clone(), "this rule signs nothing: `formats` is empty", help);

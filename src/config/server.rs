@@ -95,7 +95,7 @@ static TLS: Table = Table {
     ],
 };
 
-static ADDRESS: Grammar = Grammar { noun: "an address and a port in quotes", pattern: Some(":[0-9]+$") };
+pub(crate) static ADDRESS: Grammar = Grammar { noun: "an address and a port in quotes", pattern: Some(":[0-9]+$") };
 
 pub(crate) fn read(section: &Section<'_>) -> Option<Server> {
     let listen = section.value("listen").and_then(|value| value.parse(address));

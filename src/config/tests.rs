@@ -2,13 +2,14 @@ use std::{fmt::Write as _, os::unix::fs::PermissionsExt as _, path::Path, time::
 
 use crate::{
     kms::{Algorithm, Login, SecretSource},
+    policy::{Mode, Policy, SignedAs, Tags},
     rule::{SignatureType, Trigger},
     signature::Format,
 };
 
 use super::{
-    Backend, Config, DEFAULT_TOML, Ledger, Log, LogFormat, Problem, Problems, ROOT, Rate, Retry, Rule, Scope, SourceAuth,
-    check_rule_against_key, in_full,
+    Backend, Breakglass, Cache, Certificate, Config, CustomKind, DEFAULT_TOML, Ledger, Log, LogFormat, Problem, Problems, ROOT,
+    Rate, Retry, Rule, Scope, SourceAuth, check_rule_against_key, in_full,
     outside::{Contents, Outside, Unreadable},
     shape::Kind,
 };
@@ -124,6 +125,39 @@ trigger = "manual"
 formats = ["cosign", "cosign"]
 untagged = true
 enabled = false
+
+[[policy]]
+name = "payments"
+witnesses = ["release", "vault"]
+clusters = ["prod-*", "staging"]
+namespaces = ["payments", "pay-*"]
+enabled = true
+mode = "audit"
+note = "Agreed with the payments team"
+formats = ["cosign", "cosign"]
+signed_as = "tag"
+through_index = true
+max_age = "90d"
+tags = "resolve"
+allow = ["registry.k8s.io/**", "alpine:3.11"]
+
+[[policy]]
+name = "everything-else"
+witness = "release"
+cluster = "prod-eu"
+namespace = "*"
+
+[admission]
+listen = "[::]:9443"
+tls = { certificate = "server.pem", key = { file = "server.key" } }
+cluster = "prod-eu"
+deadline = "3s"
+cache = { entries = 1_000, keep = "1h" }
+allow = ["registry.k8s.io/**"]
+breakglass = { users = ["anna"], groups = ["oncall"], longest = "2h" }
+kinds = [{ group = "argoproj.io", kind = "Rollout", paths = ["spec.template", ".spec.jobs.*.template"] }]
+daemon = "unix:///var/lib/countersign/countersign.sock"
+docker_config = "config.json"
 "#;
 
 mod default_file;
@@ -205,7 +239,7 @@ fn no_text_makes_it_panic_or_hang() {
 fn every_key_is_read_into_what_the_code_needs() {
     let (config, warnings) = parse(EVERYTHING).unwrap();
     assert!(warnings.is_empty(), "{}", in_full(&warnings));
-    let Config { server, queue, ledger, log, registries, sources, witnesses, rules } = config;
+    let Config { server, queue, ledger, log, registries, sources, witnesses, rules, policies, admission } = config;
 
     assert_eq!(server.listen, "[::1]:9000".parse().unwrap());
     assert_eq!(server.tls.as_ref().unwrap().certificate, Path::new("/etc/countersign/server.pem"));
@@ -267,6 +301,37 @@ fn every_key_is_read_into_what_the_code_needs() {
     assert_eq!((rule.algorithm, rule.formats.as_slice()), (Algorithm::RsaPkcs1Sha256, [Format::Cosign].as_slice()));
     assert_eq!((rule.signature_type, rule.trigger), (SignatureType::Simple, Trigger::Manual));
     assert!(rule.untagged && !rule.enabled);
+
+    let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
+    let payments = Policy {
+        witnesses: texts(&["release", "vault"]),
+        clusters: texts(&["prod-*", "staging"]),
+        namespaces: texts(&["payments", "pay-*"]),
+        enabled: true,
+        mode: Mode::Audit,
+        note: "Agreed with the payments team".to_owned(),
+        formats: vec![Format::Cosign],
+        signed_as: SignedAs::Tag,
+        through_index: true,
+        max_age: Some(Duration::from_secs(90 * 86_400)),
+        tags: Tags::Resolve,
+        allow: texts(&["registry.k8s.io/**", "alpine:3.11"]),
+        ..Policy::new("payments", "", "")
+    };
+    let rest = Policy { clusters: texts(&["prod-eu"]), ..Policy::new("everything-else", "release", "*") };
+    assert_eq!(policies, [payments, rest]);
+
+    assert_eq!((admission.listen, admission.deadline), ("[::]:9443".parse().unwrap(), Duration::from_secs(3)));
+    assert!(matches!(admission.certificate, Certificate::Files(tls) if tls.key.expose() == SECRET));
+    assert_eq!(admission.cluster.as_deref(), Some("prod-eu"));
+    assert_eq!(admission.cache, Cache { entries: 1000, keep: Duration::from_secs(3600) });
+    assert_eq!(admission.allow, ["registry.k8s.io/**"]);
+    let (users, groups) = (texts(&["anna"]), texts(&["oncall"]));
+    assert_eq!(admission.breakglass, Some(Breakglass { users, groups, longest: Duration::from_secs(7200) }));
+    let paths = vec![texts(&["spec", "template"]), texts(&["spec", "jobs", "*", "template"])];
+    assert_eq!(admission.kinds, [CustomKind { group: "argoproj.io".to_owned(), kind: "Rollout".to_owned(), paths }]);
+    assert_eq!(admission.daemon.unwrap().path(), "/var/lib/countersign/countersign.sock");
+    assert_eq!(admission.docker_config.as_deref(), Some(Path::new("/etc/countersign/config.json")));
 }
 
 #[test]
@@ -312,6 +377,16 @@ fn the_words_for_algorithms_and_choices_are_the_names_of_their_types() {
     assert_eq!(words("signature_type"), [SignatureType::Default, SignatureType::Simple].map(SignatureType::name));
     assert_eq!(words("trigger"), [Trigger::Automatic, Trigger::Manual].map(Trigger::name));
     assert_eq!(words("formats"), [Format::Cosign.name()]);
+    let of_policy = |name| match ROOT.key("policy").map(|key| &key.kind) {
+        Some(Kind::Tables(table)) => match table.key(name).unwrap().kind {
+            Kind::Choice(choice) => choice.words.iter().map(|word| word.text).collect::<Vec<_>>(),
+            _ => panic!("{name} is no choice"),
+        },
+        _ => panic!("policies are tables"),
+    };
+    assert_eq!(of_policy("mode"), Mode::ALL.map(Mode::name));
+    assert_eq!(of_policy("signed_as"), SignedAs::ALL.map(SignedAs::name));
+    assert_eq!(of_policy("tags"), Tags::ALL.map(Tags::name));
 }
 
 #[test]
@@ -403,8 +478,8 @@ fn every_example_is_a_configuration_without_warnings() {
         let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();
         let (config, warnings) = parse(&text).unwrap_or_else(|problems| panic!("{problems}"));
         assert!(warnings.is_empty(), "{}", in_full(&warnings));
-        assert!(!config.rules.is_empty());
+        assert!(!config.rules.is_empty() || !config.policies.is_empty());
         read += 1;
     }
-    assert_eq!(read, 5);
+    assert_eq!(read, 6);
 }

@@ -10,15 +10,15 @@ use futures::{
 /// Work that is under way, by what it is for.
 ///
 /// All who wait for it drive it, so it goes on as long as one of them is left, and ends unfinished with the last of them.
-pub(super) struct Flights<K, T: Clone>(Mutex<HashMap<K, WeakShared<BoxFuture<'static, T>>>>);
+pub(crate) struct Flights<K, T: Clone>(Mutex<HashMap<K, WeakShared<BoxFuture<'static, T>>>>);
 
 impl<K: Hash + Eq, T: Clone> Flights<K, T> {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Mutex::new(HashMap::new()))
     }
 
     /// Joins the work on `key`, or begins it. The future of `begin` is not polled before this returns.
-    pub(super) fn join(&self, key: K, begin: impl FnOnce() -> BoxFuture<'static, T>) -> Shared<BoxFuture<'static, T>> {
+    pub(crate) fn join(&self, key: K, begin: impl FnOnce() -> BoxFuture<'static, T>) -> Shared<BoxFuture<'static, T>> {
         let mut flights = self.0.lock().expect("nothing panics while it holds this");
         if let Some(flight) = flights.get(&key).and_then(WeakShared::upgrade) {
             return flight;

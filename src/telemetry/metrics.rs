@@ -84,6 +84,7 @@ struct Inner {
     registry_request_seconds: Family<RequestLabels, Histogram, fn() -> Histogram>,
     event_handling_seconds: Histogram,
     push_to_signed_seconds: Histogram,
+    review_seconds: Family<ReviewLabels, Histogram, fn() -> Histogram>,
     config_reloads: Family<ResultLabels, Counter>,
     config_last_reload_success: Gauge,
     attached: RwLock<Vec<Attached>>,
@@ -106,6 +107,7 @@ impl Metrics {
             registry_request_seconds: Family::new_with_constructor(request_histogram),
             event_handling_seconds: request_histogram(),
             push_to_signed_seconds: Histogram::new(PUSH_TO_SIGNED),
+            review_seconds: Family::new_with_constructor(request_histogram),
             config_reloads: Family::default(),
             config_last_reload_success: Gauge::default(),
             attached: RwLock::default(),
@@ -185,6 +187,11 @@ impl Metrics {
         self.0.push_to_signed_seconds.observe(took.as_secs_f64());
     }
 
+    /// The admission webhook answered a review after `took`. `endpoint` and `decision` are words of this program.
+    pub fn review_answered(&self, endpoint: &'static str, decision: &'static str, took: Duration) {
+        self.0.review_seconds.get_or_create(&ReviewLabels { endpoint, decision }).observe(took.as_secs_f64());
+    }
+
     /// The configuration was read again and took effect, or did not.
     pub fn config_reloaded(&self, took_effect: bool) {
         let result = if took_effect { ResultLabels::OK } else { ResultLabels::FAILED };
@@ -199,11 +206,13 @@ impl Metrics {
         attached.push(Attached { families, read: Arc::new(read) });
     }
 
-    /// Everything, as [`CONTENT_TYPE`].
+    /// Everything, as [`CONTENT_TYPE`]. What has no queue and no ledger takes no snapshot of them.
     #[must_use]
-    pub fn render(&self, snapshot: Snapshot) -> String {
+    pub fn render(&self, snapshot: impl Into<Option<Snapshot>>) -> String {
         let mut passing = Registry::with_prefix(PREFIX);
-        passing.register_collector(Box::new(Standing(snapshot)));
+        if let Some(snapshot) = snapshot.into() {
+            passing.register_collector(Box::new(Standing(snapshot)));
+        }
         for attached in &*self.0.attached.read().unwrap_or_else(PoisonError::into_inner) {
             passing.register_collector(Box::new(attached.clone()));
         }
@@ -263,6 +272,11 @@ impl Inner {
             "From the receipt of an event to its signature in the registry",
             self.push_to_signed_seconds.clone(),
         );
+        to.register(
+            "admission_review_seconds",
+            "How long admission reviews took, by what came of them",
+            self.review_seconds.clone(),
+        );
         to.register("config_reloads", "How often the configuration was read again", self.config_reloads.clone());
         to.register(
             "config_last_reload_success",
@@ -317,6 +331,12 @@ struct RequestLabels {
     registry: Arc<str>,
     operation: &'static str,
     result: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReviewLabels {
+    endpoint: &'static str,
+    decision: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]

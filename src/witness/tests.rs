@@ -284,6 +284,8 @@ fn a_key_counts_until_its_end_and_until_its_revocation() {
     assert_eq!(fingerprints(keys.at(since)), [own.fingerprint(), ended.fingerprint()]);
     assert_eq!(keys.at(until - second).count(), 2);
     assert_eq!(fingerprints(keys.at(until)), [own.fingerprint()]);
+    let next = [since - second, since, until].map(|now| keys.next_change(now));
+    assert_eq!(next, [Some(since), Some(until), None]);
     let says = |key| keys.standing(key, until).unwrap().to_string();
     assert_eq!(says(&ended), "counted until 2027-03-01T00:00:00Z");
     assert_eq!(says(&revoked), "was revoked on 2026-12-24T03:00:00Z: the laptop was stolen");

@@ -96,6 +96,13 @@ impl TrustedKeys {
         self.keys.iter().map(move |trusted| (&trusted.key, trusted.standing(now)))
     }
 
+    /// The next moment after this one at which a key runs out or is revoked: until then, what counts stays as it is.
+    #[must_use]
+    pub fn next_change(&self, now: Timestamp) -> Option<Timestamp> {
+        let moments = self.keys.iter().flat_map(|trusted| [trusted.until, trusted.revoked.as_ref().map(|(since, _)| *since)]);
+        moments.flatten().filter(|moment| *moment > now).min()
+    }
+
     /// Whether this key's signatures count at this time; `None` if it is not among the keys at all.
     #[must_use]
     pub fn standing(&self, key: &PublicKey, now: Timestamp) -> Option<Standing> {

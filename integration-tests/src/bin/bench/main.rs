@@ -4,6 +4,7 @@
 //! a round of one, a round of the other, three times over; what is printed are medians. The numbers are also left in
 //! `target/bench.json`.
 
+mod admission;
 mod bare;
 mod broker;
 mod cosign;
@@ -32,14 +33,15 @@ use integration_tests::{daemon, process};
 use crate::report::{load_average, summary, target};
 
 #[cfg(feature = "kms")]
-const PARTS: [&str; 10] =
-    ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign", "kms"];
+const PARTS: [&str; 11] =
+    ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign", "admission", "kms"];
 #[cfg(not(feature = "kms"))]
-const PARTS: [&str; 9] = ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign"];
+const PARTS: [&str; 10] =
+    ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign", "admission"];
 const USAGE: &str = "usage: bench [--quick] [--only NAME]...
   --quick       small numbers and one round, to see that it works
   --only NAME   only this part: signing, requests, latency, events, memory, rules, rabbitmq,
-                dead-letters, cosign or, with the feature kms, kms";
+                dead-letters, cosign, admission or, with the feature kms, kms";
 
 /// How much of it.
 #[derive(Debug, Clone, Copy)]
@@ -86,6 +88,7 @@ async fn main() -> Result<ExitCode> {
             "rabbitmq" => rabbitmq::measure(scale).await,
             "dead-letters" => dead_letters::measure(scale).await,
             "cosign" => cosign::measure(scale).await,
+            "admission" => admission::measure(scale).await,
             #[cfg(feature = "kms")]
             "kms" => kms::measure(scale).await,
             other => unreachable!("{other} is no part"),

@@ -169,10 +169,7 @@ impl Stage {
 
     /// An error unless what is stored for these is exactly one signature by this daemon's key, over the tag.
     pub async fn check(&self, client: &Client, pushed: &Pushed, numbers: &[usize]) -> Result<()> {
-        let config = self.folder.path().join("countersign.toml");
-        let arguments = ["witness", "public-key", "release", "--config", config.to_str().context("no text")?];
-        let pem = daemon::run(&arguments, &self.plan.environment).await?.expect_code(0)?.stdout;
-        let key = PublicKey::from_pem(&pem)?;
+        let key = PublicKey::from_pem(&self.public_key_pem().await?)?;
         for &number in numbers {
             let (repository, digest) = (&pushed.repository, &pushed.manifests[number].digest);
             let found = signed_references(client, repository, digest, &key).await?;
@@ -180,6 +177,13 @@ impl Stage {
             ensure!(found == [wanted.as_str()], "{repository}@{digest} is signed as {found:?}, not {wanted}");
         }
         Ok(())
+    }
+
+    /// The witness's public key.
+    pub async fn public_key_pem(&self) -> Result<String> {
+        let config = self.folder.path().join("countersign.toml");
+        let arguments = ["witness", "public-key", "release", "--config", config.to_str().context("no text")?];
+        Ok(daemon::run(&arguments, &self.plan.environment).await?.expect_code(0)?.stdout)
     }
 
     fn log_end(&self) -> String {

@@ -1,0 +1,314 @@
+//! What is known of an image's signatures: asked of its registry once, however many ask, and remembered.
+//!
+//! This is admission's one door to [`crate::verify`]. Evidence is by repository and digest; what a policy makes of it, the
+//! tag included, is decided elsewhere, so that any number of policies cost one examination.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use futures::FutureExt as _;
+use jiff::Timestamp;
+use tokio::{sync::Semaphore, time::Instant};
+
+use super::{built, cache::Generations};
+use crate::{
+    clock::Clock,
+    oci::{Digest, Reference, RegistryName, Tag, media_type},
+    registry::{self, Address, Flights, Registry},
+    verify::{self, Examination, Judgement, Rejection, Trust},
+    witness::TrustedKeys,
+};
+
+/// What counts against an image is not believed for longer than this: it may have been signed since.
+pub const DENIAL: Duration = Duration::from_secs(1);
+/// Images that are asked about at registries at once.
+const AT_ONCE: usize = 128;
+/// Images that are remembered for not being signed.
+const DENIALS: usize = 4096;
+
+/// The signatures of one digest in one repository.
+#[derive(Debug)]
+pub struct Evidence {
+    /// Whether the registry has the image.
+    pub exists: bool,
+    pub signatures: Vec<Signature>,
+    /// Why nothing could be read where signatures are.
+    pub unreadable: Option<String>,
+    at: Instant,
+}
+
+impl Evidence {
+    #[cfg(test)]
+    pub(super) fn in_test(signatures: Vec<Signature>) -> Self {
+        Self { exists: true, signatures, unreadable: None, at: Instant::now() }
+    }
+
+    /// How long ago the registry was asked.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.at.elapsed()
+    }
+}
+
+/// One signature, and what it is worth.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Signature {
+    /// It stands for this digest in this repository; under which name is in `reference`.
+    Stands { witness: Arc<str>, format: &'static str, reference: Option<Reference> },
+    /// It stands for this digest under the name of another repository.
+    Elsewhere { witness: Option<Arc<str>>, format: &'static str, reference: String },
+    /// It does not count.
+    Falls(Rejection),
+}
+
+/// Why nothing is known: that is no answer, neither way.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Failure {
+    #[error("no [[registry]] is named {0}")]
+    NoRegistry(RegistryName),
+    #[error(transparent)]
+    Registry(#[from] registry::Error),
+}
+
+/// How old an answer may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Freshness {
+    /// As old as is kept.
+    Any,
+    /// Not older than [`DENIAL`].
+    Fresh,
+}
+
+/// What it takes to examine images.
+pub struct Settings {
+    pub registries: HashMap<RegistryName, Registry>,
+    /// The witnesses whose signatures count, by name.
+    pub witnesses: Vec<(String, TrustedKeys)>,
+    /// Images that are remembered, and for how long.
+    pub entries: usize,
+    pub keep: Duration,
+    pub clock: Clock,
+}
+
+/// Asks registries, and remembers.
+#[derive(Clone)]
+pub struct Examiner(Arc<Inner>);
+
+struct Inner {
+    settings: Settings,
+    places: Semaphore,
+    memory: Mutex<Memory>,
+    examining: Flights<Reference, Result<Arc<Evidence>, Failure>>,
+    resolving: Flights<Reference, Result<Option<Digest>, Failure>>,
+    hits: AtomicU64,
+    misses: AtomicU64,
+}
+
+struct Memory {
+    standing: Generations<Reference, Arc<Evidence>>,
+    fallen: Generations<Reference, Arc<Evidence>>,
+    /// Indexes by what they list, which never changes: `repository:tag@child`.
+    parents: Generations<Reference, Digest>,
+    built: Generations<Reference, Option<Timestamp>>,
+    /// When a key runs out or is revoked, and all this is to be forgotten.
+    ends: Option<Timestamp>,
+}
+
+impl Examiner {
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        let ends = next_change(&settings.witnesses, settings.clock.now());
+        let entries = settings.entries;
+        Self(Arc::new(Inner {
+            settings,
+            places: Semaphore::new(AT_ONCE),
+            memory: Mutex::new(Memory {
+                standing: Generations::new(entries),
+                fallen: Generations::new(DENIALS),
+                parents: Generations::new(entries),
+                built: Generations::new(entries),
+                ends,
+            }),
+            examining: Flights::new(),
+            resolving: Flights::new(),
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+        }))
+    }
+
+    /// The signatures of `image`, which has a digest; its tag is of no account.
+    pub async fn evidence(&self, image: &Reference, freshness: Freshness) -> Result<Arc<Evidence>, Failure> {
+        let key = Reference { tag: None, ..image.clone() };
+        if let Some(known) = self.0.recall(&key, freshness) {
+            self.0.hits.fetch_add(1, Relaxed);
+            return Ok(known);
+        }
+        self.0.misses.fetch_add(1, Relaxed);
+        let inner = self.0.clone();
+        let flight = self.0.examining.join(key.clone(), || async move { inner.examine(key).await }.boxed());
+        flight.await
+    }
+
+    /// What the tag of `image` names now; None if the registry has no such tag. Never remembered.
+    pub async fn resolve(&self, image: &Reference) -> Result<Option<Digest>, Failure> {
+        let key = image.clone();
+        let inner = self.0.clone();
+        let resolve = async move {
+            let _place = inner.places.acquire().await.expect("it is never closed");
+            let tag = key.tag.clone().unwrap_or_else(Tag::latest);
+            Ok(inner.registry(&key)?.resolve(&key.repository, &tag).await?)
+        };
+        self.0.resolving.join(image.clone(), || resolve.boxed()).await
+    }
+
+    /// The index that the tag of `image` names, if it lists the digest of `image`; which has both.
+    pub async fn index_of(&self, image: &Reference) -> Result<Option<Reference>, Failure> {
+        let (Some(tag), Some(child)) = (&image.tag, &image.digest) else { return Ok(None) };
+        let as_index = |digest| Reference { digest: Some(digest), ..image.clone() };
+        if let Some(known) = self.0.memory().parents.get(image) {
+            return Ok(Some(as_index(known)));
+        }
+        let _place = self.0.places.acquire().await.expect("it is never closed");
+        let registry = self.0.registry(image)?;
+        let Some(manifest) = registry.manifest(&image.repository, &Address::Tag(tag.clone())).await? else { return Ok(None) };
+        let lists = media_type::is_index(manifest.media_type()) && built::children(manifest.content()).contains(child);
+        if !lists {
+            return Ok(None);
+        }
+        self.0.memory().parents.insert(image.clone(), manifest.digest().clone());
+        Ok(Some(as_index(manifest.digest().clone())))
+    }
+
+    /// When `image`, which has a digest, was built, by what is in the image itself; None if that does not say.
+    pub async fn built(&self, image: &Reference) -> Result<Option<Timestamp>, Failure> {
+        let key = Reference { tag: None, ..image.clone() };
+        if let Some(known) = self.0.memory().built.get(&key) {
+            return Ok(known);
+        }
+        let _place = self.0.places.acquire().await.expect("it is never closed");
+        let found = built::built(self.0.registry(image)?, image).await?;
+        self.0.memory().built.insert(key, found);
+        Ok(found)
+    }
+
+    /// Whether images of this registry can be looked at.
+    #[must_use]
+    pub fn knows(&self, registry: &RegistryName) -> bool {
+        self.0.settings.registries.contains_key(registry)
+    }
+
+    /// Questions that memory answered, and those that it did not.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u64) {
+        (self.0.hits.load(Relaxed), self.0.misses.load(Relaxed))
+    }
+}
+
+impl Inner {
+    fn recall(&self, key: &Reference, freshness: Freshness) -> Option<Arc<Evidence>> {
+        let mut memory = self.memory();
+        let is_recent = |evidence: &Arc<Evidence>| evidence.at.elapsed() < DENIAL;
+        let standing = memory.standing.get(key).filter(|evidence| match freshness {
+            Freshness::Any => evidence.at.elapsed() < self.settings.keep,
+            Freshness::Fresh => is_recent(evidence),
+        });
+        standing.or_else(|| memory.fallen.get(key).filter(is_recent))
+    }
+
+    /// What is remembered, unless a key has run out since.
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ends) = memory.ends {
+            let now = self.settings.clock.now();
+            if ends <= now {
+                memory.standing.clear();
+                memory.fallen.clear();
+                memory.ends = next_change(&self.settings.witnesses, now);
+            }
+        }
+        memory
+    }
+
+    fn registry(&self, image: &Reference) -> Result<&Registry, Failure> {
+        self.settings.registries.get(&image.registry).ok_or_else(|| Failure::NoRegistry(image.registry.clone()))
+    }
+
+    async fn examine(&self, image: Reference) -> Result<Arc<Evidence>, Failure> {
+        let _place = self.places.acquire().await.expect("it is never closed");
+        let registry = self.registry(&image)?;
+        let at = Instant::now();
+        let now = self.settings.clock.now();
+        let trusts: Vec<Trust<'_>> = self.settings.witnesses.iter().map(|(witness, keys)| Trust { witness, keys }).collect();
+        let examination = verify::examine(registry, &image, &trusts, now).await?;
+        let mut evidence = Evidence {
+            exists: examination.digest.is_some(),
+            signatures: read(&examination, only(&trusts)),
+            unreadable: examination.unreadable,
+            at,
+        };
+        let is_elsewhere = |signature: &Signature| matches!(signature, Signature::Elsewhere { witness: None, .. });
+        if evidence.signatures.iter().any(is_elsewhere) {
+            // Whose they are is told by asking for each witness alone.
+            evidence.signatures.retain(|signature| !is_elsewhere(signature));
+            for trust in &trusts {
+                let theirs = verify::examine(registry, &image, std::slice::from_ref(trust), now).await?;
+                let theirs = read(&theirs, Some(trust.witness)).into_iter();
+                evidence.signatures.extend(theirs.filter(|signature| matches!(signature, Signature::Elsewhere { .. })));
+            }
+        }
+        let evidence = Arc::new(evidence);
+        let stands = evidence.signatures.iter().any(|signature| !matches!(signature, Signature::Falls(_)));
+        let mut memory = self.memory();
+        // One that was begun before a key ran out must not be kept past that.
+        if next_change(&self.settings.witnesses, now) == memory.ends {
+            if stands {
+                memory.standing.insert(image, evidence.clone());
+            } else {
+                memory.standing.forget(&image);
+                memory.fallen.insert(image, evidence.clone());
+            }
+        }
+        Ok(evidence)
+    }
+}
+
+/// The one witness that is trusted, if it is one.
+fn only<'a>(trusts: &[Trust<'a>]) -> Option<&'a str> {
+    match trusts {
+        [trust] => Some(trust.witness),
+        _ => None,
+    }
+}
+
+/// `only`: whose every signature is that was not found to be somebody else's.
+fn read(examination: &Examination, only: Option<&str>) -> Vec<Signature> {
+    let signature = |examined: &verify::Examined| match &examined.verdict {
+        Judgement::Verified(verified) => Signature::Stands {
+            witness: verified.witness().into(),
+            format: examined.format,
+            reference: verified.reference().parse().ok(),
+        },
+        Judgement::Rejected { reason: Rejection::OtherReference(reference), .. } => {
+            Signature::Elsewhere { witness: only.map(Into::into), format: examined.format, reference: reference.clone() }
+        }
+        Judgement::Rejected { reason, .. } => Signature::Falls(reason.clone()),
+    };
+    examination.signatures.iter().map(signature).collect()
+}
+
+fn next_change(witnesses: &[(String, TrustedKeys)], now: Timestamp) -> Option<Timestamp> {
+    witnesses.iter().filter_map(|(_, keys)| keys.next_change(now)).min()
+}
+
+impl fmt::Debug for Examiner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Examiner").field("registries", &self.0.settings.registries.len()).finish_non_exhaustive()
+    }
+}
