@@ -61,7 +61,7 @@ bench: export COUNTERSIGN_BIN = $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/relea
 bench: ## signatures, events and bytes: how many, how fast, beside bare clients (ARGS="--quick --only signing")
 	@$(INSTALL) docker-registry cosign2 ministack postgresql rabbitmq
 	cargo build --release --workspace
-	cargo run --release --quiet --package integration-tests --bin bench -- $(ARGS)
+	cargo run --release --quiet --package integration-tests --features kms --bin bench -- $(ARGS)
 
 fuzz: ## each fuzzing target for SECONDS=60
 	@$(INSTALL) cargo-fuzz

@@ -23,11 +23,13 @@ use crate::{
     clock::Clock,
     event::{self, PushEvent},
     http::Problem,
+    kms::Algorithm,
     ledger::{EventRecord, Ledger, SignatureRecord, StoryQuery, Sums},
     oci::{Digest, RegistryName, Repository, Tag},
     outcome::Verdict,
     pipeline::Pipeline,
     rule::Rules,
+    witness,
 };
 
 pub use self::{
@@ -209,6 +211,20 @@ pub struct SignatureView {
     pub state: String,
 }
 
+/// `GET /api/v1/witnesses`: those whose key is open.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct WitnessView {
+    pub name: String,
+    /// What the KMS calls the key.
+    pub resolved: String,
+    /// PEM.
+    pub public_key: String,
+    /// Those that its KMS signs with, which may be fewer than the kind of key allows.
+    pub algorithms: Vec<Algorithm>,
+    #[serde(flatten)]
+    pub status: witness::Status,
+}
+
 /// `GET /api/v1/story`
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StoryRequest {
@@ -239,6 +255,7 @@ pub fn router(admin: Admin) -> Router {
         .route("/api/v1/queue/past/replay", post(past::replay))
         .route("/api/v1/story", get(story))
         .route("/api/v1/sign", post(sign))
+        .route("/api/v1/witnesses", get(witnesses))
         .with_state(admin)
 }
 
@@ -246,6 +263,23 @@ async fn status(State(admin): State<Admin>) -> Result<Json<QueueStatus>, Problem
     let stats = admin.queue.stats().await.map_err(unavailable)?;
     let sums = admin.ledger.sums().await.map_err(unavailable)?;
     Ok(Json(QueueStatus::new(stats, &sums, admin.clock.now())))
+}
+
+async fn witnesses(State(admin): State<Admin>) -> Result<Json<Vec<WitnessView>>, Problem> {
+    let setup = admin.pipeline.ok_or_else(|| unavailable(NoPipeline))?.setup();
+    let mut views: Vec<_> = setup
+        .witnesses
+        .values()
+        .map(|witness| WitnessView {
+            name: witness.name().to_owned(),
+            resolved: witness.resolved_key().to_owned(),
+            public_key: witness.public_key().to_pem(),
+            algorithms: Algorithm::ALL.into_iter().filter(|algorithm| witness.allows(*algorithm)).collect(),
+            status: witness.status(),
+        })
+        .collect();
+    views.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(Json(views))
 }
 
 async fn story(State(admin): State<Admin>, Query(request): Query<StoryRequest>) -> Result<Json<Story>, Problem> {

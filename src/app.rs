@@ -3,7 +3,13 @@
 mod admission;
 mod daemon;
 
-use std::{collections::HashMap, fs, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs,
+    os::unix::fs::DirBuilderExt as _,
+    path::Path,
+    sync::Arc,
+};
 
 use anyhow::{Context as _, anyhow, bail};
 use futures::future::join_all;
@@ -32,7 +38,7 @@ use crate::{
     rule::{self, Rules, Scope, TagFilter},
     telemetry::Metrics,
     verify::Trust,
-    witness::{self, Pin, Rate, TrustedKeySettings, TrustedKeys, Witness, WitnessSettings},
+    witness::{self, Observation, Operation, Pin, Probed, Rate, TrustedKeySettings, TrustedKeys, Witness, WitnessSettings},
 };
 
 pub use admission::{ca_bundle, judge, serve as serve_admission};
@@ -247,7 +253,7 @@ pub async fn open_witnesses(
     fs::create_dir_all(&pins).with_context(|| format!("{}: cannot be created", pins.display()))?;
     let opened = join_all(config.witnesses.iter().map(|witness| async move {
         let settings = witness_settings(config, witness)?;
-        anyhow::Ok((witness, Witness::open(&settings, clock.clone()).await))
+        anyhow::Ok((witness, open_witness(&settings, clock, metrics).await))
     }))
     .await;
     let (mut witnesses, mut unopened) = (HashMap::new(), vec![]);
@@ -264,12 +270,25 @@ pub async fn open_witnesses(
     Ok((witnesses, unopened))
 }
 
+/// What that costs is counted.
+async fn open_witness(settings: &WitnessSettings, clock: &Clock, metrics: &Metrics) -> Result<Witness, witness::Error> {
+    metrics.kms_called(&settings.name, "get_public_key");
+    Witness::open(settings, clock.clone()).await
+}
+
 /// With its waits and its KMS's answers in the metrics.
 fn watched(witness: Witness, metrics: &Metrics) -> Arc<Witness> {
     let (metrics, name) = (metrics.clone(), witness.name().to_owned());
-    Arc::new(witness.observed(witness::Observer::new(move |waited, result, took| {
-        metrics.throttled(&name, waited);
-        metrics.kms_asked(&name, result, took);
+    metrics.kms_went_away(&name, 0);
+    Arc::new(witness.observed(witness::Observer::new(move |observation| match observation {
+        Observation::Asked { operation, waited, result, took } => {
+            metrics.kms_called(&name, operation.name());
+            metrics.throttled(&name, waited);
+            if operation == Operation::Sign {
+                metrics.kms_asked(&name, result, took);
+            }
+        }
+        Observation::Away(away) => metrics.kms_went_away(&name, u64::from(away)),
     })))
 }
 
@@ -455,15 +474,54 @@ pub async fn client(config: &Config, clock: &Clock, signing: bool) -> anyhow::Re
     Ok(Client::Here(admin::router(Admin { queue, ledger, pipeline, rules: Arc::new(rules(config)?), clock: clock.clone() })))
 }
 
-/// Signs a probe with a witness: 32 bytes that are no image's payload.
-pub async fn probe(config: &Config, witness: &config::Witness, clock: &Clock) -> anyhow::Result<()> {
-    const PROBE: &[u8] = b"countersign probe: this signature approves nothing";
+/// Sees whether a witness may sign all that its rules want, and how that was found out.
+pub async fn probe(config: &Config, witness: &config::Witness, clock: &Clock) -> anyhow::Result<Probed> {
     let settings = WitnessSettings { pin: None, ..witness_settings(config, witness)? };
     let opened = Witness::open(&settings, clock.clone()).await?;
     check_rules(config, &opened)?;
     check_certificate(witness, opened.public_key(), clock)?;
-    opened
-        .sign(own_algorithm(&opened), &sha2::Digest::finalize(<sha2::Sha256 as sha2::Digest>::new_with_prefix(PROBE)).into())
-        .await?;
-    Ok(())
+    let mut probed = Probed::DryRun;
+    for algorithm in algorithms_of(&rules(config)?, &opened) {
+        probed = opened.probe(algorithm).await?;
+    }
+    Ok(probed)
+}
+
+/// What enabled rules want of a witness; if nothing, what its key signs with.
+fn algorithms_of(rules: &Rules, witness: &Witness) -> Vec<Algorithm> {
+    let wanted = rules.all().iter().filter(|rule| rule.enabled && rule.witness == witness.name());
+    let wanted: BTreeSet<_> = wanted.map(|rule| rule.algorithm).collect();
+    if wanted.is_empty() { vec![own_algorithm(witness)] } else { wanted.into_iter().collect() }
+}
+
+/// Opens a witness's key to have its KMS verify: its public half is the one that the KMS gives now, held against the pinned one.
+pub async fn remote_witness(config: &Config, witness: &config::Witness, clock: &Clock) -> anyhow::Result<Witness> {
+    let settings = witness_settings(config, witness)?;
+    let kept = settings.pin.as_ref().is_some_and(Pin::exists);
+    // Only the daemon decides which key it saw first.
+    let pin = settings.pin.filter(|_| kept);
+    Ok(Witness::open(&WitnessSettings { pin, ..settings }, clock.clone()).await?)
+}
+
+/// Whether the queue can be used, by the running daemon or from here.
+pub async fn reach_queue(config: &Config, clock: &Clock) -> anyhow::Result<()> {
+    if let Backend::Embedded { path } = &config.queue.backend
+        && !path.exists()
+    {
+        // The daemon makes it; whoever checks may be somebody else, whose folder it could not use.
+        let parent = path.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("/"));
+        let is_folder = fs::metadata(parent).with_context(|| format!("{}: cannot be looked at", parent.display()))?.is_dir();
+        return is_folder.then_some(()).with_context(|| format!("{}: is no folder", parent.display()));
+    }
+    let client = client(config, clock, false).await?;
+    client.get::<_, admin::QueueStatus>("/api/v1/queue", &()).await.map(drop)
+}
+
+/// Whether each broker's queue that events come in by is there, with its name.
+pub async fn reach_feeds(config: &Config) -> Vec<(String, anyhow::Result<()>)> {
+    let mut reached = vec![];
+    for (source, feed) in feeds(config) {
+        reached.push((format!("queue {} of source {source}", feed.queue), feed.look().await.map_err(anyhow::Error::from)));
+    }
+    reached
 }

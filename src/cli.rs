@@ -79,7 +79,7 @@ pub enum Command {
     /// A reference is an image (`host/repository:tag`, `host/repository@sha256:…`) or, with --recursive, a namespace
     /// (`host/namespace`) of which every tag is signed. The rules decide by whom and how.
     Sign(SignArgs),
-    /// Say whether images are attested, by whom, and otherwise what is missing. Needs public keys only.
+    /// Say whether images are attested, by whom, and otherwise what is missing. Needs public keys only, or with --with-kms the KMS.
     ///
     /// With --filename it judges manifests as the admission webhook would, by the policies of the configuration: YAML with
     /// several documents, lists, or JSON. 0 if all would be admitted.
@@ -111,7 +111,7 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct CheckArgs {
-    /// Also reach every registry and key, and sign a probe with each witness.
+    /// Also reach every registry, queue and key, and see by a dry run or a probe signature whether each witness may sign.
     #[arg(long)]
     pub online: bool,
     /// Print the JSON Schema of the configuration file, which editors use, and do nothing else.
@@ -147,7 +147,7 @@ pub enum KeyCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum WitnessCommand {
-    /// List the witnesses with their keys. Opens each key.
+    /// List the witnesses: their keys and, of the daemon that runs here, whether they sign, how fast, and what went wrong last.
     List,
     /// Print a witness's public key in PEM, for `cosign verify --key` and policy.json.
     PublicKey { name: String },
@@ -184,6 +184,11 @@ pub struct VerifyArgs {
     /// Only signatures of this witness count; may be given more than once, and then each must have signed.
     #[arg(long, value_name = "NAME", conflicts_with = "files")]
     pub witness: Vec<String>,
+    /// Have each signature verified by the KMS of its witness, too, where that can be asked. Needs what signing needs, and the right
+    /// to verify (on AWS kms:Verify, on Alibaba Cloud kms:AsymmetricVerify, on Azure keys/verify, in a Vault `update` on the key's
+    /// verify path).
+    #[arg(long, conflicts_with = "files")]
+    pub with_kms: bool,
     #[command(flatten)]
     pub manifests: ManifestArgs,
 }

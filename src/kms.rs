@@ -63,6 +63,18 @@ pub trait SigningKey: fmt::Debug + Send + Sync {
     /// Returns PKCS#1 or PSS octets (modulus length) for RSA, an ASN.1 `ECDSA-Sig-Value` for ECDSA. What comes back is not
     /// verified yet: [`crate::witness::Witness::sign`] does that.
     async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, Error>;
+
+    /// Has the KMS check that this identity may sign so with this key, without making a signature. False, and nothing was asked, where
+    /// the provider has no such thing: then only a signature tells.
+    async fn dry_run(&self, _algorithm: Algorithm, _digest: &[u8; 32]) -> Result<bool, Error> {
+        Ok(false)
+    }
+
+    /// Has the KMS say whether this is the key's signature, over a SHA-256 digest and encoded as [`Self::sign`] returns it. None, and
+    /// nothing was asked, where the provider does not verify.
+    async fn verify(&self, _algorithm: Algorithm, _digest: &[u8; 32], _signature: &[u8]) -> Result<Option<bool>, Error> {
+        Ok(None)
+    }
 }
 
 /// Opens a key: finds it, and reads its public half once. `login` says who asks, where that does not come from the environment.

@@ -11,7 +11,8 @@ pub enum Verdict {
     Retry {
         /// The time that the peer named (`Retry-After`), if it did.
         after: Option<Duration>,
-        /// The peer is there and asks for less (429, quota): waiting for it never uses up an event's patience.
+        /// The peer asks for less (429, quota), or was not asked at all because too much waits for it or because it is known to be
+        /// away: such a wait is not counted as an attempt, and never uses up an event's patience. Only what was really tried is.
         throttled: bool,
     },
     /// Will never succeed as things stand: dead-letter now, with what the administrator has to do.

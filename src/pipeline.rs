@@ -5,6 +5,7 @@
 
 mod plan;
 mod report;
+mod seats;
 mod write;
 
 use std::{
@@ -35,6 +36,7 @@ pub use self::report::{Error, Fatal, Report};
 use self::{
     plan::Plan,
     report::in_words,
+    seats::Seats,
     write::{Desk, Turns, Written},
 };
 
@@ -86,12 +88,27 @@ pub struct Pipeline {
     clock: Clock,
     patience: Patience,
     turns: Turns,
+    seats: Seats,
 }
 
 impl Pipeline {
     #[must_use]
     pub fn new(setup: Setup, ledger: Ledger, metrics: Metrics, clock: Clock, patience: Patience) -> Self {
-        Self { setup: RwLock::new(Arc::new(setup)), ledger, metrics, clock, patience, turns: Turns::default() }
+        Self {
+            setup: RwLock::new(Arc::new(setup)),
+            ledger,
+            metrics,
+            clock,
+            patience,
+            turns: Turns::default(),
+            seats: Seats::default(),
+        }
+    }
+
+    /// The same, shared fairly between the witnesses: so many events are in hand at once ([`Self::work`] runs so often).
+    #[must_use]
+    pub fn with_slots(self, slots: usize) -> Self {
+        Self { seats: Seats::new(slots), ..self }
     }
 
     /// What is in force now.
@@ -216,6 +233,24 @@ impl Pipeline {
         if matched.is_empty() {
             return Ok(nothing_matched(skipped));
         }
+        // By hand, one waits as long as it takes.
+        let (_seated, matched, turned_away) = match trigger {
+            Trigger::Automatic => {
+                let (seated, matched, turned_away) = self.seats.assign(&setup, matched);
+                (Some(seated), matched, turned_away)
+            }
+            Trigger::Manual => (None, matched, vec![]),
+        };
+        let mut report = Report::default();
+        let mut by_rule: HashMap<String, RuleOutcome> = HashMap::new();
+        for (rule, error) in turned_away {
+            let detail = in_words(&error);
+            note(&mut by_rule, &rule, Outcome::Retrying, Some(&detail));
+            report.failures.push(error);
+        }
+        if matched.is_empty() {
+            return Ok(report.with_rules(by_rule));
+        }
         let registry = setup.registries.get(&event.registry).ok_or_else(|| Error::UnknownRegistry(event.registry.clone()))?;
         let looking = timeout_at(deadline, self.locate(registry, event)).await;
         let (located, found) = looking.map_err(|_| Error::Deadline { throttled: false })??;
@@ -229,8 +264,6 @@ impl Pipeline {
         let work: Vec<_> = targets.iter().map(|target| desk.see_to(target)).collect();
         let done: Vec<_> = stream::iter(work).buffered(DIGESTS_AT_ONCE).collect().await;
 
-        let mut report = Report::default();
-        let mut by_rule: HashMap<String, RuleOutcome> = HashMap::new();
         for (target, answers) in targets.iter().zip(done) {
             for (wanted, answer) in target.wanted.iter().zip(answers) {
                 let (outcome, state, detail) = match answer {
@@ -267,9 +300,7 @@ impl Pipeline {
         for (rule, skip) in skipped {
             note(&mut by_rule, &rule, Outcome::Skipped(skip), None);
         }
-        report.rules = by_rule.into_values().collect();
-        report.rules.sort_by(|one, other| one.rule.cmp(&other.rule));
-        Ok(report)
+        Ok(report.with_rules(by_rule))
     }
 
     /// Asks the registry for what the event names, and when that was.
@@ -307,7 +338,9 @@ impl Pipeline {
         let settlement = match report.verdict() {
             None => Settlement::Done,
             Some(Verdict::Retry { after, throttled }) => {
-                let wait = self.patience.wait(delivery.attempts());
+                // What costs no attempt does not wait for the attempts before it, either.
+                let named = throttled && after.is_some();
+                let wait = self.patience.wait(if named { 0 } else { delivery.attempts() });
                 // A peer that names a time means it, within reason.
                 let wait = after.map_or(wait, |after| after.max(wait).min(self.patience.longest.max(wait)));
                 if !throttled && delivery.waited() + wait > self.patience.give_up {

@@ -45,6 +45,18 @@ pub struct Verified {
     /// SHA-256 of the key's `SubjectPublicKeyInfo`, lower-case hex.
     key: String,
     reference: Option<String>,
+    #[serde(skip)]
+    evidence: Evidence,
+}
+
+/// What a key signed, and how: for a KMS to verify once more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Evidence {
+    pub algorithm: Algorithm,
+    /// Of what was signed.
+    pub sha256: [u8; 32],
+    /// PKCS#1 or PSS octets, or an ASN.1 `ECDSA-Sig-Value`.
+    pub signature: Vec<u8>,
 }
 
 impl Verified {
@@ -59,6 +71,10 @@ impl Verified {
     /// The reference that was signed; None if the digest was signed alone, whatever it is called.
     pub fn reference(&self) -> Option<&str> {
         self.reference.as_deref()
+    }
+
+    pub fn evidence(&self) -> &Evidence {
+        &self.evidence
     }
 }
 
@@ -144,6 +160,7 @@ fn algorithms(format: Format, spec: KeySpec, keys: &TrustedKeys) -> impl Iterato
 pub struct Signer<'a> {
     pub witness: &'a str,
     pub key: &'a PublicKey,
+    pub algorithm: Algorithm,
     pub standing: Standing,
 }
 
@@ -158,10 +175,11 @@ pub fn signer<'a>(
 ) -> Option<Signer<'a>> {
     let mut made_it = trusts.iter().flat_map(|trust| {
         let made_it = |key: &PublicKey| {
-            algorithms(format, key.spec(), trust.keys).any(|algorithm| key.verify(algorithm, sha256, signature).is_ok())
+            algorithms(format, key.spec(), trust.keys).find(|algorithm| key.verify(*algorithm, sha256, signature).is_ok())
         };
-        let keys = trust.keys.standings(now).filter(move |(key, _)| made_it(key));
-        keys.map(|(key, standing)| Signer { witness: trust.witness, key, standing })
+        trust.keys.standings(now).filter_map(move |(key, standing)| {
+            made_it(key).map(|algorithm| Signer { witness: trust.witness, key, algorithm, standing })
+        })
     });
     // One key may be several witnesses': a witness for whom it counts comes first.
     let first = made_it.next()?;
@@ -202,7 +220,7 @@ pub fn fresh(
     if !signed.is(algorithm, &claim.signed_sha256, &claim.signature) {
         return Err(Rejection::UnknownKey);
     }
-    judge(&Signer { witness: witness.name(), key, standing }, &claim, wanted)?;
+    judge(&Signer { witness: witness.name(), key, algorithm, standing }, &claim, wanted)?;
     Ok(Fresh(artifact))
 }
 
@@ -221,7 +239,8 @@ fn judge(signer: &Signer<'_>, claim: &Claim, wanted: &Wanted) -> Result<Verified
     if let Some(reference) = claim.reference.as_ref().filter(|reference| !approves(reference, wanted)) {
         return Err(Rejection::OtherReference(reference.clone()));
     }
-    Ok(Verified { witness, key: signer.key.fingerprint().to_owned(), reference: claim.reference.clone() })
+    let evidence = Evidence { algorithm: signer.algorithm, sha256: claim.signed_sha256, signature: claim.signature.clone() };
+    Ok(Verified { witness, key: signer.key.fingerprint().to_owned(), reference: claim.reference.clone(), evidence })
 }
 
 /// Whether a signed reference approves the image under the name that was asked for.

@@ -1,18 +1,20 @@
 //! A named signing identity: its key opened, its public key pinned, its signatures checked before anyone sees them.
 
+mod breaker;
 mod pace;
 mod pin;
+mod record;
 mod trust;
 
 use std::{
     fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use jiff::Timestamp;
-use tokio::time::Instant;
+use sha2::Digest as _;
+use tokio::{sync::Semaphore, time::Instant};
 use tracing::Instrument;
 
 use crate::{
@@ -20,7 +22,11 @@ use crate::{
     kms::{self, Algorithm, KeyUri, Login, PublicKey, PublicKeyError, RawSignature, SigningKey},
     outcome::{Classify, Verdict},
 };
+pub use breaker::Away;
+use breaker::Breaker;
 use pace::Pace;
+pub use record::{AwayView, LastError, Observation, Observer, Operation, Quota, Status};
+use record::{Known, Record};
 pub use trust::{Standing, TrustedKeys};
 
 /// What the configuration says of a witness.
@@ -50,6 +56,14 @@ pub enum Pin {
 }
 
 impl Pin {
+    /// Whether there is a key to compare with, or one that has to be there.
+    pub(crate) fn exists(&self) -> bool {
+        match self {
+            Self::Kept(path) => path.exists(),
+            Self::Given(_) => true,
+        }
+    }
+
     fn path(&self) -> &Path {
         match self {
             Self::Kept(path) | Self::Given(path) => path,
@@ -127,6 +141,23 @@ impl Classify for Error {
     }
 }
 
+/// What is signed to see whether a key signs. It is no payload of any format (those begin with `{`, `DSSEv1`, `ey` or, in CBOR
+/// and DER, with a byte that is no letter), so the signature approves nothing, whoever gets hold of it.
+pub const PROBE: &str = "countersign probe: this signature approves nothing";
+
+/// Calls that a key has under way at once. A KMS that takes 10 ms answers 1,600 a second so, more than any sells, and more at once
+/// only queue there: OpenBao answered fewer a second on 32 connections than on 8, and took four times as long for each.
+const UNDER_WAY: usize = 16;
+
+/// How a probe was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Probed {
+    /// The KMS said that it would sign.
+    DryRun,
+    /// It signed [`PROBE`], and the signature verifies.
+    Signed,
+}
+
 /// A named signing identity: one asymmetric key in one KMS, and the public keys whose signatures count as its own.
 #[derive(Debug)]
 pub struct Witness {
@@ -135,6 +166,9 @@ pub struct Witness {
     key: Arc<dyn SigningKey>,
     trusted: TrustedKeys,
     pace: Pace,
+    breaker: Breaker,
+    under_way: Semaphore,
+    record: Record,
     clock: Clock,
     observer: Observer,
 }
@@ -160,23 +194,6 @@ impl Signed {
     }
 }
 
-/// Told of every signature that a key was asked for: how long the witness's pace kept it waiting before, how it ended (`ok`,
-/// or a word for the error), and how long the key took.
-#[derive(Clone)]
-pub struct Observer(Arc<dyn Fn(Duration, &'static str, Duration) + Send + Sync>);
-
-impl Observer {
-    pub fn new(observe: impl Fn(Duration, &'static str, Duration) + Send + Sync + 'static) -> Self {
-        Self(Arc::new(observe))
-    }
-}
-
-impl fmt::Debug for Observer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Observer")
-    }
-}
-
 impl Witness {
     /// Opens the key, reads its public half, and holds it against the pinned one.
     pub async fn open(settings: &WitnessSettings, clock: Clock) -> Result<Self, Error> {
@@ -197,8 +214,18 @@ impl Witness {
             return Err(Error::Retired { witness: settings.name.clone(), fingerprint, standing });
         }
         let (name, description) = (settings.name.clone(), settings.description.clone());
-        let observer = Observer::new(|_, _, _| ());
-        Ok(Self { name, description, key, trusted, pace: Pace::new(settings.rate), clock, observer })
+        Ok(Self {
+            name,
+            description,
+            key,
+            trusted,
+            pace: Pace::new(settings.rate),
+            breaker: Breaker::new(clock.clone()),
+            under_way: Semaphore::new(UNDER_WAY),
+            record: Record::default(),
+            clock,
+            observer: Observer::new(|_| ()),
+        })
     }
 
     /// The same, watched.
@@ -249,16 +276,18 @@ impl Witness {
 
     /// Signs a SHA-256 digest (the caller has hashed), and verifies what came back before returning it.
     ///
-    /// Waits its turn first if the witness has a rate, or if the KMS has throttled it lately. Dropping the future gives the
-    /// turn up. An answer that cannot be right is asked for once more; all else goes to the caller at once, as its verdict says.
+    /// Waits its turn first if the witness has a rate, if the KMS has throttled it lately, or if [`UNDER_WAY`] calls are under way.
+    /// While the KMS is away it says so at once ([`kms::Error::Away`]). Dropping the future gives the turn up. An answer that cannot be
+    /// right is asked for once more; all else goes to the caller at once, as its verdict says. Nothing is ever asked twice at the
+    /// same time, to see which is faster: each signature costs money.
     pub async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<Signed, kms::Error> {
         let span = tracing::info_span!("kms.sign", witness = %self.name, %algorithm);
         async {
             self.check_fitness(algorithm)?;
-            match self.sign_once(algorithm, digest).await {
+            match self.ask(Operation::Sign, self.sign_once(algorithm, digest)).await {
                 Err(error) if error.is_garbled() => {
                     tracing::warn!(error = &error as &dyn std::error::Error, "asking the KMS once more");
-                    self.sign_once(algorithm, digest).await
+                    self.ask(Operation::Sign, self.sign_once(algorithm, digest)).await
                 }
                 result => result,
             }
@@ -267,10 +296,82 @@ impl Witness {
         .await
     }
 
+    /// Whether the key would sign now: by a dry run or, where the KMS has none, by a signature over [`PROBE`].
+    pub async fn probe(&self, algorithm: Algorithm) -> Result<Probed, kms::Error> {
+        self.check_fitness(algorithm)?;
+        let digest = sha2::Sha256::digest(PROBE).into();
+        let probe = async {
+            if self.key.dry_run(algorithm, &digest).await? {
+                return Ok(Probed::DryRun);
+            }
+            self.sign_once(algorithm, &digest).await.map(|_| Probed::Signed)
+        };
+        self.ask(Operation::Probe, probe).await
+    }
+
+    /// Whether the key signs, and if not, why. Known from what was signed in the last minutes; else its KMS is probed, but not more
+    /// than twice a minute, however often this is asked.
+    pub async fn ready(&self, algorithm: Algorithm) -> Result<(), String> {
+        // While it is away its own rhythm says when it is asked.
+        match if self.is_away() { Known::Unknown } else { self.record.known() } {
+            Known::Ready => Ok(()),
+            Known::Unready(why) => Err(why),
+            Known::Unknown => match self.probe(algorithm).await {
+                Ok(_) | Err(kms::Error::Throttled { .. }) => Ok(()),
+                Err(error) => Err(error.to_string()),
+            },
+        }
+    }
+
+    /// Has the KMS verify a signature over a SHA-256 digest. None if it does not verify.
+    pub async fn verify_remotely(
+        &self,
+        algorithm: Algorithm,
+        digest: &[u8; 32],
+        signature: &[u8],
+    ) -> Result<Option<bool>, kms::Error> {
+        self.key.verify(algorithm, digest, signature).await
+    }
+
+    /// How things stand, without asking the KMS.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let away = self.breaker.away().map(|Away { since, next, .. }| AwayView { since, next });
+        let standing = self.trusted.standing(self.public_key(), self.clock.now());
+        let state = match standing {
+            Some(Standing::Ended { .. }) => "ended",
+            Some(Standing::Revoked { .. }) => "revoked",
+            Some(Standing::Counts) | None if away.is_some() => "away",
+            Some(Standing::Counts) | None if self.record.is_failing() => "failing",
+            Some(Standing::Counts) | None => "ok",
+        };
+        let (waiting, under_way) = (self.record.waiting.now(), self.record.under_way.now());
+        let (last_signed, last_error) = self.record.last();
+        let quota = Quota { waiting, under_way, ..self.pace.quota() };
+        Status { state: state.to_owned(), away, quota, last_signed, last_error }
+    }
+
+    /// Whether its KMS does not answer now.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.breaker.away().is_some()
+    }
+
+    /// Whether it can be asked now. The error is [`kms::Error::Away`].
+    pub fn look(&self) -> Result<(), kms::Error> {
+        self.breaker.look().map_err(|away| self.away(away))
+    }
+
+    /// About how many signatures a second can be had: what its rate or its KMS's throttling allows, else what is known to go.
+    #[must_use]
+    pub fn expected_rate(&self) -> f64 {
+        self.pace.expected()
+    }
+
     /// Whether somebody waits for a turn now: the witness is asked for more than its rate or its KMS allows.
     #[must_use]
     pub fn is_waited_for(&self) -> bool {
-        self.pace.is_waited_for()
+        self.record.waiting.now() > 0
     }
 
     /// What would make every signature useless is said without asking the KMS for one.
@@ -291,23 +392,55 @@ impl Witness {
     }
 
     async fn sign_once(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<Signed, kms::Error> {
-        let came = Instant::now();
+        let signature = self.key.sign(algorithm, digest).await?;
+        self.checked(algorithm, digest, signature)
+    }
+
+    /// Asks the KMS for one thing that its quota counts: in turn, unless it is away, and with what it says put on record.
+    async fn ask<T>(&self, operation: Operation, call: impl Future<Output = Result<T, kms::Error>>) -> Result<T, kms::Error> {
+        let (came, waiting) = (Instant::now(), self.record.waiting.one());
+        let _one = self.under_way.acquire().await.expect("the semaphore is never closed");
+        // Those who stood in line while it went away do not wait for a turn as well.
+        self.look()?;
         let turn = self.pace.turn().await;
-        let asked = Instant::now();
-        let signed = self.key.sign(algorithm, digest).await;
-        let took = asked.elapsed();
-        let signed = signed.and_then(|signature| self.checked(algorithm, digest, signature));
-        (self.observer.0)(asked - came, signed.as_ref().map_or_else(kms::Error::name, |_| "ok"), took);
-        match &signed {
-            Ok(_) => self.pace.served(),
+        let leave = self.breaker.enter().map_err(|away| self.away(away))?;
+        drop(waiting);
+        let (asked, under_way) = (Instant::now(), self.record.under_way.one());
+        let result = call.await;
+        drop(under_way);
+        let word = result.as_ref().map_or_else(kms::Error::name, |_| "ok");
+        self.observer.tell(Observation::Asked { operation, waited: asked - came, result: word, took: asked.elapsed() });
+        self.record.note(operation, &result, self.clock.now());
+        match &result {
+            Err(error) if error.is_absence() => {
+                if let Some(away) = leave.failed() {
+                    self.observer.tell(Observation::Away(true));
+                    let since = tracing::field::display(away.since);
+                    tracing::warn!(
+                        since,
+                        error = error as &dyn std::error::Error,
+                        "the KMS is away: it is asked one thing at a time"
+                    );
+                }
+                return result;
+            }
             Err(kms::Error::Throttled { retry_after, .. }) => {
                 if let Some(rate) = self.pace.throttled(turn, *retry_after) {
                     tracing::warn!(rate, "the KMS throttles: asking for fewer signatures a second for a while");
                 }
             }
+            Ok(_) => self.pace.served(),
             Err(_) => {}
         }
-        signed
+        if leave.answered() {
+            self.observer.tell(Observation::Away(false));
+            tracing::info!(witness = self.name, "the KMS is back");
+        }
+        result
+    }
+
+    fn away(&self, Away { since, next, after }: Away) -> kms::Error {
+        kms::Error::Away { key: Arc::new(self.key_uri().clone()), since, next, after }
     }
 
     fn checked(&self, algorithm: Algorithm, digest: &[u8; 32], raw: RawSignature) -> Result<Signed, kms::Error> {

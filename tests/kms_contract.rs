@@ -35,6 +35,11 @@ trait Provider: Sync {
     /// What may not be in any text.
     fn secrets(&self) -> Vec<&str>;
 
+    /// Whether its KMS verifies.
+    fn verifies(&self) -> bool {
+        false
+    }
+
     /// Makes the keys fail in the way of this number, or none if there are no more ways; says how that has to end.
     async fn fail(&self, _way: usize, _spec: KeySpec) -> Option<Ending> {
         None
@@ -59,6 +64,7 @@ async fn holds(provider: &dyn Provider) {
             if key.allows(algorithm) {
                 signs_the_digest_and_nothing_else(&*key, algorithm).await;
                 signs_many_at_once(&*key, algorithm).await;
+                its_kms_agrees(provider, &*key, algorithm).await;
             } else {
                 let refused = key.sign(algorithm, &digest(0)).await;
                 match (spec.supports(algorithm), &refused) {
@@ -111,6 +117,16 @@ async fn signs_many_at_once(key: &dyn SigningKey, algorithm: Algorithm) {
         let verified = key.public_key().verify(algorithm, &digest(number), signature.unwrap().as_ref());
         assert_eq!(verified, Ok(()), "{algorithm} {number}");
     }
+}
+
+/// What it would sign and what it has signed, as the KMS itself sees it, where it can be asked.
+async fn its_kms_agrees(provider: &dyn Provider, key: &dyn SigningKey, algorithm: Algorithm) {
+    key.dry_run(algorithm, &digest(4)).await.unwrap();
+    let signature = key.sign(algorithm, &digest(5)).await.unwrap();
+    let valid = key.verify(algorithm, &digest(5), signature.as_ref()).await.unwrap();
+    assert_eq!(valid, provider.verifies().then_some(true), "{algorithm}");
+    let invalid = key.verify(algorithm, &digest(6), signature.as_ref()).await.unwrap();
+    assert_eq!(invalid, provider.verifies().then_some(false), "{algorithm}");
 }
 
 async fn fails_as_it_should(provider: &dyn Provider, key: &dyn SigningKey) {
@@ -204,6 +220,10 @@ impl Provider for Aws {
         vec![&self.secret]
     }
 
+    fn verifies(&self) -> bool {
+        true
+    }
+
     async fn fail(&self, way: usize, spec: KeySpec) -> Option<Ending> {
         if way > 0 {
             return None;
@@ -220,7 +240,7 @@ impl Provider for Aws {
 #[tokio::test]
 async fn it_holds_for_aws_kms() {
     let server = Ministack::start().await.expect("ministack is in .tools: `make tools` installs it there");
-    let who = server.user("signer", &["kms:Sign", "kms:GetPublicKey", "kms:DescribeKey"]).await.unwrap();
+    let who = server.user("signer", &["kms:Sign", "kms:Verify", "kms:GetPublicKey", "kms:DescribeKey"]).await.unwrap();
     let mut ids = Vec::new();
     for spec in KeySpec::ALL {
         ids.push(server.key(Aws::name(spec), Aws::name(spec)).await.unwrap());
@@ -255,6 +275,10 @@ impl Provider for Vault {
 
     fn secrets(&self) -> Vec<&str> {
         vec![&self.token]
+    }
+
+    fn verifies(&self) -> bool {
+        true
     }
 
     async fn fail(&self, way: usize, spec: KeySpec) -> Option<Ending> {
@@ -299,7 +323,7 @@ async fn it_holds_for_a_transit_engine() {
     for spec in KeySpec::ALL {
         server.key(Vault::name(spec), Vault::name(spec)).await.unwrap();
     }
-    server.policy("signer", "+").await.unwrap();
+    server.verifying_policy("signer", "+").await.unwrap();
     let token = server.token("signer", json!({"ttl": "1h"})).await.unwrap();
     holds(&Vault { server, token }).await;
 }

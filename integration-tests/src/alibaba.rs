@@ -2,6 +2,8 @@
 //! protocol alone, with nothing of what the client uses: it takes the request line as it came, recomputes `ACS3-HMAC-SHA256` from
 //! it with the `hmac` of another library, and holds every request to what the documentation demands.
 
+mod acs3;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
@@ -17,11 +19,11 @@ use axum::{
 use base64::{Engine, prelude::BASE64_STANDARD};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 
 pub use crate::fake::Fault;
-use crate::fake::{Now, Padding, Pair, SPECS, decoded, http_date, other_pair, pair};
+use crate::fake::{Now, Padding, SPECS, decoded, http_date, other_pair, pair};
+use acs3::{Signing, acs3, hash, query};
 
 /// The id and secret of the access key that it knows.
 pub const BASE: [&str; 2] = ["LTAIbase", "baseSecretOfTheTest"];
@@ -100,6 +102,32 @@ impl Fake {
 
     pub fn then(&self, faults: impl IntoIterator<Item = Fault>) {
         self.given().script.extend(faults);
+    }
+
+    /// The query and the headers of a request for a signature of `key-ec`, signed by [`BASE`] now.
+    pub fn signing(&self, digest: &[u8; 32]) -> (String, Vec<(String, String)>) {
+        let parameters = [
+            ("Algorithm", "ECDSA_SHA_256"),
+            ("Digest", &BASE64_STANDARD.encode(digest)),
+            ("KeyId", "key-ec"),
+            ("KeyVersionId", NEW),
+        ];
+        let parameters = parameters.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let date = self.given().now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        let mut headers = vec![
+            ("host", self.address.clone()),
+            ("x-acs-action", "AsymmetricSign".to_owned()),
+            ("x-acs-content-sha256", hash(b"")),
+            ("x-acs-date", date),
+            ("x-acs-signature-nonce", format!("{:032x}", fastrand::u128(..))),
+            ("x-acs-version", "2016-01-20".to_owned()),
+        ];
+        let Signing { signature, .. } = acs3(BASE[1], &parameters, &headers);
+        let names: Vec<_> = headers.iter().map(|(name, _)| *name).collect();
+        let authorization =
+            format!("ACS3-HMAC-SHA256 Credential={},SignedHeaders={},Signature={signature}", BASE[0], names.join(";"));
+        headers.extend([("authorization", authorization), ("accept", "application/json".to_owned())]);
+        (query(&parameters), headers.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
     }
 
     /// What was asked for since this was asked last.
@@ -220,7 +248,7 @@ impl Given {
     }
 
     fn kms(&self, action: &str, parameters: &BTreeMap<String, String>, fault: Option<&Fault>) -> Result<Value, Refusal> {
-        if self.dedicated && !matches!(action, "AsymmetricSign" | "GetPublicKey") {
+        if self.dedicated && !matches!(action, "AsymmetricSign" | "AsymmetricVerify" | "GetPublicKey") {
             return refuse(400, "UnsupportedOperation", "This operation is not supported.");
         }
         let asked = &parameters["KeyId"];
@@ -237,7 +265,9 @@ impl Given {
         let names: &[&str] = match action {
             "DescribeKey" => &["KeyId"],
             "GetPublicKey" => &["KeyId", "KeyVersionId"],
+            "AsymmetricSign" if parameters.contains_key("DryRun") => &["Algorithm", "Digest", "DryRun", "KeyId", "KeyVersionId"],
             "AsymmetricSign" => &["Algorithm", "Digest", "KeyId", "KeyVersionId"],
+            "AsymmetricVerify" => &["Algorithm", "Digest", "KeyId", "KeyVersionId", "Value"],
             "ListKeyVersions" => &["KeyId", "PageNumber", "PageSize"],
             _ => return refuse(400, "InvalidAction", action),
         };
@@ -296,8 +326,18 @@ impl Given {
                 let Ok(digest) = <[u8; 32]>::try_from(BASE64_STANDARD.decode(&parameters["Digest"]).unwrap()) else {
                     return refuse(400, "InvalidParameter", "The specified parameter Digest is not valid.");
                 };
+                let padding = padding(&parameters["Algorithm"])?;
+                if action == "AsymmetricVerify" {
+                    let value = BASE64_STANDARD.decode(&parameters["Value"]).unwrap();
+                    let Some(valid) = pair.verifies(padding, &digest, &value) else { return refuse_algorithm() };
+                    return Ok(json!({ "KeyId": id, "KeyVersionId": version, "Value": valid, "RequestId": "0A1B" }));
+                }
+                if parameters.get("DryRun").is_some_and(|dry| dry == "true") {
+                    let message = "The request would have succeeded, but the DryRun flag is set.";
+                    return refuse(400, "DryRunOperationError", message);
+                }
                 let pair = if matches!(fault, Some(Fault::WrongKey)) { former } else { pair };
-                let value = sign(pair, &parameters["Algorithm"], &digest)?;
+                let Some(value) = pair.sign(padding, &digest) else { return refuse_algorithm() };
                 Ok(json!({ "KeyId": id, "KeyVersionId": version, "Value": BASE64_STANDARD.encode(value), "RequestId": "0A1B" }))
             }
         }
@@ -310,7 +350,6 @@ impl Given {
         headers: &HeaderMap,
         parameters: &BTreeMap<String, String>,
     ) -> Result<String, Refusal> {
-        use hmac::{Hmac, Mac};
         let authorization = header("authorization");
         let Some(fields) = authorization.strip_prefix("ACS3-HMAC-SHA256 ") else {
             return refuse(400, "MissingAccessKeyId", "AccessKeyId is mandatory for this action.");
@@ -335,25 +374,10 @@ impl Given {
         for name in ["x-acs-action", "x-acs-version", "x-acs-date", "x-acs-signature-nonce", "x-acs-content-sha256"] {
             assert!(needed.contains(&name), "{name} is missing");
         }
-        let hash = |text: &[u8]| hex::encode(Sha256::digest(text));
         assert_eq!(header("x-acs-content-sha256"), hash(b""), "the body is empty");
-        let escape = |text: &str| -> String {
-            let kept = |c: char| c.is_ascii_alphanumeric() || "-_.~".contains(c);
-            let mut buffer = [0; 4];
-            text.chars()
-                .map(|c| match c {
-                    c if kept(c) => c.to_string(),
-                    c => c.encode_utf8(&mut buffer).bytes().map(|byte| format!("%{byte:02X}")).collect::<Vec<_>>().concat(),
-                })
-                .collect()
-        };
-        let query: Vec<_> = parameters.iter().map(|(name, value)| format!("{}={}", escape(name), escape(value))).collect();
-        let lines: Vec<_> = needed.iter().map(|name| format!("{name}:{}\n", header(name).trim())).collect();
-        let canonical = format!("POST\n/\n{}\n{}\n{}\n{}", query.join("&"), lines.concat(), needed.join(";"), hash(b""));
-        let to_sign = format!("ACS3-HMAC-SHA256\n{}", hash(canonical.as_bytes()));
-        let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).unwrap();
-        mac.update(to_sign.as_bytes());
-        if field("Signature") != hex::encode(mac.finalize().into_bytes()) {
+        let signed: Vec<_> = needed.iter().map(|name| (*name, header(name).trim().to_owned())).collect();
+        let Signing { signature, to_sign, canonical } = acs3(secret, parameters, &signed);
+        if field("Signature") != signature {
             let message = format!(
                 "Specified signature does not match our calculation. server StringToSign is [{to_sign}] server CanonicalRequest is [{canonical}]"
             );
@@ -370,13 +394,15 @@ impl Given {
     }
 }
 
-fn sign(pair: &Pair, algorithm: &str, digest: &[u8; 32]) -> Result<Vec<u8>, Refusal> {
-    let padding = match algorithm {
-        "RSA_PKCS1_SHA_256" => Some(Padding::Pkcs1),
-        "RSA_PSS_SHA_256" => Some(Padding::Pss),
-        "ECDSA_SHA_256" => Some(Padding::Asn1),
-        _ => None,
-    };
-    let signature = padding.and_then(|padding| pair.sign(padding, digest));
-    signature.map_or_else(|| refuse(400, "InvalidParameter", "The specified parameter Algorithm is not valid."), Ok)
+fn padding(algorithm: &str) -> Result<Padding, Refusal> {
+    match algorithm {
+        "RSA_PKCS1_SHA_256" => Ok(Padding::Pkcs1),
+        "RSA_PSS_SHA_256" => Ok(Padding::Pss),
+        "ECDSA_SHA_256" => Ok(Padding::Asn1),
+        _ => refuse_algorithm(),
+    }
+}
+
+fn refuse_algorithm<T>() -> Result<T, Refusal> {
+    refuse(400, "InvalidParameter", "The specified parameter Algorithm is not valid.")
 }

@@ -7,8 +7,9 @@ use aws_lc_rs::digest::{Digest as Hashed, SHA256};
 use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
 use aws_lc_rs::rsa::KeySize;
 use aws_lc_rs::signature::{
-    ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, EcdsaSigningAlgorithm, KeyPair as _,
-    RSA_PKCS1_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair,
+    ECDSA_P256_SHA256_ASN1, ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair,
+    EcdsaSigningAlgorithm, KeyPair as _, ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_SHA256, RSA_PSS_2048_8192_SHA256,
+    RSA_PSS_SHA256, RsaEncoding, RsaKeyPair, VerificationAlgorithm,
 };
 use axum::body::{Body, Bytes};
 use axum::http::response::Builder;
@@ -200,5 +201,19 @@ impl Pair {
             (Self::Ec { fixed, .. }, Padding::Fixed) => ec(fixed),
             _ => None,
         }
+    }
+
+    /// Whether this is its signature. Nothing, if this kind of key does not sign so.
+    pub fn verifies(&self, padding: Padding, digest: &[u8; 32], signature: &[u8]) -> Option<bool> {
+        let algorithm: &'static dyn VerificationAlgorithm = match (self, padding) {
+            (Self::Rsa(_), Padding::Pkcs1) => &RSA_PKCS1_2048_8192_SHA256,
+            (Self::Rsa(_), Padding::Pss) => &RSA_PSS_2048_8192_SHA256,
+            (Self::Ec { .. }, Padding::Asn1) => &ECDSA_P256_SHA256_ASN1,
+            (Self::Ec { .. }, Padding::Fixed) => &ECDSA_P256_SHA256_FIXED,
+            _ => return None,
+        };
+        let hashed = Hashed::import_less_safe(digest, &SHA256).expect("it is 32 bytes");
+        let key = ParsedPublicKey::new(algorithm, self.public_der()).expect("it is a key");
+        Some(key.verify_digest_sig(&hashed, signature).is_ok())
     }
 }

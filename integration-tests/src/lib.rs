@@ -9,7 +9,8 @@
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
 //! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers; [`alibaba`], [`azure`] and [`google`] are fakes of those clouds'
 //!   that do, of what [`fake`] has. [`softhsm`] is a PKCS#11 module with tokens, and a proxy before it that fails when a test wants it to.
-//! - [`proxy`] makes a network that is slow or broken; [`recorder`] keeps what was said.
+//! - [`keys`] are theirs, and [`gate`] stands before a KMS and throttles or lies; [`proxy`] makes a network that is slow or broken;
+//!   [`recorder`] keeps what was said.
 //!
 //! Whatever a test started is killed and reaped when the test lets go of it, and its log is printed then: `cargo test` shows
 //! that for tests that fail. `make tools` installs what is run here.
@@ -19,9 +20,11 @@ pub mod azure;
 pub mod daemon;
 pub mod fake;
 pub mod fleet;
+pub mod gate;
 pub mod google;
 pub mod house;
 pub mod image;
+pub mod keys;
 pub mod ministack;
 pub mod namespace;
 pub mod openbao;

@@ -57,13 +57,24 @@ impl Ministack {
         let policy = policy.to_string();
         let attach = [("Action", "PutUserPolicy"), ("UserName", name), ("PolicyName", "all"), ("PolicyDocument", &policy)];
         self.iam(&attach).await?;
-        let answer = self.iam(&[("Action", "CreateAccessKey"), ("UserName", name)]).await?;
+        self.access_key(name).await
+    }
+
+    /// Further credentials of a user.
+    pub async fn access_key(&self, user: &str) -> Result<Credentials> {
+        let answer = self.iam(&[("Action", "CreateAccessKey"), ("UserName", user)]).await?;
         let element = |name: &str| {
             let (_, rest) = answer.split_once(&format!("<{name}>")).with_context(|| format!("no {name} in {answer}"))?;
             let (value, _) = rest.split_once('<').with_context(|| format!("{name} does not end in {answer}"))?;
             anyhow::Ok(value.to_owned())
         };
         Ok(Credentials { access_key_id: element("AccessKeyId")?, secret_access_key: element("SecretAccessKey")? })
+    }
+
+    /// From now on nobody knows these credentials of the user.
+    pub async fn delete_access_key(&self, user: &str, credentials: &Credentials) -> Result<()> {
+        let id = credentials.access_key_id.as_str();
+        self.iam(&[("Action", "DeleteAccessKey"), ("UserName", user), ("AccessKeyId", id)]).await.map(drop)
     }
 
     /// A new role that may do these actions on every key, for whom the statement of its trust policy lets take it; returns its ARN.

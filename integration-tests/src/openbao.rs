@@ -78,10 +78,19 @@ impl OpenBao {
 
     /// A policy with the rights that countersign needs for a key, and no others.
     pub async fn policy(&self, name: &str, key: &str) -> Result<()> {
-        let rules = format!(
-            "path \"transit/sign/{key}/sha2-256\" {{ capabilities = [\"update\"] }}\n\
-             path \"transit/keys/{key}\" {{ capabilities = [\"read\"] }}\n"
-        );
+        self.allow(name, &[("sign", key)], key).await
+    }
+
+    /// The same, and the right to have it verify.
+    pub async fn verifying_policy(&self, name: &str, key: &str) -> Result<()> {
+        self.allow(name, &[("sign", key), ("verify", key)], key).await
+    }
+
+    async fn allow(&self, name: &str, updates: &[(&str, &str)], read: &str) -> Result<()> {
+        let updates = updates
+            .iter()
+            .map(|(verb, key)| format!("path \"transit/{verb}/{key}/sha2-256\" {{ capabilities = [\"update\"] }}\n"));
+        let rules = format!("{}path \"transit/keys/{read}\" {{ capabilities = [\"read\"] }}\n", updates.collect::<String>());
         self.root(Method::PUT, &format!("sys/policies/acl/{name}"), json!({"policy": rules})).await.map(|_| ())
     }
 

@@ -67,6 +67,10 @@ async fn events_that_others_publish_are_signed_for_and_poison_blocks_nothing() -
     let mut broker = RabbitMq::start().await?;
     let mut house = house(&broker).await?;
     let host = house.registry.host();
+    let reached = house.run(&["check", "--online"]).await?.expect_code(0)?.stdout;
+    for part in ["ok: queue registry-events of source relayed", "ok: queue ci-events of source ci"] {
+        ensure!(reached.contains(part), "{part:?} is not in: {reached}");
+    }
     // It is bound when it is consumed.
     eventually("the queue is bound", LIMIT, async || Ok(left(&broker, "registry-events").await.ok())).await?;
     let images = (1..=4).map(|number| Image::oci(&format!("fed {number}"))).collect::<Result<Vec<_>>>()?;

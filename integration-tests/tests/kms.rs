@@ -13,42 +13,21 @@ use integration_tests::daemon;
 use integration_tests::fake::Now;
 use integration_tests::house::{House, Keys, Plan};
 use integration_tests::image::Image;
-use integration_tests::ministack::{Ministack, REGION};
+use integration_tests::keys::{in_ministack, sign_what_everybody_accepts};
+use integration_tests::ministack::Ministack;
 use integration_tests::process::{eventually, scratch};
 use integration_tests::softhsm::{PIN, SoftHsm};
-use integration_tests::verifier::{Cosign, Skopeo};
+use integration_tests::verifier::Cosign;
 use integration_tests::{azure, google};
 use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-async fn plan(kms: &Ministack, keys: Keys) -> Result<(Plan, String)> {
-    let spec = if keys == Keys::P256 { "ECC_NIST_P256" } else { "RSA_2048" };
-    let id = kms.key(spec, "release").await?;
-    let user = kms.user("countersign", &["kms:Sign", "kms:GetPublicKey", "kms:DescribeKey"]).await?;
-    let key_uri = Some(format!("awskms://http://{}/alias/release?region={REGION}", kms.host()));
-    let environment = vec![("AWS_ACCESS_KEY_ID", user.access_key_id), ("AWS_SECRET_ACCESS_KEY", user.secret_access_key)];
-    Ok((Plan { keys, key_uri, environment, ..Plan::default() }, id))
-}
-
 async fn a_key_in_the_kms_signs_what_everybody_accepts(keys: Keys) -> Result<()> {
     let kms = Ministack::start().await?;
-    let (plan, _) = plan(&kms, keys).await?;
+    let (plan, _) = in_ministack(&kms, &kms.host(), keys).await?;
     let secret = plan.environment[1].1.clone();
-    let house = House::start(plan).await?;
-    let image = Image::index("kms")?;
-    house.push(&image, "team/app", &["1.0"]).await?;
-    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
-    house.wait_signed("team/app", &image.child("amd64").digest, &["1.0"]).await?;
-    let (key, reference) = (house.public_key_path(), house.reference("team/app", "1.0"));
-    for cosign in [Cosign::V2, Cosign::V3] {
-        let ruling = cosign.verify(&key, &reference).await?;
-        assert!(ruling.accepted, "{cosign:?}: {}", ruling.words);
-    }
-    let ruling = Skopeo::requiring(&key, &house.registry.host())?.architecture("amd64").copy(&reference).await?;
-    assert!(ruling.accepted, "{}", ruling.words);
-    assert!(!house.daemon.logged().contains(&secret), "the log holds the KMS's secret");
-    Ok(())
+    sign_what_everybody_accepts(plan, &secret).await
 }
 
 #[tokio::test]
@@ -64,7 +43,7 @@ async fn an_rsa_key_in_the_kms_signs_what_everybody_accepts() -> Result<()> {
 #[tokio::test]
 async fn a_disabled_key_makes_a_dead_letter_with_its_cure_and_a_replay_signs() -> Result<()> {
     let kms = Ministack::start().await?;
-    let (plan, id) = plan(&kms, Keys::P256).await?;
+    let (plan, id) = in_ministack(&kms, &kms.host(), Keys::P256).await?;
     let house = House::start(plan).await?;
     kms.kms("DisableKey", &json!({"KeyId": id})).await?;
     let image = Image::oci("disabled")?;
@@ -89,20 +68,7 @@ fn at_token(hsm: &SoftHsm, keys: Keys) -> Plan {
 async fn a_key_in_a_token_signs_what_everybody_accepts(keys: Keys) -> Result<()> {
     let hsm = SoftHsm::start()?;
     hsm.key(if keys == Keys::P256 { "EC:prime256v1" } else { "rsa:2048" }, "release", 1)?;
-    let house = House::start(at_token(&hsm, keys)).await?;
-    let image = Image::index("token")?;
-    house.push(&image, "team/app", &["1.0"]).await?;
-    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
-    house.wait_signed("team/app", &image.child("amd64").digest, &["1.0"]).await?;
-    let (key, reference) = (house.public_key_path(), house.reference("team/app", "1.0"));
-    for cosign in [Cosign::V2, Cosign::V3] {
-        let ruling = cosign.verify(&key, &reference).await?;
-        assert!(ruling.accepted, "{cosign:?}: {}", ruling.words);
-    }
-    let ruling = Skopeo::requiring(&key, &house.registry.host())?.architecture("amd64").copy(&reference).await?;
-    assert!(ruling.accepted, "{}", ruling.words);
-    assert!(!house.daemon.logged().contains(PIN), "the log holds the PIN");
-    Ok(())
+    sign_what_everybody_accepts(at_token(&hsm, keys), PIN).await
 }
 
 #[tokio::test]
@@ -248,6 +214,24 @@ async fn a_key_at_alibaba_that_is_disabled_makes_a_dead_letter_and_a_replay_sign
     service.given().key_state = "Enabled";
     house.run(&["queue", "replay", "--all"]).await?.expect_code(0)?;
     house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_key_at_alibaba_is_checked_by_a_dry_run_and_verifies_when_it_is_asked() -> Result<()> {
+    let service = alibaba().await;
+    let house = House::start(at_alibaba(&service, Keys::Rsa2048, "alias/rsa")).await?;
+    service.requests();
+    let said = house.run(&["check", "--online"]).await?.expect_code(0)?.stdout;
+    assert!(said.contains("witness release may sign, by a dry run, with alibabakms://"), "{said}");
+    assert_eq!(service.requests().iter().filter(|asked| *asked == "AsymmetricSign").count(), 1);
+
+    let image = Image::oci("verified")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
+    let reference = house.reference("team/app", "1.0");
+    let verified = house.run(&["verify", &reference, "--with-kms", "--output", "json"]).await?.expect_code(0)?.json()?;
+    assert_eq!(verified[0]["kms"][0]["said"], "valid");
     Ok(())
 }
 

@@ -6,45 +6,19 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use integration_tests::house::{House, Keys, Plan};
+use integration_tests::house::{House, Keys};
 use integration_tests::image::Image;
+use integration_tests::keys::{in_openbao, sign_what_everybody_accepts};
 use integration_tests::openbao::OpenBao;
 use integration_tests::process::{eventually, http_client};
-use integration_tests::verifier::{Cosign, Skopeo};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A key, a token with the rights to it and no others, and a house that has them from its environment.
-async fn plan(bao: &OpenBao, keys: Keys) -> Result<(Plan, String)> {
-    bao.key("release", if keys == Keys::P256 { "ecdsa-p256" } else { "rsa-2048" }).await?;
-    bao.policy("signer", "release").await?;
-    let token = bao.token("signer", json!({"ttl": "1h"})).await?;
-    let ca = bao.ca().to_str().context("a folder whose name is no text")?.to_owned();
-    let mut environment = vec![("VAULT_ADDR", bao.url().to_owned()), ("VAULT_TOKEN", token.clone())];
-    if bao.url().starts_with("https://") {
-        environment.push(("VAULT_CACERT", ca));
-    }
-    Ok((Plan { keys, key_uri: Some("hashivault://release".to_owned()), environment, ..Plan::default() }, token))
-}
-
 async fn a_key_in_a_vault_signs_what_everybody_accepts(bao: &OpenBao, keys: Keys) -> Result<()> {
-    let (plan, token) = plan(bao, keys).await?;
-    let house = House::start(plan).await?;
-    let image = Image::index("vault")?;
-    house.push(&image, "team/app", &["1.0"]).await?;
-    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
-    house.wait_signed("team/app", &image.child("amd64").digest, &["1.0"]).await?;
-    let (key, reference) = (house.public_key_path(), house.reference("team/app", "1.0"));
-    for cosign in [Cosign::V2, Cosign::V3] {
-        let ruling = cosign.verify(&key, &reference).await?;
-        assert!(ruling.accepted, "{cosign:?}: {}", ruling.words);
-    }
-    let ruling = Skopeo::requiring(&key, &house.registry.host())?.architecture("amd64").copy(&reference).await?;
-    assert!(ruling.accepted, "{}", ruling.words);
-    assert!(!house.daemon.logged().contains(&token), "the log holds the token");
-    Ok(())
+    let (plan, token) = in_openbao(bao, keys).await?;
+    sign_what_everybody_accepts(plan, &token).await
 }
 
 #[tokio::test]
@@ -60,7 +34,7 @@ async fn an_rsa_key_in_a_vault_signs_what_everybody_accepts() -> Result<()> {
 #[tokio::test]
 async fn a_token_that_nobody_knows_keeps_the_daemon_from_starting_and_it_says_why() -> Result<()> {
     let bao = OpenBao::start().await?;
-    let (plan, token) = plan(&bao, Keys::P256).await?;
+    let (plan, token) = in_openbao(&bao, Keys::P256).await?;
     let mut house = House::build(plan).await?;
     bao.root(Method::POST, "auth/token/revoke", json!({"token": token})).await?;
     house.daemon.start_unready()?;
@@ -79,7 +53,7 @@ async fn a_token_that_nobody_knows_keeps_the_daemon_from_starting_and_it_says_wh
 #[tokio::test]
 async fn a_witness_with_a_login_of_its_own_needs_no_token_from_the_environment() -> Result<()> {
     let bao = OpenBao::start().await?;
-    let (plan, token) = plan(&bao, Keys::P256).await?;
+    let (plan, token) = in_openbao(&bao, Keys::P256).await?;
     let mut house = House::build(plan).await?;
     bao.root(Method::POST, "auth/token/revoke", json!({"token": token})).await?;
     bao.root(Method::POST, "sys/auth/approle", json!({"type": "approle"})).await?;
@@ -119,7 +93,7 @@ async fn a_witness_with_a_login_of_its_own_needs_no_token_from_the_environment()
 #[tokio::test]
 async fn what_is_pushed_while_the_vault_is_sealed_is_signed_when_it_is_unsealed() -> Result<()> {
     let bao = OpenBao::start().await?;
-    let (plan, _) = plan(&bao, Keys::P256).await?;
+    let (plan, _) = in_openbao(&bao, Keys::P256).await?;
     let mut house = House::build(plan).await?;
     bao.seal().await?;
     house.daemon.start_alive().await?;
@@ -144,7 +118,7 @@ async fn what_is_pushed_while_the_vault_is_sealed_is_signed_when_it_is_unsealed(
 #[tokio::test]
 async fn a_policy_taken_away_makes_a_dead_letter_that_names_it_and_a_replay_signs() -> Result<()> {
     let bao = OpenBao::start().await?;
-    let (plan, _) = plan(&bao, Keys::P256).await?;
+    let (plan, _) = in_openbao(&bao, Keys::P256).await?;
     let house = House::start(plan).await?;
     bao.root(Method::DELETE, "sys/policies/acl/signer", Value::Null).await?;
     let image = Image::oci("denied")?;

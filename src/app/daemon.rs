@@ -14,7 +14,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::BoxError;
 use tracing::{error, info, warn};
 
-use super::{feeds, open_ledger, open_queue, patience, setup, sources, state_folder, witness_settings};
+use super::{algorithms_of, feeds, open_ledger, open_queue, patience, setup, sources, state_folder, witness_settings};
 use crate::{
     admin::{self, Admin, socket_path},
     clock::Clock,
@@ -25,7 +25,6 @@ use crate::{
     lifecycle::{IntoEnd, Lifecycle},
     pipeline::{Pipeline, Setup},
     telemetry::{CONTENT_TYPE, INTAKE_FAMILIES, LogHandle, Metrics, Sample, Snapshot},
-    witness::Witness,
 };
 
 /// How often a key that could not be opened is tried again.
@@ -47,7 +46,8 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
         return Ok(ExitCode::SUCCESS);
     };
     let (setup, shut) = opened?;
-    let pipeline = Arc::new(Pipeline::new(setup, ledger.clone(), metrics.clone(), clock.clone(), patience(&config)));
+    let pipeline = Pipeline::new(setup, ledger.clone(), metrics.clone(), clock.clone(), patience(&config));
+    let pipeline = Arc::new(pipeline.with_slots(config.queue.in_flight));
     let intake = Arc::new(Intake::new(queue.clone(), clock.clone(), sources(&config)));
     attach_intake(&metrics, &intake);
 
@@ -61,7 +61,7 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let readiness = readiness(&queue, &ledger, &pipeline);
     let router = intake::router(intake.clone())
         .merge(Arc::new(readiness).router())
-        .merge(metrics_route(&metrics, &queue, &ledger, &clock));
+        .merge(metrics_route(&metrics, &queue, &ledger, &pipeline, &clock));
     let grace = config.server.grace;
     lifecycle.spawn("http", in_time(lifecycle.drain(), grace, server.serve(router, lifecycle.drain(), lifecycle.abort())));
     let admin = Admin {
@@ -171,10 +171,15 @@ pub(super) fn attach_refused<const N: usize>(metrics: &Metrics, listeners: [(&'s
     });
 }
 
-fn metrics_route(metrics: &Metrics, queue: &Arc<dyn Queue>, ledger: &Ledger, clock: &Clock) -> Router {
+fn metrics_route(metrics: &Metrics, queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>, clock: &Clock) -> Router {
     let (metrics, queue, ledger, clock) = (metrics.clone(), queue.clone(), ledger.clone(), clock.clone());
+    let pipeline = pipeline.clone();
     let scrape = move || {
         let (metrics, queue, ledger, clock) = (metrics.clone(), queue.clone(), ledger.clone(), clock.clone());
+        // Of those that are in force: one that a reload replaced may end its life away.
+        for (name, witness) in &pipeline.setup().witnesses {
+            metrics.kms_away(name, witness.is_away());
+        }
         async move {
             // What does not answer is told of by `countersign_up`; why is at /readyz. The queue first: see `Snapshot`.
             let queue = timeout(SCRAPE, queue.stats()).await.ok().and_then(Result::ok);
@@ -200,11 +205,14 @@ fn readiness(queue: &Arc<dyn Queue>, ledger: &Ledger, pipeline: &Arc<Pipeline>) 
         // Of what is in force now: a reload adds and removes.
         .checks(move || {
             let setup = pipeline.setup();
-            let key = |name: &String, result: Result<(), String>| -> Check {
-                (format!("key of witness {name}"), Box::pin(ready(result)))
-            };
-            let open = setup.witnesses.keys().map(|name| key(name, Ok(())));
-            let shut = setup.shut.iter().map(|name| key(name, Err("not opened yet".to_owned())));
+            let check = |name: &String| format!("key of witness {name}");
+            let open = setup.witnesses.iter().map(|(name, witness)| -> Check {
+                let algorithm = algorithms_of(&setup.rules, witness)[0];
+                let witness = witness.clone();
+                (check(name), Box::pin(async move { witness.ready(algorithm).await }))
+            });
+            let shut =
+                setup.shut.iter().map(|name| -> Check { (check(name), Box::pin(ready(Err("not opened yet".to_owned())))) });
             let registries = setup.registries.iter().map(|(name, registry)| -> Check {
                 let registry = registry.clone();
                 (format!("registry {name}"), Box::pin(async move { registry.ping().await.map_err(|error| error.to_string()) }))
@@ -305,7 +313,7 @@ impl Reloader {
                     continue;
                 }
             };
-            match Witness::open(&settings, self.clock.clone()).await {
+            match super::open_witness(&settings, &self.clock, &self.metrics).await {
                 Ok(open) => match super::check_rules(&self.config, &open)
                     .and_then(|()| super::accept_certificate(&witness, open.public_key(), &self.clock))
                 {

@@ -10,6 +10,7 @@ use crate::{
     app,
     clock::Clock,
     config::{Config, DEFAULT_TOML, Ledger, Problem, Problems, in_full, schema},
+    witness::Probed,
 };
 
 #[derive(Debug, Serialize)]
@@ -91,9 +92,15 @@ async fn online(config: &Config, clock: &Clock) -> Vec<Reached> {
         let reached = settings.look().await.map_err(anyhow::Error::from);
         all.push(reached_or(format!("ledger {}", settings.place()), reached));
     }
+    all.push(reached_or("the queue".to_owned(), app::reach_queue(config, clock).await));
+    all.extend(app::reach_feeds(config).await.into_iter().map(|(what, reached)| reached_or(what, reached)));
     for witness in &config.witnesses {
-        let what = format!("witness {} signs a probe with {}", witness.name, witness.key);
-        all.push(reached_or(what, app::probe(config, witness, clock).await));
+        let probed = app::probe(config, witness, clock).await;
+        let how = match probed {
+            Ok(Probed::DryRun) => "may sign, by a dry run,",
+            Ok(Probed::Signed) | Err(_) => "signs a probe",
+        };
+        all.push(reached_or(format!("witness {} {how} with {}", witness.name, witness.key), probed.map(drop)));
     }
     all
 }

@@ -11,7 +11,8 @@ use crate::{
     clock::Clock,
     config::Config,
     oci::{Reference, Tag},
-    verify::{Examination, Judgement, Trust, examine},
+    verify::{Evidence, Examination, Judgement, Rejection, Trust, examine},
+    witness::Witness,
 };
 
 /// The answer for one image.
@@ -20,8 +21,29 @@ struct Answer {
     attested: bool,
     /// Witnesses that were asked for and have not signed.
     missing: Vec<String>,
+    /// What the KMSs said of signatures that stand by the public keys; absent unless they were asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kms: Option<Vec<Remote>>,
     #[serde(flatten)]
     examination: Examination,
+}
+
+/// One signature that a KMS was to verify.
+#[derive(Debug, Serialize)]
+struct Remote {
+    witness: String,
+    /// Of the key.
+    fingerprint: String,
+    said: Said,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Said {
+    Valid,
+    Invalid,
+    /// The public key decided alone: its provider does not verify, or the key is another one of the witness's than the one that signs.
+    NotAsked,
 }
 
 pub async fn run(config: &Config, clock: &Clock, args: &VerifyArgs, output: Output) -> anyhow::Result<ExitCode> {
@@ -33,23 +55,61 @@ pub async fn run(config: &Config, clock: &Clock, args: &VerifyArgs, output: Outp
     }
     // Others are not looked at: that their keys are not known here yet is no reason not to answer.
     let asked = config.witnesses.iter().filter(|witness| args.witness.is_empty() || args.witness.contains(&witness.name));
-    let known = asked.map(|witness| app::trusted_keys(config, witness)).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut kms = vec![];
+    let mut known = vec![];
+    for witness in asked {
+        if args.with_kms {
+            let open = app::remote_witness(config, witness, clock).await?;
+            known.push((witness.name.clone(), open.trusted_keys().clone()));
+            kms.push(open);
+        } else {
+            known.push(app::trusted_keys(config, witness)?);
+        }
+    }
     let trusts: Vec<Trust<'_>> = app::trusts(&known).collect();
     let mut answers = vec![];
     for reference in &args.references {
         let reference = parse_image(reference)?;
         let registry = app::registry_of(config, &reference.registry)?;
-        let examination = examine(&registry, &reference, &trusts, clock.now())
+        let mut examination = examine(&registry, &reference, &trusts, clock.now())
             .await
             .with_context(|| format!("{reference}: the registry could not be asked"))?;
+        let kms = if args.with_kms { Some(confirm(&mut examination, &kms).await?) } else { None };
         let signed_by = |name: &String| examination.verified().any(|verified| verified.witness() == name);
         let missing: Vec<String> = args.witness.iter().filter(|name| !signed_by(name)).cloned().collect();
         let attested = examination.is_attested() && missing.is_empty();
-        answers.push(Answer { attested, missing, examination });
+        answers.push(Answer { attested, missing, kms, examination });
     }
     let all = answers.iter().all(|answer| answer.attested);
     output::print(output, &answers, |answers| answers.iter().map(render).collect::<Vec<_>>().join("\n"));
     Ok(if all { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// Asks the KMSs about all signatures that stand. What they do not confirm does not count any more.
+async fn confirm(examination: &mut Examination, witnesses: &[Witness]) -> anyhow::Result<Vec<Remote>> {
+    let mut answers = vec![];
+    for examined in &mut examination.signatures {
+        let Judgement::Verified(verified) = &examined.verdict else { continue };
+        let (name, fingerprint) = (verified.witness().to_owned(), verified.key_fingerprint().to_owned());
+        let signer = witnesses.iter().find(|witness| witness.name() == name && witness.public_key().fingerprint() == fingerprint);
+        let Evidence { algorithm, sha256, signature } = verified.evidence();
+        let said = match signer {
+            Some(witness) => witness.verify_remotely(*algorithm, sha256, signature).await?,
+            None => None,
+        };
+        let said = match said {
+            Some(true) => Said::Valid,
+            Some(false) => Said::Invalid,
+            None => Said::NotAsked,
+        };
+        if said == Said::Invalid {
+            let message = format!("the KMS of witness {name} says that its key did not make it");
+            let reference = verified.reference().map(ToOwned::to_owned);
+            examined.verdict = Judgement::Rejected { witness: None, reference, reason: Rejection::UnknownKey, message };
+        }
+        answers.push(Remote { witness: name, fingerprint, said });
+    }
+    Ok(answers)
 }
 
 /// A reference with a tag or a digest; without either it means `:latest`, as it does to every client.
@@ -71,6 +131,14 @@ fn render(answer: &Answer) -> String {
         if answer.attested { format!("image {reference} is attested") } else { format!("image {reference} is not attested") };
     text.push_str(&format!("\n  digest {digest}"));
     text.push_str(&render_signatures(examination));
+    for Remote { witness, fingerprint, said } in answer.kms.iter().flatten() {
+        let key = &fingerprint[..16];
+        text.push_str(&match said {
+            Said::Valid => format!("\n  confirmed: by the KMS of witness {witness} (key {key})"),
+            Said::Invalid => format!("\n  denied: by the KMS of witness {witness} (key {key})"),
+            Said::NotAsked => format!("\n  not asked: no KMS verifies for witness {witness} (key {key}), its public key decided"),
+        });
+    }
     for witness in &answer.missing {
         text.push_str(&format!("\n  missing: a signature of witness {witness}"));
     }

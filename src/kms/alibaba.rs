@@ -8,9 +8,9 @@ use async_trait::async_trait;
 use base64::{Engine, prelude::BASE64_STANDARD};
 use jiff::Timestamp;
 use serde::Deserialize;
-use tokio::sync::Semaphore;
 
 use super::exchange::Patience;
+use super::fault::Class;
 use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
 use crate::clock::Clock;
 use client::Client;
@@ -28,11 +28,8 @@ pub(super) struct AlibabaKey {
     version: String,
     resolved: String,
     public_key: PublicKey,
-    /// Signatures that are asked for at once: more would only queue at the KMS.
-    under_way: Semaphore,
 }
 
-const UNDER_WAY: usize = 16;
 /// Of 100 versions each.
 const MOST_PAGES: u32 = 50;
 
@@ -99,7 +96,7 @@ impl AlibabaKey {
         };
         let (key, resolved) = (key.clone(), format!("{whole}/versions/{version}"));
         tracing::info!(key = %client.uri(), resolved, spec = %public_key.spec(), "key opened");
-        Ok(Self { client, key, id, version, resolved, public_key, under_way: Semaphore::new(UNDER_WAY) })
+        Ok(Self { client, key, id, version, resolved, public_key })
     }
 }
 
@@ -122,19 +119,50 @@ impl SigningKey for AlibabaKey {
         if !spec.supports(algorithm) {
             return Err(Error::WrongAlgorithm { key: self.client.uri(), spec, algorithm });
         }
-        let _under_way = self.under_way.acquire().await.expect("the semaphore is never closed");
         let digest = BASE64_STANDARD.encode(digest);
-        // The configuration's names of the algorithms are this KMS's own.
-        let asked =
-            [("KeyId", self.key.as_str()), ("KeyVersionId", &self.version), ("Algorithm", algorithm.name()), ("Digest", &digest)];
-        let answer: SignAnswer = self.client.call("AsymmetricSign", &asked).await?;
-        let is_key = answer.key_id == self.key || self.id.as_ref().is_none_or(|id| *id == answer.key_id);
-        if !is_key || answer.key_version_id != self.version {
-            let now = format!("{}/versions/{}", answer.key_id, answer.key_version_id);
-            return Err(Error::KeyChanged { key: self.client.uri(), was: self.resolved.clone(), now });
-        }
+        let answer: SignAnswer = self.client.call("AsymmetricSign", &self.asked(algorithm, &digest)).await?;
+        self.check_identity(&answer.key_id, &answer.key_version_id)?;
         let signature = BASE64_STANDARD.decode(&answer.value);
         signature.map(RawSignature).map_err(|_| self.client.bad("a signature that is not base64"))
+    }
+
+    async fn dry_run(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<bool, Error> {
+        let digest = BASE64_STANDARD.encode(digest);
+        let asked: Vec<_> = self.asked(algorithm, &digest).into_iter().chain([("DryRun", "true")]).collect();
+        match self.client.call::<SignAnswer>("AsymmetricSign", &asked).await {
+            // That it would have worked is told as an error.
+            Err(failed) if failed.class == Some(Class::DryRun) => Ok(true),
+            Err(failed) => Err(failed.error),
+            Ok(_) => {
+                tracing::debug!(key = %self.client.uri(), "the KMS does not know dry runs, and made a signature");
+                Ok(false)
+            }
+        }
+    }
+
+    async fn verify(&self, algorithm: Algorithm, digest: &[u8; 32], signature: &[u8]) -> Result<Option<bool>, Error> {
+        let (digest, value) = (BASE64_STANDARD.encode(digest), BASE64_STANDARD.encode(signature));
+        let asked: Vec<_> = self.asked(algorithm, &digest).into_iter().chain([("Value", value.as_str())]).collect();
+        let answer: VerifyAnswer = self.client.call("AsymmetricVerify", &asked).await?;
+        self.check_identity(&answer.key_id, &answer.key_version_id)?;
+        Ok(Some(answer.value))
+    }
+}
+
+impl AlibabaKey {
+    /// The configuration's names of the algorithms are this KMS's own.
+    fn asked<'a>(&'a self, algorithm: Algorithm, digest: &'a str) -> [(&'a str, &'a str); 4] {
+        [("KeyId", &self.key), ("KeyVersionId", &self.version), ("Algorithm", algorithm.name()), ("Digest", digest)]
+    }
+
+    /// Whether it was this key that answered.
+    fn check_identity(&self, key_id: &str, key_version_id: &str) -> Result<(), Error> {
+        let is_key = key_id == self.key || self.id.as_ref().is_none_or(|id| id == key_id);
+        if is_key && key_version_id == self.version {
+            return Ok(());
+        }
+        let now = format!("{key_id}/versions/{key_version_id}");
+        Err(Error::KeyChanged { key: self.client.uri(), was: self.resolved.clone(), now })
     }
 }
 
@@ -221,6 +249,14 @@ struct SignAnswer {
     key_id: String,
     key_version_id: String,
     value: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct VerifyAnswer {
+    key_id: String,
+    key_version_id: String,
+    value: bool,
 }
 
 #[derive(Deserialize)]

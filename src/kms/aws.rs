@@ -8,7 +8,6 @@ use async_trait::async_trait;
 use base64::{Engine, prelude::BASE64_STANDARD};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
 
 use super::exchange::Patience;
 use super::fault::Class;
@@ -25,11 +24,7 @@ pub(super) struct AwsKey {
     key: String,
     arn: String,
     public_key: PublicKey,
-    /// Signatures that are asked for at once: more would only queue at the KMS.
-    under_way: Semaphore,
 }
-
-const UNDER_WAY: usize = 16;
 
 impl AwsKey {
     pub(super) async fn open(uri: &KeyUri, clock: Clock, environment: &Environment) -> Result<Self, Error> {
@@ -57,7 +52,7 @@ impl AwsKey {
         }
         let (key, arn) = (key.to_owned(), metadata.arn);
         tracing::info!(key = %client.uri(), arn, spec = %public_key.spec(), "key opened");
-        Ok(Self { client, key, arn, public_key, under_way: Semaphore::new(UNDER_WAY) })
+        Ok(Self { client, key, arn, public_key })
     }
 }
 
@@ -80,13 +75,7 @@ impl SigningKey for AwsKey {
         if !spec.supports(algorithm) {
             return Err(Error::WrongAlgorithm { key: self.client.uri(), spec, algorithm });
         }
-        let _under_way = self.under_way.acquire().await.expect("the semaphore is never closed");
-        let request = SignRequest {
-            key_id: &self.key,
-            message: BASE64_STANDARD.encode(digest),
-            message_type: "DIGEST",
-            signing_algorithm: algorithm_name(algorithm),
-        };
+        let request = self.sign_request(algorithm, digest);
         let answer: SignAnswer = match self.client.call(Operation::Sign, &request).await {
             Ok(answer) => answer,
             // Which state it is, and whether it passes, only the description says.
@@ -113,6 +102,43 @@ impl SigningKey for AwsKey {
         let signature =
             BASE64_STANDARD.decode(&answer.signature).map_err(|_| self.client.bad("a signature that is not base64"))?;
         Ok(RawSignature(signature))
+    }
+
+    async fn dry_run(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<bool, Error> {
+        let request = SignRequest { dry_run: true, ..self.sign_request(algorithm, digest) };
+        match self.client.call::<SignAnswer>(Operation::Sign, &request).await {
+            // That it would have worked is told as an error.
+            Err(failed) if failed.class == Some(Class::DryRun) => Ok(true),
+            Err(failed) => Err(failed.error),
+            Ok(_) => {
+                tracing::debug!(key = %self.client.uri(), "the KMS does not know dry runs, and made a signature");
+                Ok(false)
+            }
+        }
+    }
+
+    async fn verify(&self, algorithm: Algorithm, digest: &[u8; 32], signature: &[u8]) -> Result<Option<bool>, Error> {
+        let request = VerifyRequest { signature: BASE64_STANDARD.encode(signature), of: self.sign_request(algorithm, digest) };
+        match self.client.call::<VerifyAnswer>(Operation::Verify, &request).await {
+            Ok(answer) if answer.key_id != self.arn => {
+                Err(Error::KeyChanged { key: self.client.uri(), was: self.arn.clone(), now: answer.key_id })
+            }
+            Ok(answer) => Ok(Some(answer.signature_valid)),
+            Err(failed) if failed.class == Some(Class::InvalidSignature) => Ok(Some(false)),
+            Err(failed) => Err(failed.error),
+        }
+    }
+}
+
+impl AwsKey {
+    fn sign_request(&self, algorithm: Algorithm, digest: &[u8; 32]) -> SignRequest<'_> {
+        SignRequest {
+            key_id: &self.key,
+            message: BASE64_STANDARD.encode(digest),
+            message_type: "DIGEST",
+            signing_algorithm: algorithm_name(algorithm),
+            dry_run: false,
+        }
     }
 }
 
@@ -181,6 +207,23 @@ struct SignRequest<'a> {
     /// Its default would have the KMS hash the digest again.
     message_type: &'static str,
     signing_algorithm: &'static str,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    dry_run: bool,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct VerifyRequest<'a> {
+    signature: String,
+    #[serde(flatten)]
+    of: SignRequest<'a>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct VerifyAnswer {
+    key_id: String,
+    signature_valid: bool,
 }
 
 #[derive(Deserialize)]

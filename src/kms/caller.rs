@@ -133,6 +133,7 @@ impl<S: Source<Error = CredentialsError>> Caller<S> {
                 );
                 Error::Transient { key, what }
             }
+            Class::DryRun | Class::InvalidSignature => self.bad(format!("to {operation} it says {what}")),
             Class::Garbled => self.bad(format!("it says that {operation} came to it changed: {what}")),
             Class::CredentialsExpired => {
                 Error::Credentials { key, what: format!("the KMS does not know the credentials, or no longer: {what}") }

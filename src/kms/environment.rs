@@ -19,7 +19,8 @@ impl Environment {
         Self::of_all(variables)
     }
 
-    pub(in crate::kms) fn of_all<'a>(variables: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+    /// The same.
+    pub fn of_all<'a>(variables: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
         let variables: Vec<_> = variables.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
         Self(Arc::new(move |asked| variables.iter().find(|(name, _)| name == asked).map(|(_, value)| value.clone())))
     }

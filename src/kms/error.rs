@@ -1,5 +1,7 @@
 use std::{io, sync::Arc, time::Duration};
 
+use jiff::Timestamp;
+
 use super::{Algorithm, KeySpec, KeyUri, PublicKeyError};
 use crate::outcome::{Classify, Verdict};
 
@@ -14,6 +16,16 @@ pub enum Error {
     /// No whole answer came: refused, reset, timed out, cut short.
     #[error("{key}: no answer from the KMS at {at}")]
     Unreachable { key: Arc<KeyUri>, at: String, source: Cause },
+    /// It did not answer several times in a row, and is asked one thing at a time until it does. This was not asked, so it costs an
+    /// event nothing but time.
+    #[error("{key}: the KMS has been away since {since} and was not asked: it is tried again at {next}")]
+    Away {
+        key: Arc<KeyUri>,
+        since: Timestamp,
+        next: Timestamp,
+        /// How long it is until then.
+        after: Duration,
+    },
     /// The KMS answered with a fault of its own, or the key is just being made.
     #[error("{key}: {what}")]
     Transient { key: Arc<KeyUri>, what: String },
@@ -59,6 +71,7 @@ impl Error {
         match self {
             Self::Throttled { .. } => "throttled",
             Self::Unreachable { .. } => "unreachable",
+            Self::Away { .. } => "away",
             Self::Transient { .. } => "transient",
             Self::Denied { .. } => "denied",
             Self::Credentials { .. } => "credentials",
@@ -72,6 +85,11 @@ impl Error {
         }
     }
 
+    /// Whether this says that the KMS as a whole is away. One that throttles or refuses is there.
+    pub(crate) fn is_absence(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Transient { .. })
+    }
+
     /// Whether asking once more at once is worth it: a garbled answer can be a garbled transport.
     pub(crate) fn is_garbled(&self) -> bool {
         matches!(self, Self::BadResponse { .. } | Self::BadSignature { .. })
@@ -82,6 +100,7 @@ impl Classify for Error {
     fn verdict(&self) -> Verdict {
         let cure = match self {
             Self::Throttled { retry_after, .. } => return Verdict::Retry { after: *retry_after, throttled: true },
+            Self::Away { after, .. } => return Verdict::Retry { after: Some(*after), throttled: true },
             Self::Unreachable { .. } | Self::Transient { .. } => return Verdict::TRANSIENT,
             Self::Denied { .. } => {
                 "allow countersign's identity to sign with this key (on AWS: kms:Sign, kms:GetPublicKey and kms:DescribeKey; on Alibaba \

@@ -35,6 +35,10 @@ pub(super) enum Class {
     KeyUnusable,
     NotFound,
     Misconfigured,
+    /// It would have worked, had it not been a dry run.
+    DryRun,
+    /// To a request to verify: the signature is none of the key's.
+    InvalidSignature,
 }
 
 /// What of an error answer is told to people.

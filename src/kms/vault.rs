@@ -14,7 +14,7 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use http::Method;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
-use tokio::{sync::Semaphore, task::JoinSet};
+use tokio::task::JoinSet;
 
 use super::exchange::Patience;
 use super::{Algorithm, Environment, Error, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey};
@@ -34,18 +34,15 @@ pub(super) struct VaultKey {
     version: u32,
     resolved: String,
     public_key: PublicKey,
-    /// Signatures that are asked for at once: more would only queue at the server.
-    under_way: Semaphore,
     /// Renews the token, and ends with the key.
     _keeper: JoinSet<()>,
 }
-
-const UNDER_WAY: usize = 16;
 
 /// API paths, which are also what policies are written for.
 struct Paths {
     key: String,
     sign: String,
+    verify: String,
 }
 
 impl VaultKey {
@@ -67,7 +64,11 @@ impl VaultKey {
         let login = login.map_err(|what| Error::Credentials { key: Arc::clone(&uri), what })?;
         let session = Arc::new(Session::new(Arc::clone(&client), login, environment.clone()));
         let (mount, name) = (&client.place().mount, &reference.key);
-        let paths = Paths { key: format!("{mount}/keys/{name}"), sign: format!("{mount}/sign/{name}/sha2-256") };
+        let paths = Paths {
+            key: format!("{mount}/keys/{name}"),
+            sign: format!("{mount}/sign/{name}/sha2-256"),
+            verify: format!("{mount}/verify/{name}/sha2-256"),
+        };
 
         let opened = async {
             let answer: KeyAnswer = call(&client, &session, &paths.key, "read", None).await?;
@@ -94,8 +95,7 @@ impl VaultKey {
         let mut keeper = JoinSet::new();
         let kept = Arc::clone(&session);
         keeper.spawn(async move { kept.keep().await });
-        let under_way = Semaphore::new(UNDER_WAY);
-        Ok(Self { uri, client, session, paths, version, resolved, public_key, under_way, _keeper: keeper })
+        Ok(Self { uri, client, session, paths, version, resolved, public_key, _keeper: keeper })
     }
 
     async fn ask(&self, body: &Value) -> Result<Signature, Fault> {
@@ -160,7 +160,6 @@ impl SigningKey for VaultKey {
         if !spec.supports(algorithm) {
             return Err(Error::WrongAlgorithm { key: key(), spec, algorithm });
         }
-        let _under_way = self.under_way.acquire().await.expect("the semaphore is never closed");
         let body = sign_request(algorithm, digest, self.version);
         let answer = self.ask(&body).await.map_err(|fault| self.explained(fault).into_error(key(), &self.client.address()))?;
         let bad = |what: &str| Error::BadResponse { key: key(), what: what.to_owned() };
@@ -172,6 +171,17 @@ impl SigningKey for VaultKey {
         }
         let signature = BASE64_STANDARD.decode(signature).map_err(|_| bad("a signature that is not base64"))?;
         Ok(RawSignature(signature))
+    }
+
+    async fn verify(&self, algorithm: Algorithm, digest: &[u8; 32], signature: &[u8]) -> Result<Option<bool>, Error> {
+        let mut body = sign_request(algorithm, digest, self.version);
+        // Here the version is part of the signature.
+        body.as_object_mut().expect("it is one").remove("key_version");
+        body["signature"] = format!("vault:v{}:{}", self.version, BASE64_STANDARD.encode(signature)).into();
+        let answer = call(&self.client, &self.session, &self.paths.verify, "update", Some(&body)).await;
+        let answer: VerifyAnswer =
+            answer.map_err(|fault| self.explained(fault).into_error(Arc::clone(&self.uri), &self.client.address()))?;
+        Ok(Some(answer.data.valid))
     }
 }
 
@@ -275,6 +285,16 @@ impl Description {
 #[derive(Deserialize)]
 struct SignAnswer {
     data: Signature,
+}
+
+#[derive(Deserialize)]
+struct VerifyAnswer {
+    data: Validity,
+}
+
+#[derive(Deserialize)]
+struct Validity {
+    valid: bool,
 }
 
 #[derive(Deserialize)]

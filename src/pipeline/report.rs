@@ -1,6 +1,6 @@
 //! What came of one event, and what its errors together ask for.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use super::DEADLINE;
 use crate::{
@@ -57,6 +57,12 @@ pub enum Error {
         /// There was a line for a witness's key, whose rate or whose KMS asks for patience.
         throttled: bool,
     },
+    #[error("as many events as may wait for witness {witness}: this one comes back in {:.1} s", after.as_secs_f64())]
+    Crowded {
+        witness: String,
+        /// When there should be room.
+        after: Duration,
+    },
     #[error("the body is no push event")]
     NotAnEvent(#[from] event::Error),
     #[error("an authenticated sender sent a body that is no notification")]
@@ -83,6 +89,7 @@ impl Classify for Error {
             Self::Unverified(_) => Verdict::Refuse { cure: "see that the rule's algorithm and the witness's key go together" },
             // Waiting for a push that is on its way is no failure, so it costs no patience.
             Self::Unsettled => Verdict::Retry { after: None, throttled: true },
+            Self::Crowded { after, .. } => Verdict::Retry { after: Some(*after), throttled: true },
             Self::Deadline { throttled } => Verdict::Retry { after: None, throttled: *throttled },
             Self::NoWitness { .. } | Self::Unlisted { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } => {
                 Verdict::TRANSIENT
@@ -116,6 +123,12 @@ pub struct Report {
 impl Report {
     pub(super) fn skipped(skip: Skip) -> Self {
         Self { skip: Some(skip), ..Self::default() }
+    }
+
+    pub(super) fn with_rules(mut self, by_rule: HashMap<String, RuleOutcome>) -> Self {
+        self.rules = by_rule.into_values().collect();
+        self.rules.sort_by(|one, other| one.rule.cmp(&other.rule));
+        self
     }
 
     pub(super) fn failed(error: Error) -> Self {

@@ -11,7 +11,7 @@ use std::{
     pin::pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
     },
     task::Poll,
 };
@@ -46,6 +46,7 @@ pub(crate) struct Key {
     script: Mutex<VecDeque<KeyAnswer>>,
     always_denied: bool,
     slow: Mutex<Duration>,
+    away: AtomicBool,
     pub(crate) calls: AtomicU32,
 }
 
@@ -66,6 +67,9 @@ impl SigningKey for Key {
         if !slow.is_zero() {
             tokio::time::sleep(slow).await;
         }
+        if self.away.load(SeqCst) {
+            return Err(kms::Error::Unreachable { key: key_uri(), at: "kms.test".into(), source: "no answer".into() });
+        }
         let scripted = self.script.lock().unwrap().pop_front();
         match scripted {
             Some(answer) => answer,
@@ -83,7 +87,7 @@ fn denied() -> kms::Error {
     kms::Error::Denied { key: key_uri(), what: "kms:Sign is not allowed".into() }
 }
 
-/// A registry, a queue, a ledger, and two witnesses: `release`, and `denied` whose KMS never lets us.
+/// A registry, a queue, a ledger, and witnesses: `release`, `other`, and `denied` whose KMS never lets us.
 pub(crate) struct House {
     folder: TempDir,
     pub(crate) registry: Fake,
@@ -115,6 +119,7 @@ impl House {
                 script: Mutex::default(),
                 always_denied,
                 slow: Mutex::default(),
+                away: AtomicBool::new(false),
                 calls: AtomicU32::new(0),
             });
             let settings = WitnessSettings {
@@ -132,6 +137,7 @@ impl House {
         };
         let key = open("release", false).await;
         open("denied", true).await;
+        open("other", false).await;
         Self { registry: Fake::start().await, queue: Arc::new(queue), ledger, key, witnesses, folder }
     }
 
@@ -152,18 +158,31 @@ impl House {
         self.registry.store().put("team/app", Some("1.0"), media_type::OCI_MANIFEST, &image(name))
     }
 
+    /// Puts so many images into a repository, and queues the events of their pushes.
+    async fn push_many(&self, repository: &str, count: u32) {
+        for number in 0..count {
+            let (tag, content) = (format!("1.{number}"), image(&format!("{repository} {number}")));
+            let digest = self.registry.store().put(repository, Some(&tag), media_type::OCI_MANIFEST, &content);
+            self.push_to(repository, Some(&tag), &digest, Duration::from_secs(60)).await;
+        }
+    }
+
     /// Queues the event of a push, which came a while ago.
     pub(crate) async fn push(&self, tag: Option<&str>, digest: &Digest) -> String {
         self.push_received(tag, digest, Duration::from_secs(60)).await
     }
 
     async fn push_received(&self, tag: Option<&str>, digest: &Digest, ago: Duration) -> String {
+        self.push_to("team/app", tag, digest, ago).await
+    }
+
+    async fn push_to(&self, repository: &str, tag: Option<&str>, digest: &Digest, ago: Duration) -> String {
         let now = Clock::system().now() - ago;
         let event = PushEvent {
             id: "sender's".into(),
             source: "main".into(),
             registry: NAME.parse().unwrap(),
-            repository: app(),
+            repository: repository.parse().unwrap(),
             tag: tag.map(|tag| tag.parse().unwrap()),
             digest: digest.clone(),
             pushed_at: now,
@@ -831,4 +850,60 @@ async fn a_queue_or_a_ledger_whose_thread_died_ends_the_work_with_an_error() {
     let house = House::new().await;
     let error = house.pipeline(release()).work(&Broken).await.unwrap_err();
     assert!(error.to_string().contains("restart"), "{error}");
+}
+
+/// So many workers until `done` says so.
+async fn work_until(house: &House, pipeline: &Pipeline, workers: usize, done: impl AsyncFn() -> bool) {
+    let working = futures::future::join_all((0..workers).map(|_| pipeline.work(&*house.queue)));
+    let waiting = async {
+        while !done().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(60), async {
+        tokio::select! {
+            ended = working => panic!("the workers ended: {ended:?}"),
+            () = waiting => {}
+        }
+    });
+    in_time.await.expect("it is done in a minute");
+}
+
+fn two_teams() -> Vec<Rule> {
+    vec![rule("team", "release"), Rule { scope: Scope::parse("swift").unwrap(), ..rule("swift", "other") }]
+}
+
+#[tokio::test]
+async fn a_witness_whose_kms_hangs_leaves_the_others_their_workers() {
+    let house = House::new().await;
+    let pipeline = house.pipeline(two_teams()).with_slots(8);
+    *house.key.slow.lock().unwrap() = Duration::from_secs(3600);
+    house.push_many("team/app", 40).await;
+    house.push_many("swift/app", 40).await;
+    work_until(&house, &pipeline, 8, async || house.ledger.sums().await.unwrap().signed == 40).await;
+    let hanging = house.calls();
+    assert!((1..=6).contains(&hanging), "{hanging} of 8 workers hang");
+    // What turned away went back uncounted, and is done when the KMS is there again.
+    *house.key.slow.lock().unwrap() = Duration::ZERO;
+    let done = async || house.ledger.sums().await.unwrap().signed == 80;
+    work_until(&house, &pipeline, 8, done).await;
+}
+
+#[tokio::test]
+async fn a_kms_that_is_away_is_not_asked_by_every_event_and_none_of_them_dies_of_it() {
+    let house = House::new().await;
+    let pipeline = house.pipeline(two_teams()).with_slots(4);
+    house.key.away.store(true, SeqCst);
+    house.push_many("team/app", 30).await;
+    let witness = house.witnesses["release"].clone();
+    work_until(&house, &pipeline, 4, async || witness.status().away.is_some()).await;
+    house.push_many("swift/app", 30).await;
+    work_until(&house, &pipeline, 4, async || house.ledger.sums().await.unwrap().signed == 30).await;
+    let asked = house.calls();
+    assert!(asked <= 5 + 4 + 3, "{asked} calls to a KMS that is away");
+    let looked_up = house.registry.store().asked.iter().filter(|asked| asked.contains("team/app")).count();
+    house.key.away.store(false, SeqCst);
+    work_until(&house, &pipeline, 4, async || house.ledger.sums().await.unwrap().signed == 60).await;
+    assert!(house.dead().await.is_empty());
+    assert!(looked_up < 30 * 4, "{looked_up} requests to the registry for nothing");
 }

@@ -77,6 +77,9 @@ struct Inner {
     signatures: Family<SignatureLabels, Counter>,
     kms_signs: Family<KmsLabels, Counter>,
     kms_sign_seconds: Family<KmsLabels, Histogram, fn() -> Histogram>,
+    kms_calls: Family<CallLabels, Counter>,
+    witness_away: Family<WitnessLabels, Gauge>,
+    witness_went_away: Family<WitnessLabels, Counter>,
     throttle_wait_seconds: Family<WitnessLabels, Histogram, fn() -> Histogram>,
     registry_request_seconds: Family<RequestLabels, Histogram, fn() -> Histogram>,
     event_handling_seconds: Histogram,
@@ -97,6 +100,9 @@ impl Metrics {
             signatures: Family::default(),
             kms_signs: Family::default(),
             kms_sign_seconds: Family::new_with_constructor(request_histogram),
+            kms_calls: Family::default(),
+            witness_away: Family::default(),
+            witness_went_away: Family::default(),
             throttle_wait_seconds: Family::new_with_constructor(request_histogram),
             registry_request_seconds: Family::new_with_constructor(request_histogram),
             event_handling_seconds: request_histogram(),
@@ -143,6 +149,21 @@ impl Metrics {
         let labels = KmsLabels { witness: witness.into(), result };
         self.0.kms_signs.get_or_create(&labels).inc();
         self.0.kms_sign_seconds.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    /// The witness's KMS was asked for something that it may bill: `sign`, `probe` or `get_public_key`.
+    pub fn kms_called(&self, witness: &str, operation: &'static str) {
+        self.0.kms_calls.get_or_create(&CallLabels { witness: witness.into(), operation }).inc();
+    }
+
+    /// Whether the witness's KMS does not answer now and is asked one thing at a time.
+    pub fn kms_away(&self, witness: &str, away: bool) {
+        self.0.witness_away.get_or_create(&WitnessLabels { witness: witness.into() }).set(i64::from(away));
+    }
+
+    /// So many times it stopped answering: once, or not at all, so that the first time is seen as an increase.
+    pub fn kms_went_away(&self, witness: &str, times: u64) {
+        self.0.witness_went_away.get_or_create(&WitnessLabels { witness: witness.into() }).inc_by(times);
     }
 
     /// A signing waited this long for the witness's rate limit.
@@ -225,8 +246,19 @@ impl Inner {
         to.register("kms_signs", "Signatures that keys were asked for", self.kms_signs.clone());
         to.register("kms_sign_seconds", "How long keys took to answer", self.kms_sign_seconds.clone());
         to.register(
+            "kms_calls",
+            "What KMSs were asked for and may bill: signatures, probes, public keys",
+            self.kms_calls.clone(),
+        );
+        to.register(
+            "witness_away",
+            "1 while the witness's KMS does not answer and is asked one thing at a time, else 0",
+            self.witness_away.clone(),
+        );
+        to.register("witness_went_away", "How often a witness's KMS stopped answering", self.witness_went_away.clone());
+        to.register(
             "witness_throttle_wait_seconds",
-            "How long signings waited for their witness's rate limit",
+            "How long signings waited for their witness's rate limit, its KMS's quota, or the calls before them",
             self.throttle_wait_seconds.clone(),
         );
         to.register("registry_request_seconds", "How long registries took to answer", self.registry_request_seconds.clone());
@@ -281,6 +313,12 @@ struct SignatureLabels {
 struct KmsLabels {
     witness: Arc<str>,
     result: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CallLabels {
+    witness: Arc<str>,
+    operation: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]

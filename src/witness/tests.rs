@@ -1,3 +1,5 @@
+mod asking;
+
 use std::{collections::VecDeque, fs, path::Path, sync::Mutex, time::Duration};
 
 use async_trait::async_trait;
@@ -50,6 +52,11 @@ struct Scripted {
     honest: Arc<dyn SigningKey>,
     script: Mutex<VecDeque<Result<RawSignature, kms::Error>>>,
     calls: Mutex<u32>,
+    /// The digests that were to be signed.
+    digests: Mutex<Vec<[u8; 32]>>,
+    dry_runs: Mutex<Option<u32>>,
+    /// Every call fails so after this time.
+    gone: Mutex<Option<Duration>>,
 }
 
 #[async_trait]
@@ -65,18 +72,48 @@ impl SigningKey for Scripted {
     }
     async fn sign(&self, algorithm: Algorithm, digest: &[u8; 32]) -> Result<RawSignature, kms::Error> {
         *self.calls.lock().unwrap() += 1;
+        self.digests.lock().unwrap().push(*digest);
+        let gone = *self.gone.lock().unwrap();
+        if let Some(after) = gone {
+            tokio::time::sleep(after).await;
+            return Err(unreachable());
+        }
         let scripted = self.script.lock().unwrap().pop_front();
         match scripted {
             Some(answer) => answer,
             None => self.honest.sign(algorithm, digest).await,
         }
     }
+    async fn dry_run(&self, _: Algorithm, _: &[u8; 32]) -> Result<bool, kms::Error> {
+        let mut made = self.dry_runs.lock().unwrap();
+        if let Some(made) = &mut *made {
+            *made += 1;
+        }
+        Ok(made.is_some())
+    }
+}
+
+impl Scripted {
+    fn calls(&self) -> u32 {
+        *self.calls.lock().unwrap()
+    }
+}
+
+fn unreachable() -> kms::Error {
+    kms::Error::Unreachable { key: Arc::new(release()), at: "kms.test".into(), source: "timed out".into() }
 }
 
 async fn scripted(folder: &TempDir, script: Vec<Result<RawSignature, kms::Error>>) -> (Witness, Arc<Scripted>) {
     let (uri, _) = generated(folder, &format!("scripted-{}", fastrand::u64(..)));
     let honest = kms::open(&uri, None, clock().0).await.unwrap();
-    let key = Arc::new(Scripted { honest, script: Mutex::new(script.into()), calls: Mutex::new(0) });
+    let key = Arc::new(Scripted {
+        honest,
+        script: Mutex::new(script.into()),
+        calls: Mutex::default(),
+        digests: Mutex::default(),
+        dry_runs: Mutex::default(),
+        gone: Mutex::default(),
+    });
     (Witness::from_key(&settings(uri), key.clone(), clock().0).unwrap(), key)
 }
 

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
     message::Delivery,
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -84,6 +84,35 @@ impl Feed {
                 () = stop.cancelled() => return,
             }
         }
+    }
+
+    /// Whether a broker can be reached, and has the queue; one that would be declared need not be there yet. Changes nothing.
+    pub async fn look(&self) -> Result<(), Error> {
+        let access = (self.access)().map_err(|what| Error::Unavailable { what, source: None })?;
+        let (cut, tracker) = (CancellationToken::new(), TaskTracker::new());
+        let _guard = cut.clone().drop_guard();
+        let mut last = Error::Unavailable { what: "no URL of a broker is configured".to_owned(), source: None };
+        for address in connect::addresses(&access)? {
+            let connection = match connect::open(&address, &self.name, &tracker, &cut).await {
+                Ok(connection) => connection,
+                Err(error) => {
+                    last = error;
+                    continue;
+                }
+            };
+            if self.exchange.is_some() {
+                return Ok(());
+            }
+            let trouble = |error| unavailable(format!("the queue {} cannot be consumed", self.queue), error);
+            let channel = connection.create_channel().await.map_err(trouble)?;
+            let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+            return channel
+                .queue_declare(self.queue.as_str().into(), passive, FieldTable::default())
+                .await
+                .map(drop)
+                .map_err(trouble);
+        }
+        Err(last)
     }
 
     /// The brokers in turn. Ends with the last one's trouble, or when a connection that worked is over.

@@ -13,7 +13,7 @@ use crate::{
     clock::Clock,
     kms::{
         Environment, Error, KeyUri,
-        caller::{self, Caller, no_connection},
+        caller::{self, Caller, Failed, no_connection},
         exchange::Patience,
     },
 };
@@ -67,12 +67,12 @@ impl Client {
     }
 
     /// Calls an operation, as [`Caller::call`] has it.
-    pub(super) async fn call<A: DeserializeOwned>(&self, action: &'static str, parameters: &[(&str, &str)]) -> Result<A, Error> {
+    pub(super) async fn call<A: DeserializeOwned>(&self, action: &'static str, parameters: &[(&str, &str)]) -> Result<A, Failed> {
         let call = Call { endpoint: self.caller.endpoint(), action, version: VERSION, parameters };
         let called = self.caller.call(action, |credentials, time| {
             let (url, headers) = call.signed(credentials, time, &nonce());
             Ok(self.caller.http().post(url).headers(headers))
         });
-        called.await.map_err(Error::from)
+        called.await
     }
 }

@@ -47,6 +47,7 @@ fn classify_family(status: StatusCode, family: &str) -> Class {
         | "SerivceUnavailableTemporary"
         | "Timeout" => Class::Transient,
         "SignatureNonceUsed" => Class::Nonce,
+        "DryRunOperationError" => Class::DryRun,
         "InvalidTimeStamp" | "IllegalTimestamp" => Class::Clock,
         "SignatureDoesNotMatch"
         | "InvalidSignature"
@@ -90,6 +91,7 @@ mod tests {
             (503, "ServiceUnavailableTemporary", Class::Transient),
             (503, "SerivceUnavailableTemporary", Class::Transient),
             (400, "SignatureNonceUsed", Class::Nonce),
+            (400, "DryRunOperationError", Class::DryRun),
             (400, "InvalidSecurityToken.Expired", Class::CredentialsExpired),
             (400, "InvalidSecurityToken.Malformed", Class::CredentialsExpired),
             (404, "InvalidAccessKeyId.NotFound", Class::CredentialsExpired),

@@ -33,6 +33,7 @@ pub(super) enum Operation {
     DescribeKey,
     GetPublicKey,
     Sign,
+    Verify,
 }
 
 impl Client {
@@ -85,6 +86,7 @@ impl Operation {
             Self::DescribeKey => "TrentService.DescribeKey",
             Self::GetPublicKey => "TrentService.GetPublicKey",
             Self::Sign => "TrentService.Sign",
+            Self::Verify => "TrentService.Verify",
         }
     }
 }

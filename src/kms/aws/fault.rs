@@ -62,6 +62,8 @@ fn classify(status: StatusCode, code: &str, message: &str) -> Class {
         "AccessDeniedException" | "AccessDenied" | "OptInRequired" | "NotAuthorized" => Class::Denied,
         "KMSInvalidStateException" => Class::InvalidState,
         "DisabledException" | "InvalidKeyUsageException" | "UnsupportedOperationException" => Class::KeyUnusable,
+        "DryRunOperationException" => Class::DryRun,
+        "KMSInvalidSignatureException" => Class::InvalidSignature,
         "NotFoundException" | "InvalidArnException" => Class::NotFound,
         "ValidationException" | "SerializationException" => Class::Misconfigured,
         _ => Class::of_status(status),
@@ -127,6 +129,8 @@ mod tests {
             ("InvalidArnException", Class::NotFound),
             ("ValidationException", Class::Misconfigured),
             ("SerializationException", Class::Misconfigured),
+            ("DryRunOperationException", Class::DryRun),
+            ("KMSInvalidSignatureException", Class::InvalidSignature),
             ("SomethingNewException", Class::Misconfigured),
         ] {
             assert_eq!(class(400, &format!(r#"{{"__type":"{code}","message":"m"}}"#)), expected, "{code}");

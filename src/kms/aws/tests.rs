@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     clock::ManualClock,
     outcome::{Classify, Verdict},
-    witness::{Witness, WitnessSettings},
+    witness::{Probed, Witness, WitnessSettings},
 };
 use fake::{ACCESS_KEY, EC_ARN, Fake, Fault, REGION, RSA_ARN, SECRET_KEY};
 
@@ -366,13 +366,46 @@ async fn a_kms_that_complains_of_the_time_without_reason_is_asked_once() {
 }
 
 #[tokio::test]
-async fn no_more_than_sixteen_signatures_of_a_key_are_asked_for_at_once() {
+async fn no_more_than_sixteen_calls_of_a_witness_are_under_way_at_once() {
     let scene = Scene::set().await;
-    let key = scene.opened("alias/ec").await;
+    let witness = scene.witness("alias/ec").await;
     scene.kms.set_delay(Duration::from_millis(20));
-    let signed = join_all((0..64).map(|_| key.sign(Algorithm::EcdsaSha256, &DIGEST))).await;
+    let signed = join_all((0..64).map(|_| witness.sign(Algorithm::EcdsaSha256, &DIGEST))).await;
     assert!(signed.iter().all(Result::is_ok));
-    assert_eq!(scene.kms.most_under_way(), UNDER_WAY);
+    assert_eq!(scene.kms.most_under_way(), 16);
+}
+
+#[tokio::test]
+async fn a_dry_run_tells_what_a_signature_would_and_makes_none() {
+    let scene = Scene::set().await;
+    let witness = scene.witness("alias/ec").await;
+    scene.kms.requests();
+    assert_eq!(witness.probe(Algorithm::EcdsaSha256).await.unwrap(), Probed::DryRun);
+    assert_eq!(scene.kms.requests(), ["Sign"]);
+    scene.kms.set_state("Disabled");
+    let error = witness.probe(Algorithm::EcdsaSha256).await.unwrap_err();
+    assert!(matches!(error, Error::KeyUnusable { .. }), "{error}");
+    // A signature is never asked for so, and an answer as if it had been is none.
+    scene.kms.set_state("Enabled");
+    scene.kms.then([Fault::Error { status: 412, code: "DryRunOperationException", message: "dry", retry_after: None }]);
+    let error = witness.sign(Algorithm::EcdsaSha256, &DIGEST).await;
+    assert!(error.is_ok(), "a garbled answer is asked for once more: {error:?}");
+}
+
+#[tokio::test]
+async fn the_kms_verifies_where_it_is_asked_to() {
+    let scene = Scene::set().await;
+    for (name, algorithm) in [("alias/rsa", Algorithm::RsaPkcs1Sha256), ("alias/ec", Algorithm::EcdsaSha256)] {
+        let key = scene.opened(name).await;
+        let signature = key.sign(algorithm, &DIGEST).await.unwrap();
+        assert_eq!(key.verify(algorithm, &DIGEST, signature.as_ref()).await.unwrap(), Some(true));
+        assert_eq!(key.verify(algorithm, &[8; 32], signature.as_ref()).await.unwrap(), Some(false));
+        assert_eq!(scene.kms.requests(), ["Sign", "Verify", "Verify"]);
+        scene.kms.then([Fault::OtherArn("arn:aws:kms:us-east-1:000000000000:key/other")]);
+        let error = key.verify(algorithm, &DIGEST, signature.as_ref()).await.unwrap_err();
+        assert!(matches!(error, Error::KeyChanged { .. }), "{error}");
+        scene.kms.requests();
+    }
 }
 
 #[tokio::test]

@@ -264,16 +264,6 @@ async fn a_login_that_gives_no_token_is_refused() {
 }
 
 #[tokio::test]
-async fn no_more_than_sixteen_signatures_of_a_key_are_asked_for_at_once() {
-    let fake = Fake::start().await;
-    let key = opened(&fake).await;
-    fake.set_delay(Duration::from_millis(20));
-    let signed = join_all((0..64).map(|_| sign(&key))).await;
-    assert!(signed.iter().all(Result::is_ok));
-    assert_eq!(fake.most_under_way(), UNDER_WAY);
-}
-
-#[tokio::test]
 async fn what_a_server_repeats_of_a_request_is_not_told() {
     let fake = Fake::start().await;
     fake.then([Wrong::error(400, "you sent the-secret-id")]);

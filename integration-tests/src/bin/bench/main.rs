@@ -10,6 +10,8 @@ mod broker;
 mod cosign;
 mod dead_letters;
 mod events;
+#[cfg(feature = "kms")]
+mod kms;
 mod latency;
 mod memory;
 mod meter;
@@ -30,12 +32,16 @@ use integration_tests::{daemon, process};
 
 use crate::report::{load_average, summary, target};
 
+#[cfg(feature = "kms")]
+const PARTS: [&str; 11] =
+    ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign", "admission", "kms"];
+#[cfg(not(feature = "kms"))]
 const PARTS: [&str; 10] =
     ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign", "admission"];
 const USAGE: &str = "usage: bench [--quick] [--only NAME]...
   --quick       small numbers and one round, to see that it works
   --only NAME   only this part: signing, requests, latency, events, memory, rules, rabbitmq,
-                dead-letters, cosign or admission";
+                dead-letters, cosign, admission or, with the feature kms, kms";
 
 /// How much of it.
 #[derive(Debug, Clone, Copy)]
@@ -83,6 +89,8 @@ async fn main() -> Result<ExitCode> {
             "dead-letters" => dead_letters::measure(scale).await,
             "cosign" => cosign::measure(scale).await,
             "admission" => admission::measure(scale).await,
+            #[cfg(feature = "kms")]
+            "kms" => kms::measure(scale).await,
             other => unreachable!("{other} is no part"),
         };
         tables.push(table.with_context(|| format!("measure {part}"))?);

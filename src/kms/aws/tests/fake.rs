@@ -32,7 +32,7 @@ use rsa::pkcs8::SecretDocument;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use crate::kms::{KeySpec, PublicKey};
+use crate::kms::{Algorithm, KeySpec, PublicKey};
 
 pub(super) const ACCESS_KEY: &str = "AKIDEXAMPLE";
 pub(super) const SECRET_KEY: &str = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY";
@@ -307,10 +307,27 @@ impl Served {
                 if request["MessageType"] != "DIGEST" || digest.len() != 32 {
                     return refuse("ValidationException", "a DIGEST of 32 bytes is wanted");
                 }
+                if request["DryRun"] == true {
+                    return Err(Refusal(412, "DryRunOperationException", "the DryRun parameter was specified".to_owned()));
+                }
                 let key = if matches!(fault, Some(Fault::WrongKey)) { self.other } else { key };
                 let signature = BASE64_STANDARD.encode(key.sign(algorithm, &digest, fault));
                 let algorithm = if matches!(fault, Some(Fault::OtherAlgorithm)) { "RSASSA_PSS_SHA_512" } else { algorithm };
                 Ok(json!({ "KeyId": arn, "Signature": signature, "SigningAlgorithm": algorithm }))
+            }
+            "TrentService.Verify" => {
+                let text = |name: &str| BASE64_STANDARD.decode(request[name].as_str().unwrap()).unwrap();
+                assert_eq!(request["MessageType"], "DIGEST");
+                let algorithm = match request["SigningAlgorithm"].as_str().unwrap() {
+                    "RSASSA_PKCS1_V1_5_SHA_256" => Algorithm::RsaPkcs1Sha256,
+                    "RSASSA_PSS_SHA_256" => Algorithm::RsaPssSha256,
+                    _ => Algorithm::EcdsaSha256,
+                };
+                let digest = text("Message").try_into().unwrap();
+                if key.public.verify(algorithm, &digest, &text("Signature")).is_err() {
+                    return refuse("KMSInvalidSignatureException", "");
+                }
+                Ok(json!({ "KeyId": arn, "SignatureValid": true, "SigningAlgorithm": request["SigningAlgorithm"] }))
             }
             _ => refuse("UnknownOperationException", operation),
         }

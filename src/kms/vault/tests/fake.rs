@@ -5,9 +5,8 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
@@ -69,9 +68,6 @@ struct Served {
     logins: AtomicU64,
     /// Tokens of logins up to this one are revoked.
     revoked: AtomicU64,
-    under_way: AtomicUsize,
-    most_under_way: AtomicUsize,
-    delay: Mutex<Duration>,
     key: EcdsaKeyPair,
 }
 
@@ -92,9 +88,6 @@ impl Fake {
             refuses_logins: Mutex::default(),
             logins: AtomicU64::new(0),
             revoked: AtomicU64::new(0),
-            under_way: AtomicUsize::new(0),
-            most_under_way: AtomicUsize::new(0),
-            delay: Mutex::default(),
             key: EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, document.as_bytes()).unwrap(),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -146,31 +139,17 @@ impl Fake {
     pub(super) fn refuse_logins(&self) {
         *self.state.refuses_logins.lock().unwrap() = true;
     }
-
-    pub(super) fn set_delay(&self, delay: Duration) {
-        *self.state.delay.lock().unwrap() = delay;
-    }
-
-    pub(super) fn most_under_way(&self) -> usize {
-        self.state.most_under_way.load(Ordering::SeqCst)
-    }
 }
 
 async fn serve(State(served): State<Arc<Served>>, method: Method, uri: Uri, headers: HeaderMap, body: Bytes) -> Response {
     served.requests.lock().unwrap().push(format!("{method} {}", uri.path()));
     served.headers.lock().unwrap().push(headers.clone());
     served.came.notify_waiters();
-    let now = served.under_way.fetch_add(1, Ordering::SeqCst) + 1;
-    served.most_under_way.fetch_max(now, Ordering::SeqCst);
-    let delay = *served.delay.lock().unwrap();
-    tokio::time::sleep(delay).await;
     let fault = served.script.lock().unwrap().pop_front();
-    let response = match fault {
+    match fault {
         None | Some(Fault::Nothing) => served.answer(&uri, &headers, &body),
         Some(fault) => go_wrong(fault),
-    };
-    served.under_way.fetch_sub(1, Ordering::SeqCst);
-    response
+    }
 }
 
 impl Served {
