@@ -201,6 +201,7 @@ kubernetes() {
     unpack trixie kubectl kubectl
     debian_packages dpkg-dev gcc libc6-dev make jq rsync
     unpack bookworm golang golang-1.19-go golang-1.19-src
+    unpack bookworm reflect2 golang-github-modern-go-reflect2-dev
     wrap etcd '"$here/etcd/usr/bin/etcd"'
     wrap kubectl '"$here/kubectl/usr/bin/kubectl"'
     say kube-apiserver "building it from source (6 minutes, once)"
@@ -212,6 +213,10 @@ kubernetes() {
     (cd "$place" && apt-get "${options[@]}" source --download-only kubernetes) || fail "apt-get cannot download the source of kubernetes"
     mkdir "$place/source"
     tar xzf "$place"/kubernetes_*.orig.tar.gz -C "$place/source" --strip-components 1
+    # What the source has reads maps as Go did before 1.18: the server would crash at the first object that a webhook changes.
+    local reflect2=github.com/modern-go/reflect2
+    rm -r "$place/source/vendor/$reflect2"
+    cp -r "$tools/reflect2/usr/share/gocode/src/$reflect2" "$place/source/vendor/$reflect2"
     ln -s "$place/source" "$place/go/src/k8s.io/kubernetes"
     go=$tools/golang/usr/lib/go-1.19
     # Debian's Go looks for its sources where they would be installed.
@@ -223,7 +228,7 @@ kubernetes() {
         make WHAT=cmd/kube-apiserver > "$place/log" 2>&1 && mv _output/local/go/bin/kube-apiserver "$tools/bin/") ||
         fail "kube-apiserver cannot be built:" "$(tail -n 20 "$place/log")"
     chmod -R u+w "$place"
-    rm -rf "${tools:?}/golang"
+    rm -rf "${tools:?}/golang" "$tools/reflect2"
 }
 
 # --- What comes from Python's and Rust's registries ------------------------------------------------------------------
