@@ -43,6 +43,8 @@ check: ## format, lints, documentation, licences and advisories of dependencies
 	@$(INSTALL) cargo-deny
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	@# Those that `make test` leaves out are no targets to it.
+	cargo clippy --package integration-tests --test cluster --test image --test partition -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps
 	.tools/bin/cargo-deny --all-features check --hide-inclusion-graph bans licenses sources
 	@if timeout 120 .tools/bin/cargo-deny fetch db > /dev/null 2>&1; then \

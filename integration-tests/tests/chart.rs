@@ -54,7 +54,10 @@ fn another_namespace_and_other_values_are_everywhere_that_they_belong() -> Resul
     assert_eq!(hook["rules"][3], json!({"apiGroups": ["example.com"], "resources": ["rollouts"]}));
     let pod = &rendered["Deployment"]["spec"]["template"]["spec"];
     assert_eq!(pod["containers"][0]["image"], "r.example.com/countersign@sha256:1");
-    assert_eq!((&pod["imagePullSecrets"][0]["name"], &pod["volumes"][2]["secret"]["secretName"]), (&json!("login"), &json!("login")));
+    assert_eq!(
+        (&pod["imagePullSecrets"][0]["name"], &pod["volumes"][2]["secret"]["secretName"]),
+        (&json!("login"), &json!("login"))
+    );
 
     let before = |rendered: &Objects| rendered["Deployment"]["spec"]["template"]["metadata"]["annotations"].clone();
     let changed = render("guard", &[&values[..], &["publicKeys.other=PEM"]].concat())?;
@@ -77,8 +80,7 @@ fn render(namespace: &str, values: &[&str]) -> Result<Objects> {
 fn objects(text: &str) -> Result<Objects> {
     let objects: Vec<Value> = serde_saphyr::from_multiple(text)?;
     let count = objects.len();
-    let by_kind: Objects =
-        objects.into_iter().filter_map(|object| Some((object["kind"].as_str()?.to_owned(), object))).collect();
+    let by_kind: Objects = objects.into_iter().filter_map(|object| Some((object["kind"].as_str()?.to_owned(), object))).collect();
     ensure!(by_kind.len() == count, "of some kind there are two, or none: {:?}", by_kind.keys());
     Ok(by_kind)
 }

@@ -35,7 +35,9 @@ impl Scene {
         house.push(&unsigned, "other/app", &["1.0"]).await?;
         house.wait_signed("team/app", &signed.manifest.digest, &["1.0"]).await?;
         let policy = |name: &str, mode: &str| {
-            format!("[[policy]]\nname = \"{name}\"\nwitness = \"release\"\nnamespace = \"{name}\"\nmode = \"{mode}\"\nenabled = true\n")
+            format!(
+                "[[policy]]\nname = \"{name}\"\nwitness = \"release\"\nnamespace = \"{name}\"\nmode = \"{mode}\"\nenabled = true\n"
+            )
         };
         let config = format!(
             "breakglass = {{ groups = [\"oncall\"] }}\n\
@@ -133,9 +135,7 @@ fn kinds(name: &str, image: &str) -> Vec<(Value, &'static str)> {
     init["spec"]["initContainers"] = json!([{"name": "init", "image": image}]);
     let mut objects = vec![(pod(name, image), "/spec/containers/0/image"), (init, "/spec/initContainers/0/image")];
     let selector = json!({"matchLabels": labels});
-    let of = |version: &str, kind: &str, spec: Value| {
-        json!({"apiVersion": version, "kind": kind, "metadata": {"name": name}, "spec": spec})
-    };
+    let of = |version: &str, kind: &str, spec: Value| json!({"apiVersion": version, "kind": kind, "metadata": {"name": name}, "spec": spec});
     for kind in ["Deployment", "ReplicaSet", "DaemonSet"] {
         objects.push((of("apps/v1", kind, json!({"selector": selector, "template": template})), TEMPLATE));
     }
@@ -272,11 +272,14 @@ async fn a_dry_run_warnings_the_audit_log_and_namespaces_that_are_left_out_are_a
     assert_eq!((audited.stdout.as_str(), audited.stderr.as_str()), ("pod/audited created\n", ""));
     let annotation = eventually("it is in the audit log", LIMIT, async || {
         let events = cluster.audited("audited")?;
-        let annotations = events.iter().map(|event| &event["annotations"]);
-        Ok(annotations.filter_map(|of| of[format!("{HOOK}/unmet-audit")].as_str().map(str::to_owned)).next())
+        let mut annotations = events.iter().map(|event| &event["annotations"]);
+        Ok(annotations.find_map(|of| of[format!("{HOOK}/unmet-audit")].as_str().map(str::to_owned)))
     })
     .await?;
-    assert!(annotation.starts_with(&format!("image {tag} is not attested\n  policy audited: it is used by a tag")), "{annotation}");
+    assert!(
+        annotation.starts_with(&format!("image {tag} is not attested\n  policy audited: it is used by a tag")),
+        "{annotation}"
+    );
 
     // The policy is in force there, and the cluster does not ask.
     assert!(!scene.webhook.create("exempt", unsigned).await?.allowed);
@@ -285,6 +288,7 @@ async fn a_dry_run_warnings_the_audit_log_and_namespaces_that_are_left_out_are_a
 }
 
 #[tokio::test]
+#[expect(clippy::disallowed_methods, reason = "the webhook goes by the system's clock")]
 async fn breakglass_is_for_those_who_may() -> Result<()> {
     let scene = Scene::set().await?;
     scene.register().await?;
