@@ -30,10 +30,7 @@ struct Scene {
 impl Scene {
     async fn set() -> Result<Self> {
         let house = House::start(Plan::default()).await?;
-        let (signed, unsigned) = (Image::oci("signed")?, Image::oci("unsigned")?);
-        house.push(&signed, "team/app", &["1.0"]).await?;
-        house.push(&unsigned, "other/app", &["1.0"]).await?;
-        house.wait_signed("team/app", &signed.manifest.digest, &["1.0"]).await?;
+        let (signed, unsigned) = pushed(&house).await?;
         let policy = |name: &str, mode: &str| {
             format!(
                 "[[policy]]\nname = \"{name}\"\nwitness = \"release\"\nnamespace = \"{name}\"\nmode = \"{mode}\"\nenabled = true\n"
@@ -57,14 +54,7 @@ impl Scene {
             cluster.kubectl(&["create", "namespace", namespace]).await?.expect_code(0)?;
         }
         cluster.kubectl(&["label", "namespace", "exempt", "countersign.dev/admission=off"]).await?.expect_code(0)?;
-        Ok(Self {
-            tag: house.reference("team/app", "1.0"),
-            signed: house.reference("team/app", &signed.manifest.digest),
-            unsigned: house.reference("other/app", &unsigned.manifest.digest),
-            cluster,
-            webhook,
-            _house: house,
-        })
+        Ok(Self { tag: house.reference("team/app", "1.0"), signed, unsigned, cluster, webhook, _house: house })
     }
 
     /// As deploy/kubernetes/webhook.yaml has it, and for a kind that the configuration tells it of; but by address, as there is no network
@@ -96,6 +86,16 @@ impl Scene {
         let arguments = ["--namespace=payments", "patch", &named(object), "--type=json", "--patch", &patch];
         self.cluster.kubectl(&arguments).await.map(Some)
     }
+}
+
+/// One image that is signed, and one that is not.
+async fn pushed(house: &House) -> Result<(String, String)> {
+    let (signed, unsigned) = (Image::oci("signed")?, Image::oci("unsigned")?);
+    house.push(&signed, "team/app", &["1.0"]).await?;
+    house.push(&unsigned, "other/app", &["1.0"]).await?;
+    house.wait_signed("team/app", &signed.manifest.digest, &["1.0"]).await?;
+    let reference = |repository: &str, image: &Image| house.reference(repository, &image.manifest.digest);
+    Ok((reference("team/app", &signed), reference("other/app", &unsigned)))
 }
 
 /// The API server hears of webhooks a little later than it has stored them.
@@ -310,12 +310,7 @@ async fn breakglass_is_for_those_who_may() -> Result<()> {
 #[tokio::test]
 async fn what_is_in_deploy_kubernetes_is_taken_by_the_api_server_and_keeps_it_from_running_what_is_not_signed() -> Result<()> {
     let house = House::start(Plan::default()).await?;
-    let (signed, unsigned) = (Image::oci("signed")?, Image::oci("unsigned")?);
-    house.push(&signed, "team/app", &["1.0"]).await?;
-    house.push(&unsigned, "other/app", &["1.0"]).await?;
-    house.wait_signed("team/app", &signed.manifest.digest, &["1.0"]).await?;
-    let signed = house.reference("team/app", &signed.manifest.digest);
-    let unsigned = house.reference("other/app", &unsigned.manifest.digest);
+    let (signed, unsigned) = pushed(&house).await?;
 
     let cluster = Cluster::start().await?;
     let host = house.registry.host();
