@@ -3,14 +3,14 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: help demo test story partition check build image image-test bench fuzz tools
+.PHONY: help demo test story partition cluster-test check build image image-test bench fuzz tools
 
 INSTALL := integration-tests/tools/install.sh
 # Where the tests find countersign; another build of it can be named: make test COUNTERSIGN_BIN=/usr/bin/countersign
 export COUNTERSIGN_BIN ?= $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/debug/countersign
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target words; do printf '  make %-10s %s\n' "$$target" "$$words"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target words; do printf '  make %-12s %s\n' "$$target" "$$words"; done
 
 demo: ## a registry, a key and countersign on this machine: push an image, see it signed and verified (KEEP=1: leave it running)
 	@$(INSTALL) docker-registry cosign3 skopeo
@@ -18,10 +18,10 @@ demo: ## a registry, a key and countersign on this machine: push an image, see i
 	@integration-tests/demo.sh
 
 test: ## every test, the ones beside real registries, verifiers and KMSs included
-	@$(INSTALL) docker-registry cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint
+	@$(INSTALL) docker-registry cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint helm
 	cargo build --workspace
 	cargo test --workspace --no-fail-fast
-	@echo "NOT RUN by this: make partition (root and network namespaces), make story (20,000 events), make image-test (root)"
+	@echo "NOT RUN by this: make partition (root and network namespaces), make story (20,000 events), make image-test (root), make cluster-test (a kube-apiserver built from source)"
 
 story: ## 20,000 events, three replicas and their broker killed at random, with the optimised binary (STORY_EVENTS=… STORY_SEED=…)
 	@$(INSTALL) docker-registry postgresql rabbitmq
@@ -34,10 +34,17 @@ partition: ## a minute without the broker for one of three replicas, each in a n
 	cargo build --workspace
 	cargo test --package integration-tests --test partition -- --nocapture
 
+cluster-test: ## admission asked by a real kube-apiserver, and what kubectl says; deploy/kubernetes in it (builds the server once: 6 minutes)
+	@$(INSTALL) docker-registry kubernetes
+	cargo build --workspace
+	cargo test --package integration-tests --test cluster
+
 check: ## format, lints, documentation, licences and advisories of dependencies
 	@$(INSTALL) cargo-deny
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	@# Those that `make test` leaves out are no targets to it.
+	cargo clippy --package integration-tests --test cluster --test image --test partition -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps
 	.tools/bin/cargo-deny --all-features check --hide-inclusion-graph bans licenses sources
 	@if timeout 120 .tools/bin/cargo-deny fetch db > /dev/null 2>&1; then \

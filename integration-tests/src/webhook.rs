@@ -15,12 +15,16 @@ use tempfile::TempDir;
 use crate::daemon::{self, Metrics, Output, binary};
 use crate::process::{Process, free_port, scratch};
 
+/// What it is called in a cluster that has it as deploy/kubernetes says.
+pub const SERVICE: &str = "countersign-admission.countersign.svc";
+
 /// A running webhook.
 #[derive(Debug)]
 pub struct Webhook {
     process: Process,
     http: reqwest::Client,
     port: u16,
+    bundle: String,
     folder: TempDir,
 }
 
@@ -53,7 +57,7 @@ impl Webhook {
         let probe = format!("https://127.0.0.1:{port}/readyz");
         let ready = || async { http.get(&probe).send().await.is_ok_and(|answer| answer.status().is_success()) };
         process.wait_ready(Duration::from_secs(60), ready).await?;
-        Ok(Self { process, http, port, folder })
+        Ok(Self { process, http, port, bundle: bundle.trim().to_owned(), folder })
     }
 
     /// Writes another configuration and has it read, until it is in force.
@@ -68,6 +72,16 @@ impl Webhook {
             Ok((count(&metrics, "ok") > before).then_some(()))
         })
         .await
+    }
+
+    /// It listens on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// What API servers have as `caBundle`.
+    pub fn bundle(&self) -> &str {
+        &self.bundle
     }
 
     pub fn config(&self) -> PathBuf {
@@ -129,7 +143,8 @@ impl Answer {
 }
 
 fn with_listener(config: &str, port: u16) -> String {
-    format!("[admission]\nlisten = \"127.0.0.1:{port}\"\ntls = {{ folder = \"authority\", names = [\"127.0.0.1\"] }}\n{config}")
+    let names = format!("[\"127.0.0.1\", \"{SERVICE}\"]");
+    format!("[admission]\nlisten = \"127.0.0.1:{port}\"\ntls = {{ folder = \"authority\", names = {names} }}\n{config}")
 }
 
 /// A pod with one container for each image.

