@@ -101,6 +101,7 @@ pub fn rules(config: &Config) -> anyhow::Result<Rules> {
             algorithm: rule.algorithm,
             signature_type: rule.signature_type,
             trigger: rule.trigger,
+            formats: rule.formats.clone(),
             untagged: rule.untagged,
             enabled: rule.enabled,
         })
@@ -135,7 +136,8 @@ fn witness_settings(config: &Config, witness: &config::Witness) -> anyhow::Resul
 
 /// The witness's name with the public keys that are known of it without asking a KMS.
 pub fn trusted_keys(config: &Config, witness: &config::Witness) -> anyhow::Result<(String, TrustedKeys)> {
-    Ok((witness.name.clone(), TrustedKeys::offline(&witness_settings(config, witness)?)?))
+    let takes_pss = config.rules.iter().any(|rule| rule.witness == witness.name && rule.allow_unreadable);
+    Ok((witness.name.clone(), TrustedKeys::offline(&witness_settings(config, witness)?)?.taking_pss(takes_pss)))
 }
 
 /// The same, as verification takes it.

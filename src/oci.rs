@@ -5,6 +5,8 @@
 //!
 //! Grammar: OCI distribution-spec 1.1, "Pulling manifests", and distribution/reference for host names.
 
+pub(crate) mod document;
+
 use std::{fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -173,6 +175,14 @@ impl Tag {
     #[must_use]
     pub fn cosign_signatures(digest: &Digest) -> Option<Self> {
         (digest.algorithm() == "sha256").then(|| Self(format!("sha256-{}.sig", digest.encoded()).into()))
+    }
+
+    /// The tag under which the index of `digest`'s referrers is kept in registries without the referrers API: OCI
+    /// distribution-spec 1.1, "Referrers Tag Schema".
+    #[must_use]
+    pub fn referrers(digest: &Digest) -> Self {
+        let encoded = &digest.encoded()[..digest.encoded().len().min(64)];
+        Self(format!("{}-{encoded}", digest.algorithm()).into())
     }
 
     /// Whether this tag is where signers keep what belongs to another manifest: signatures (`.sig`), attestations
@@ -391,6 +401,8 @@ pub mod media_type {
     pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
     pub const DOCKER_MANIFEST_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
     pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+    /// Of the blob `{}`, where nothing is to be said: OCI image-spec 1.1, "Guidance for an Empty Descriptor".
+    pub const OCI_EMPTY: &str = "application/vnd.oci.empty.v1+json";
 
     /// Sent with every manifest request, in one line: without it distribution 2.8 answers 404 for a manifest that is there.
     pub const ACCEPT_MANIFESTS: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \

@@ -27,7 +27,6 @@ use crate::{
     outcome::{Classify, Outcome, Skip, Verdict},
     registry::Registry,
     rule::{Matches, Occasion, Rule, Rules, Trigger},
-    signature::Format,
     subject::{self, Located, TagState},
     telemetry::Metrics,
     witness::Witness,
@@ -260,7 +259,7 @@ impl Pipeline {
             Located::Attachment => return Ok(Report::skipped(Skip::Attachment)),
             Located::Missing => return Ok(Report::skipped(Skip::NotFound)),
         };
-        let Plan { targets, skipped, unwitnessed } = plan::plan(&image, &matched, &setup.witnesses);
+        let Plan { targets, skipped, unwitnessed } = plan::plan(&image, event.pushed_at, &matched, &setup.witnesses);
         let desk = Desk { registry, ledger: &self.ledger, turns: &self.turns, clock: &self.clock, message_id, located, deadline };
         let work: Vec<_> = targets.iter().map(|target| desk.see_to(target)).collect();
         let done: Vec<_> = stream::iter(work).buffered(DIGESTS_AT_ONCE).collect().await;
@@ -286,10 +285,10 @@ impl Pipeline {
                 report.signatures.push(SignatureResult {
                     rule: wanted.rules.first().map(|rule| rule.name.clone()).unwrap_or_default(),
                     witness: wanted.witness.name().to_owned(),
-                    format: Format::Cosign.name(),
+                    format: wanted.prepared.format().name(),
                     digest: target.subject.digest().clone(),
-                    reference: wanted.prepared.reference().clone(),
-                    payload_sha256: *wanted.prepared.payload_sha256(),
+                    reference: target.reference(wanted),
+                    payload_sha256: *wanted.prepared.sha256(),
                     state,
                 });
             }

@@ -18,6 +18,7 @@ mod error;
 mod flight;
 mod listing;
 mod manifest;
+mod referrers;
 mod transport;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -36,6 +37,7 @@ use transport::{Call, ERROR_LIMIT, Outgoing};
 pub use error::{Account, At, Broken, Error, Reported};
 pub(crate) use flight::Flights;
 pub use manifest::Manifest;
+pub use referrers::{IndexError, Referrers, ReferrersIndex};
 
 use crate::oci::{Digest, RegistryName, Repository, Tag};
 
@@ -148,6 +150,7 @@ struct Shared {
     timeouts: Timeouts,
     authenticator: Authenticator,
     blobs: Blobs,
+    referrers: referrers::Knowledge,
     observer: Option<Observer>,
 }
 
@@ -188,7 +191,8 @@ impl Registry {
         let client = connect::client(&settings, proxies).map_err(wrong)?;
         let Settings { name, timeouts, observer, .. } = settings;
         let blobs = Blobs::new();
-        Ok(Self(Arc::new(Shared { name, origin, base, client, timeouts, authenticator, blobs, observer })))
+        let referrers = referrers::Knowledge::default();
+        Ok(Self(Arc::new(Shared { name, origin, base, client, timeouts, authenticator, blobs, referrers, observer })))
     }
 
     /// The registry's name in image references.
@@ -275,6 +279,9 @@ impl Registry {
         let answer = self.exchange(&call, Outgoing::new(Method::PUT, url).with_content(media_type, content), ERROR_LIMIT).await?;
         if answer.status != StatusCode::CREATED {
             return Err(self.write_failure(&call, &answer));
+        }
+        if answer.header("oci-subject").is_some() {
+            self.0.referrers.heard_of_subject();
         }
         self.check_claim(&call, &answer, &digest)
     }

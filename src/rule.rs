@@ -14,6 +14,7 @@ use crate::{
     kms::Algorithm,
     oci::{RegistryName, Repository, Tag},
     outcome::Skip,
+    signature::Format,
 };
 
 /// What is signed, by whom, and how: one `[[rule]]` of the configuration.
@@ -32,6 +33,8 @@ pub struct Rule {
     pub algorithm: Algorithm,
     pub signature_type: SignatureType,
     pub trigger: Trigger,
+    /// How each signature is written: every way, side by side.
+    pub formats: Vec<Format>,
     /// Whether what is pushed by digest alone is signed too.
     pub untagged: bool,
     pub enabled: bool,
@@ -364,6 +367,7 @@ mod tests {
             algorithm: Algorithm::EcdsaSha256,
             signature_type: SignatureType::Default,
             trigger: Trigger::Automatic,
+            formats: vec![Format::Cosign],
             untagged: false,
             enabled: true,
         }

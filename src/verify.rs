@@ -1,28 +1,26 @@
 //! Signatures in, `Verified` or the reason out. The pipeline, the command line and admission share this one road.
 //!
-//! A claim is what a stored artifact says. None of it is believed before the signature over it verifies under a key of
+//! A [`Claim`] is what a stored artifact says, whichever its format. None of it is believed before the signature over it verifies under a key of
 //! a configured witness; what the payload then says is compared with what was asked for.
 
 mod image;
 pub mod notation;
+mod stored;
 
 use std::fmt;
 
-use bytes::Bytes;
 use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
     kms::{Algorithm, KeySpec, PublicKey},
     oci::{Digest, Reference},
-    signature::{
-        self as format,
-        cosign::{Layer, Statement},
-    },
+    signature::{self, Artifact, Claim, Format},
     witness::{Signed, Standing, TrustedKeys, Witness},
 };
 
 pub use image::{Examination, Examined, Judgement, examine};
+pub(crate) use stored::{Stored, read_referrer};
 
 /// A witness, and the public keys whose signatures count as its own.
 #[derive(Debug, Clone, Copy)]
@@ -40,15 +38,25 @@ pub struct Wanted {
     pub reference: Reference,
 }
 
-/// A signature that stands: by whom, over what. Only [`signature`] and [`fresh`] make it.
+/// A signature that stands: by whom, over what. Only [`signature`] makes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Verified {
     witness: String,
     /// SHA-256 of the key's `SubjectPublicKeyInfo`, lower-case hex.
     key: String,
-    reference: String,
+    reference: Option<String>,
     #[serde(skip)]
-    layer: Layer,
+    evidence: Evidence,
+}
+
+/// What a key signed, and how: for a KMS to verify once more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Evidence {
+    pub algorithm: Algorithm,
+    /// Of what was signed.
+    pub sha256: [u8; 32],
+    /// PKCS#1 or PSS octets, or an ASN.1 `ECDSA-Sig-Value`.
+    pub signature: Vec<u8>,
 }
 
 impl Verified {
@@ -60,18 +68,23 @@ impl Verified {
         &self.key
     }
 
-    /// The reference that was signed.
-    pub fn reference(&self) -> &str {
-        &self.reference
+    /// The reference that was signed; None if the digest was signed alone, whatever it is called.
+    pub fn reference(&self) -> Option<&str> {
+        self.reference.as_deref()
     }
 
-    pub fn layer(&self) -> &Layer {
-        &self.layer
+    pub fn evidence(&self) -> &Evidence {
+        &self.evidence
     }
+}
 
-    /// The SHA-256 of what was signed and the signature over it, for a KMS to verify once more by [`cosign_algorithm`].
-    pub fn evidence(&self) -> Option<([u8; 32], &[u8])> {
-        Some((self.layer.payload_sha256()?, self.layer.signature()))
+/// What may be written: an artifact whose signature was judged as it will be when it is read. Only [`fresh`] makes it.
+#[derive(Debug, Clone)]
+pub struct Fresh(Artifact);
+
+impl Fresh {
+    pub fn artifact(&self) -> &Artifact {
+        &self.0
     }
 }
 
@@ -82,7 +95,7 @@ pub enum Rejection {
     UnknownKey,
     #[error("its payload is missing from the registry or has other bytes than its digest says")]
     NoPayload,
-    #[error("its payload is none that verifiers take: {0}")]
+    #[error("what it says is nothing that verifiers take: {0}")]
     Malformed(String),
     #[error("it approves another digest, {0}")]
     OtherDigest(Digest),
@@ -93,7 +106,7 @@ pub enum Rejection {
     #[error("witness {witness} revoked its key on {at}: {reason}")]
     Revoked { witness: String, at: Timestamp, reason: String },
     #[error("it is none of notation's signatures that count: {0}")]
-    NotNotation(format::notation::Error),
+    NotNotation(signature::notation::Error),
     #[error("it names the certificate sha256:{thumbprint}, which is none of witness {witness}'s")]
     OtherCertificate { witness: String, thumbprint: String },
     #[error("its certificate is valid only from {not_before} to {not_after}")]
@@ -127,7 +140,7 @@ impl Serialize for Rejection {
     }
 }
 
-/// How signatures in the `cosign` format are made with a key of this kind: what every verifier of a PEM key takes.
+/// How signatures are made with a key of this kind in the formats `cosign` and `bundle`: what every verifier of a PEM key takes.
 #[must_use]
 pub fn cosign_algorithm(spec: KeySpec) -> Algorithm {
     match spec {
@@ -136,23 +149,38 @@ pub fn cosign_algorithm(spec: KeySpec) -> Algorithm {
     }
 }
 
-/// Who made a layer's signature, and whether the key still counts.
+/// The algorithms by which a witness's key of this kind may have signed in this format.
+fn algorithms(format: Format, spec: KeySpec, keys: &TrustedKeys) -> impl Iterator<Item = Algorithm> {
+    let unreadable = format == Format::Cosign && keys.is_pss_taken() && spec.supports(Algorithm::RsaPssSha256);
+    [cosign_algorithm(spec)].into_iter().chain(unreadable.then_some(Algorithm::RsaPssSha256))
+}
+
+/// Who made a signature, and whether the key still counts.
 #[derive(Debug, Clone)]
 pub struct Signer<'a> {
     pub witness: &'a str,
     pub key: &'a PublicKey,
+    pub algorithm: Algorithm,
     pub standing: Standing,
 }
 
-/// The key that made this layer's signature, whether it still counts or not. Needs no payload: the layer names it by its
-/// SHA-256, which is what was signed.
+/// The key that made this signature over this SHA-256, whether it still counts or not.
 #[must_use]
-pub fn signer<'a>(layer: &Layer, trusts: &[Trust<'a>], now: Timestamp) -> Option<Signer<'a>> {
-    let hash = layer.payload_sha256()?;
-    let keys = trusts
-        .iter()
-        .flat_map(|trust| trust.keys.standings(now).map(|(key, standing)| Signer { witness: trust.witness, key, standing }));
-    let mut made_it = keys.filter(|signer| is_signed_by(signer.key, &hash, layer.signature()));
+pub fn signer<'a>(
+    format: Format,
+    sha256: &[u8; 32],
+    signature: &[u8],
+    trusts: &[Trust<'a>],
+    now: Timestamp,
+) -> Option<Signer<'a>> {
+    let mut made_it = trusts.iter().flat_map(|trust| {
+        let made_it = |key: &PublicKey| {
+            algorithms(format, key.spec(), trust.keys).find(|algorithm| key.verify(*algorithm, sha256, signature).is_ok())
+        };
+        trust.keys.standings(now).filter_map(move |(key, standing)| {
+            made_it(key).map(|algorithm| Signer { witness: trust.witness, key, algorithm, standing })
+        })
+    });
     // One key may be several witnesses': a witness for whom it counts comes first.
     let first = made_it.next()?;
     if first.standing == Standing::Counts {
@@ -162,64 +190,57 @@ pub fn signer<'a>(layer: &Layer, trusts: &[Trust<'a>], now: Timestamp) -> Option
     }
 }
 
-/// Whether `signature` is this key's, over this SHA-256, as the `cosign` format has it.
-#[must_use]
-pub fn is_signed_by(key: &PublicKey, payload_sha256: &[u8; 32], signature: &[u8]) -> bool {
-    key.verify(cosign_algorithm(key.spec()), payload_sha256, signature).is_ok()
-}
-
-/// Judges one signature. `payload` are the bytes of the layer's blob; None if they could not be had.
+/// Judges one signature.
 ///
 /// Signatures carry no time that could be trusted, so a key that was revoked or has run out counts for none of them,
 /// older ones included.
 pub fn signature(
-    layer: &Layer,
-    payload: Option<&Bytes>,
+    format: Format,
+    claim: &Claim,
     wanted: &Wanted,
     trusts: &[Trust<'_>],
     now: Timestamp,
 ) -> Result<Verified, Rejection> {
-    let signer = signer(layer, trusts, now).ok_or(Rejection::UnknownKey)?;
-    judge(signer, layer, payload, wanted)
+    let signer = signer(format, &claim.signed_sha256, &claim.signature, trusts, now).ok_or(Rejection::UnknownKey)?;
+    judge(&signer, claim, wanted)
 }
 
-/// The same for a signature that `witness` has just made: it was verified then, and is not again.
+/// The same for a signature that `witness` has just made by `algorithm`: it was verified then, and is not again.
 pub fn fresh(
-    layer: &Layer,
-    payload: &Bytes,
+    artifact: Artifact,
     wanted: &Wanted,
     witness: &Witness,
+    algorithm: Algorithm,
     signed: &Signed,
     now: Timestamp,
-) -> Result<Verified, Rejection> {
+) -> Result<Fresh, Rejection> {
+    let claim = artifact.claim().map_err(Rejection::Malformed)?;
     let key = witness.public_key();
-    let hash = layer.payload_sha256().ok_or(Rejection::UnknownKey)?;
     let standing = witness.trusted_keys().standing(key, now).ok_or(Rejection::UnknownKey)?;
-    if !signed.is(cosign_algorithm(key.spec()), &hash, layer.signature()) {
+    if !signed.is(algorithm, &claim.signed_sha256, &claim.signature) {
         return Err(Rejection::UnknownKey);
     }
-    judge(Signer { witness: witness.name(), key, standing }, layer, Some(payload), wanted)
+    judge(&Signer { witness: witness.name(), key, algorithm, standing }, &claim, wanted)?;
+    Ok(Fresh(artifact))
 }
 
 /// Whether what the signer said is what was asked for, and the signer may still say it.
-fn judge(signer: Signer<'_>, layer: &Layer, payload: Option<&Bytes>, wanted: &Wanted) -> Result<Verified, Rejection> {
-    let payload = payload.filter(|payload| layer.payload().matches(payload)).ok_or(Rejection::NoPayload)?;
-    let statement = Statement::read(payload).map_err(Rejection::Malformed)?;
-    if statement.digest != wanted.digest {
-        return Err(Rejection::OtherDigest(statement.digest));
+fn judge(signer: &Signer<'_>, claim: &Claim, wanted: &Wanted) -> Result<Verified, Rejection> {
+    if !claim.digests.contains(&wanted.digest) {
+        return Err(claim.digests.first().map_or(Rejection::UnknownKey, |other| Rejection::OtherDigest(other.clone())));
     }
     let witness = signer.witness.to_owned();
-    match signer.standing {
+    match &signer.standing {
         Standing::Counts => {}
-        Standing::Ended { until } => return Err(Rejection::Expired { witness, until }),
-        Standing::Revoked { since, reason } => return Err(Rejection::Revoked { witness, at: since, reason }),
+        Standing::Ended { until } => return Err(Rejection::Expired { witness, until: *until }),
+        Standing::Revoked { since, reason } => return Err(Rejection::Revoked { witness, at: *since, reason: reason.clone() }),
     }
     // Last, because some policies take a signature of the digest under any name: all else about it has to be right.
-    if !approves(&statement, wanted) {
-        return Err(Rejection::OtherReference(statement.reference));
+    if let Some(reference) = claim.reference.as_ref().filter(|reference| !approves(reference, wanted)) {
+        return Err(Rejection::OtherReference(reference.clone()));
     }
-    let key = signer.key.fingerprint().to_owned();
-    Ok(Verified { witness, key, reference: statement.reference, layer: layer.clone() })
+    let evidence = Evidence { algorithm: signer.algorithm, sha256: claim.signed_sha256, signature: claim.signature.clone() };
+    Ok(Verified { witness, key: signer.key.fingerprint().to_owned(), reference: claim.reference.clone(), evidence })
 }
 
 /// Whether a signed reference approves the image under the name that was asked for.
@@ -227,8 +248,8 @@ fn judge(signer: Signer<'_>, layer: &Layer, payload: Option<&Bytes>, wanted: &Wa
 /// - `host/repo:tag` approves that tag, and the digest in that repository.
 /// - `host/repo` (cosign's own) approves everything in that repository.
 /// - `anything@digest` (signature type `simple`) approves the digest wherever it is: that is what the type is for.
-fn approves(statement: &Statement, wanted: &Wanted) -> bool {
-    let Ok(signed) = statement.reference.parse::<Reference>() else { return false };
+fn approves(reference: &str, wanted: &Wanted) -> bool {
+    let Ok(signed) = reference.parse::<Reference>() else { return false };
     match (&signed.tag, &signed.digest) {
         (None, Some(digest)) => *digest == wanted.digest,
         (tag, digest) => {
@@ -242,16 +263,24 @@ fn approves(statement: &Statement, wanted: &Wanted) -> bool {
 
 impl fmt::Display for Verified {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "signed by {} as {}", self.witness, self.reference)
+        match &self.reference {
+            Some(reference) => write!(f, "signed by {} as {reference}", self.witness),
+            None => write!(f, "signed by {} as whatever the digest is called", self.witness),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
     use crate::{
         kms::KeyUri,
-        signature::cosign::SignatureManifest,
+        signature::{
+            Prepared, bundle,
+            cosign::{self, SignatureManifest},
+        },
         witness::{TrustedKeySettings, WitnessSettings},
     };
 
@@ -280,18 +309,35 @@ mod tests {
         TrustedKeys::offline(&settings).unwrap()
     }
 
-    fn judge(folder: &str, keys: &TrustedKeys, reference: &str, digest: &str) -> Result<Verified, Rejection> {
+    /// What the vector says, in either format.
+    fn claim(folder: &str) -> Result<(Format, Claim), Rejection> {
+        if folder.starts_with("B-") {
+            return bundle::read(&vector(folder, "bundle.json"))
+                .map(|claim| (Format::Bundle, claim))
+                .map_err(Rejection::Malformed);
+        }
         let manifest = SignatureManifest::read(crate::oci::media_type::OCI_MANIFEST, &vector(folder, "manifest.json")).unwrap();
+        let claim = manifest.layers()[0].claim(&vector(folder, "payload.json"));
+        claim.map(|claim| (Format::Cosign, claim)).map_err(Rejection::Malformed)
+    }
+
+    fn judge(folder: &str, keys: &TrustedKeys, reference: &str, digest: &str) -> Result<Verified, Rejection> {
         let wanted = Wanted { digest: digest.parse().unwrap(), reference: reference.parse().unwrap() };
-        let payload = Bytes::from(vector(folder, "payload.json"));
         let now = "2026-11-21T09:00:00Z".parse().unwrap();
-        signature(&manifest.layers()[0], Some(&payload), &wanted, &[Trust { witness: "release", keys }], now)
+        let (format, claim) = claim(folder)?;
+        signature(format, &claim, &wanted, &[Trust { witness: "release", keys }], now)
     }
 
     #[test]
     fn the_vectors_that_other_verifiers_accept_are_accepted_and_the_others_refused() {
         let (rsa, p256) = (keys("rsa2048", None, None), keys("p256", None, None));
-        for (folder, keys) in [("A-rsa-pkcs1", &rsa), ("A-ecdsa-p256", &p256), ("A-repo-only-rsa-pkcs1", &rsa)] {
+        for (folder, keys) in [
+            ("A-rsa-pkcs1", &rsa),
+            ("A-ecdsa-p256", &p256),
+            ("A-repo-only-rsa-pkcs1", &rsa),
+            ("B-rsa-pkcs1", &rsa),
+            ("B-ecdsa-p256", &p256),
+        ] {
             let verified = judge(folder, keys, REFERENCE, IMAGE).unwrap_or_else(|rejection| panic!("{folder}: {rejection}"));
             assert_eq!(verified.witness(), "release");
         }
@@ -300,10 +346,30 @@ mod tests {
             ("A-ecdsa-p256", "unknown_key"),
             ("A-tampered-signature", "unknown_key"),
             ("A-wrong-digest", "other_digest"),
+            ("B-rsa-pss", "unknown_key"),
+            ("B-ecdsa-p256", "unknown_key"),
+            ("B-tampered-signature", "unknown_key"),
         ] {
             assert_eq!(judge(folder, &rsa, REFERENCE, IMAGE).unwrap_err().name(), expected, "{folder}");
         }
         assert!(judge("A-tampered-payload", &rsa, REFERENCE, IMAGE).is_err());
+    }
+
+    #[test]
+    fn pss_under_the_signature_tag_counts_only_where_a_rule_insists_on_it() {
+        let insisted = keys("rsa2048", None, None).taking_pss(true);
+        assert!(judge("A-rsa-pss", &insisted, REFERENCE, IMAGE).is_ok());
+        assert!(judge("A-rsa-pkcs1", &insisted, REFERENCE, IMAGE).is_ok());
+        assert_eq!(judge("B-rsa-pss", &insisted, REFERENCE, IMAGE).unwrap_err().name(), "unknown_key");
+    }
+
+    #[test]
+    fn a_bundle_counts_for_its_digest_whatever_that_is_called() {
+        let rsa = keys("rsa2048", None, None);
+        let verified = judge("B-rsa-pkcs1", &rsa, "mirror.example.com/other/app:any", IMAGE).unwrap();
+        assert_eq!((verified.witness(), verified.reference()), ("release", None));
+        let other = format!("sha256:{}", "0".repeat(64));
+        assert_eq!(judge("B-rsa-pkcs1", &rsa, REFERENCE, &other).unwrap_err().name(), "other_digest");
     }
 
     #[test]
@@ -328,10 +394,9 @@ mod tests {
     #[test]
     fn a_simple_signature_counts_wherever_the_digest_is() {
         let wanted = |reference: &str| Wanted { digest: IMAGE.parse().unwrap(), reference: reference.parse().unwrap() };
-        let statement = |reference: String| Statement { reference, digest: IMAGE.parse().unwrap() };
-        let simple = statement(format!("registry.example.com/team/app@{IMAGE}"));
+        let simple = format!("registry.example.com/team/app@{IMAGE}");
         assert!(approves(&simple, &wanted("mirror.example.com/copy:any")));
-        let other = statement(format!("registry.example.com/team/app@sha256:{}", "0".repeat(64)));
+        let other = format!("registry.example.com/team/app@sha256:{}", "0".repeat(64));
         assert!(!approves(&other, &wanted("registry.example.com/team/app:1.0")));
     }
 
@@ -363,33 +428,28 @@ mod tests {
         let witness = Witness::open(&settings, crate::clock::Clock::system()).await.unwrap();
         let image = vector("image", "manifest.json");
         let subject = crate::subject::Subject::in_test(REFERENCE, &image);
-        let prepared = crate::signature::cosign::Prepared::new(&subject, &REFERENCE.parse().unwrap());
-        let payload = prepared.payload().clone();
         let wanted = Wanted { digest: IMAGE.parse().unwrap(), reference: REFERENCE.parse().unwrap() };
-        let signed = witness.sign(Algorithm::EcdsaSha256, prepared.payload_sha256()).await.unwrap();
-        let other = witness.sign(Algorithm::EcdsaSha256, &[7; 32]).await.unwrap();
-        let layer = prepared.assemble(signed.raw());
-        let judge = |layer: &Layer, payload: &Bytes, wanted: &Wanted, signed: &Signed| {
-            fresh(layer, payload, wanted, &witness, signed, Timestamp::UNIX_EPOCH).map(|verified| verified.reference().to_owned())
-        };
-        assert_eq!(judge(&layer, &payload, &wanted, &signed), Ok(REFERENCE.to_owned()));
-        assert_eq!(judge(&layer, &payload, &wanted, &other), Err(Rejection::UnknownKey));
-        assert_eq!(judge(&prepared.assemble(other.raw()), &payload, &wanted, &signed), Err(Rejection::UnknownKey));
-        assert_eq!(judge(&layer, &Bytes::from_static(b"{}"), &wanted, &signed), Err(Rejection::NoPayload));
-        let elsewhere = Wanted { digest: Digest::of(b"elsewhere"), ..wanted.clone() };
-        assert!(matches!(judge(&layer, &payload, &elsewhere, &signed), Err(Rejection::OtherDigest(_))));
-    }
-
-    #[test]
-    fn a_payload_that_is_not_what_was_signed_does_not_count() {
-        let manifest =
-            SignatureManifest::read(crate::oci::media_type::OCI_MANIFEST, &vector("A-rsa-pkcs1", "manifest.json")).unwrap();
-        let keys = keys("rsa2048", None, None);
-        let wanted = Wanted { digest: IMAGE.parse().unwrap(), reference: REFERENCE.parse().unwrap() };
-        for payload in [None, Some(Bytes::from_static(b"{}"))] {
-            let trusts = [Trust { witness: "release", keys: &keys }];
-            let judged = signature(&manifest.layers()[0], payload.as_ref(), &wanted, &trusts, Timestamp::UNIX_EPOCH);
-            assert_eq!(judged, Err(Rejection::NoPayload));
+        for prepared in [
+            Prepared::Cosign(cosign::Prepared::new(&subject, &REFERENCE.parse().unwrap())),
+            Prepared::Bundle(bundle::Prepared::new(&subject, Timestamp::UNIX_EPOCH)),
+        ] {
+            let algorithm = Algorithm::EcdsaSha256;
+            let signed = witness.sign(algorithm, prepared.sha256()).await.unwrap();
+            let other = witness.sign(algorithm, &[7; 32]).await.unwrap();
+            let judge = |raw: &Signed, wanted: &Wanted, signed: &Signed| {
+                let artifact = prepared.assemble(raw.raw(), witness.public_key());
+                fresh(artifact, wanted, &witness, algorithm, signed, Timestamp::UNIX_EPOCH).map(drop)
+            };
+            assert_eq!(judge(&signed, &wanted, &signed), Ok(()));
+            assert_eq!(judge(&signed, &wanted, &other), Err(Rejection::UnknownKey));
+            assert_eq!(judge(&other, &wanted, &signed), Err(Rejection::UnknownKey));
+            let elsewhere = Wanted { digest: Digest::of(b"elsewhere"), ..wanted.clone() };
+            assert!(matches!(judge(&signed, &elsewhere, &signed), Err(Rejection::OtherDigest(_))));
         }
+        let signed = witness.sign(Algorithm::EcdsaSha256, &[7; 32]).await.unwrap();
+        let prepared = cosign::Prepared::new(&subject, &REFERENCE.parse().unwrap());
+        let artifact = Artifact::Layer { layer: prepared.assemble(signed.raw()), payload: Bytes::from_static(b"{}") };
+        let judged = fresh(artifact, &wanted, &witness, Algorithm::EcdsaSha256, &signed, Timestamp::UNIX_EPOCH);
+        assert!(matches!(judged, Err(Rejection::Malformed(_))));
     }
 }

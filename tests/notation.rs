@@ -15,7 +15,7 @@ use countersign::{
     oci::{Digest, Repository, Tag},
     registry::{Registry, Settings, Timeouts},
     signature::{
-        cosign::EMPTY_CONFIG,
+        EMPTY_CONFIG,
         notation::{ARTIFACT_TYPE, Artifact, Envelope, Layout, Prepared, Target},
     },
     subject::{Image as Located, Located as Found, Subject, locate},

@@ -74,8 +74,13 @@ impl Default for Plan {
     }
 }
 
-/// The rule of [`Plan::default`].
+/// The rule of [`Plan::default`]: it writes under the `.sig` tag only.
 pub fn rule(name: &str, scope: &str, keys: Keys) -> String {
+    rule_of_all_formats(name, scope, keys) + "formats = [\"cosign\"]\n"
+}
+
+/// The same, writing what a rule writes that says nothing of formats.
+pub fn rule_of_all_formats(name: &str, scope: &str, keys: Keys) -> String {
     let algorithm = keys.algorithm();
     format!("[[rule]]\nname = \"{name}\"\nscope = \"{scope}\"\nwitness = \"release\"\nalgorithm = \"{algorithm}\"\n")
 }

@@ -1,4 +1,4 @@
-//! A real docker-registry, and a plain client of it that pushes and reads.
+//! A real docker-registry or ferro-oci-server, and a plain client of it that pushes and reads.
 
 mod client;
 
@@ -51,6 +51,9 @@ pub struct Options {
     pub count_requests: bool,
     /// Asks for [`LOGIN`] with basic authentication.
     pub login: bool,
+    /// ferro-oci-server instead of docker-registry: it has the referrers API, keeps everything in its memory, and neither asks
+    /// for a login nor tells anybody of pushes nor logs requests.
+    pub referrers_api: bool,
 }
 
 /// The one user of a registry that asks for a login: name and password.
@@ -125,15 +128,26 @@ impl Registry {
 
     /// Starts it after a kill: same port, same data.
     pub async fn start_again(&mut self) -> Result<()> {
-        let mut command = Command::new(tool("bin/docker-registry")?);
-        command.arg("serve").arg(self.folder.path().join("config.yml"));
-        // With its default its collector takes half of the processor.
-        command.env("GOGC", "1600").env("GOMEMLIMIT", "2GiB").env("OTEL_TRACES_EXPORTER", "none");
-        let mut process = Process::start("docker-registry", &mut command, &self.log())?;
+        let (name, mut command) = if self.options.referrers_api { self.ferro()? } else { self.docker_registry()? };
+        let mut process = Process::start(name, &mut command, &self.log())?;
         let (http, probe) = (http_client()?, format!("{}/v2/", self.url()));
         process.wait_ready(Duration::from_secs(20), || async { http.get(&probe).send().await.is_ok() }).await?;
         self.process = Some(process);
         Ok(())
+    }
+
+    fn docker_registry(&self) -> Result<(&'static str, Command)> {
+        let mut command = Command::new(tool("bin/docker-registry")?);
+        command.arg("serve").arg(self.folder.path().join("config.yml"));
+        // With its default its collector takes half of the processor.
+        command.env("GOGC", "1600").env("GOMEMLIMIT", "2GiB").env("OTEL_TRACES_EXPORTER", "none");
+        Ok(("docker-registry", command))
+    }
+
+    fn ferro(&self) -> Result<(&'static str, Command)> {
+        let mut command = Command::new(tool("bin/ferro-oci-server")?);
+        command.env("FERRO_OCI_LISTEN", self.host()).env("RUST_LOG", "warn");
+        Ok(("ferro-oci-server", command))
     }
 
     /// Stops answering, with connections left open, until [`Registry::resume`].

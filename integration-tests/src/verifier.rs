@@ -45,6 +45,13 @@ impl Cosign {
         must(command.arg(reference)).await
     }
 
+    /// `cosign sign --key` as cosign 3 does it: as a bundle that refers to the image.
+    pub async fn sign_bundle(key: &KeyPair, reference: &str) -> Result<()> {
+        let mut command = Self::V3.command(key.folder.path(), "sign")?;
+        command.args(["--yes", "--tlog-upload=false", "--use-signing-config=false", "--allow-http-registry", "--key"]);
+        must(command.arg(key.private()).arg(reference)).await
+    }
+
     fn command(self, home: &Path, verb: &str) -> Result<Command> {
         let mut command = Command::new(tool(match self {
             Self::V2 => "bin/cosign2",

@@ -120,7 +120,7 @@ async fn every_kind_of_image_is_stored_by_tag_and_by_digest() -> Result<()> {
 async fn the_registry_tells_of_pushes_counts_requests_and_keeps_its_data_over_a_crash() -> Result<()> {
     let hook = TcpListener::bind(("127.0.0.1", 0)).await?;
     let notify = Notify::new(format!("http://{}/events/main", hook.local_addr()?), "secret");
-    let mut registry = Registry::start_with(Options { notify: Some(notify), count_requests: true, login: false }).await?;
+    let mut registry = Registry::start_with(Options { notify: Some(notify), count_requests: true, ..Options::default() }).await?;
     let client = registry.client()?;
     let image = Image::oci("told")?;
     client.push(&image, "told", &["1"]).await?;

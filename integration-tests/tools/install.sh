@@ -12,6 +12,8 @@ HADOLINT=2.15.1
 BOTOCORE=1.43.106
 CARGO_DENY=0.20.2
 CARGO_FUZZ=0.13.2
+# A registry that has the referrers API, which docker-registry has not.
+FERRO_OCI_SERVER=1.0.0
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 tools=$top/.tools
@@ -281,6 +283,12 @@ cargo_deny() { build cargo-deny $CARGO_DENY; }
 
 cargo_fuzz() { build cargo-fuzz $CARGO_FUZZ; }
 
+ferro_oci_server() {
+    build ferro-oci-server $FERRO_OCI_SERVER
+    # It does not tell its version.
+    echo "ferro-oci-server $FERRO_OCI_SERVER" > "$tools/ferro-oci-server.version"
+}
+
 build() {
     command -v cargo > /dev/null || fail "there is no cargo; install a Rust toolchain (https://rustup.rs)"
     say "$1" "building version $2 (a minute or two, once)"
@@ -309,11 +317,12 @@ version_of() {
         namespaces) ip -Version && iptables --version ;;
         containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;
         cargo-deny | cargo-fuzz | hadolint) "$tools/bin/$1" --version ;;
+        ferro-oci-server) [ -x "$tools/bin/ferro-oci-server" ] && cat "$tools/ferro-oci-server.version" ;;
     esac 2> /dev/null | tail -n 1
 }
 
 # What `make test` and `make check` need, and what other targets ask for by name.
-usual=(docker-registry cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
+usual=(docker-registry ferro-oci-server cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint cargo-deny)
 others=(containers kubernetes namespaces rabbitmq4 cargo-fuzz)
 wanted=("${@:-${usual[@]}}")
 
@@ -327,6 +336,7 @@ for tool in "${wanted[@]}"; do
         ministack:*) [ "$version" != "ministack $MINISTACK" ] || continue ;;
         cargo-deny:*) [ "$version" != "cargo-deny $CARGO_DENY" ] || continue ;;
         cargo-fuzz:*) [ "$version" != "cargo-fuzz $CARGO_FUZZ" ] || continue ;;
+        ferro-oci-server:*) [ "$version" != "ferro-oci-server $FERRO_OCI_SERVER" ] || continue ;;
         *) continue ;;
     esac
     "${tool//-/_}"

@@ -22,7 +22,8 @@ use crate::{
     clock::Clock,
     oci::{Digest, Reference, RegistryName, Tag, media_type},
     registry::{self, Address, Flights, Registry},
-    verify::{self, Examination, Judgement, Rejection, Trust},
+    signature::Format,
+    verify::{self, Judgement, Rejection, Trust},
     witness::TrustedKeys,
 };
 
@@ -61,9 +62,9 @@ impl Evidence {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Signature {
     /// It stands for this digest in this repository; under which name is in `reference`.
-    Stands { witness: Arc<str>, format: &'static str, reference: Option<Reference> },
+    Stands { witness: Arc<str>, format: Format, reference: Option<Reference> },
     /// It stands for this digest under the name of another repository.
-    Elsewhere { witness: Option<Arc<str>>, format: &'static str, reference: String },
+    Elsewhere { witness: Arc<str>, format: Format, reference: String },
     /// It does not count.
     Falls(Rejection),
 }
@@ -247,22 +248,12 @@ impl Inner {
         let now = self.settings.clock.now();
         let trusts: Vec<Trust<'_>> = self.settings.witnesses.iter().map(|(witness, keys)| Trust { witness, keys }).collect();
         let examination = verify::examine(registry, &image, &trusts, now).await?;
-        let mut evidence = Evidence {
+        let evidence = Evidence {
             exists: examination.digest.is_some(),
-            signatures: read(&examination, only(&trusts)),
+            signatures: examination.signatures.into_iter().map(read).collect(),
             unreadable: examination.unreadable,
             at,
         };
-        let is_elsewhere = |signature: &Signature| matches!(signature, Signature::Elsewhere { witness: None, .. });
-        if evidence.signatures.iter().any(is_elsewhere) {
-            // Whose they are is told by asking for each witness alone.
-            evidence.signatures.retain(|signature| !is_elsewhere(signature));
-            for trust in &trusts {
-                let theirs = verify::examine(registry, &image, std::slice::from_ref(trust), now).await?;
-                let theirs = read(&theirs, Some(trust.witness)).into_iter();
-                evidence.signatures.extend(theirs.filter(|signature| matches!(signature, Signature::Elsewhere { .. })));
-            }
-        }
         let evidence = Arc::new(evidence);
         let stands = evidence.signatures.iter().any(|signature| !matches!(signature, Signature::Falls(_)));
         let mut memory = self.memory();
@@ -279,28 +270,18 @@ impl Inner {
     }
 }
 
-/// The one witness that is trusted, if it is one.
-fn only<'a>(trusts: &[Trust<'a>]) -> Option<&'a str> {
-    match trusts {
-        [trust] => Some(trust.witness),
-        _ => None,
-    }
-}
-
-/// `only`: whose every signature is that was not found to be somebody else's.
-fn read(examination: &Examination, only: Option<&str>) -> Vec<Signature> {
-    let signature = |examined: &verify::Examined| match &examined.verdict {
+fn read(examined: verify::Examined) -> Signature {
+    match examined.verdict {
         Judgement::Verified(verified) => Signature::Stands {
             witness: verified.witness().into(),
             format: examined.format,
-            reference: verified.reference().parse().ok(),
+            reference: verified.reference().and_then(|reference| reference.parse().ok()),
         },
-        Judgement::Rejected { reason: Rejection::OtherReference(reference), .. } => {
-            Signature::Elsewhere { witness: only.map(Into::into), format: examined.format, reference: reference.clone() }
+        Judgement::Rejected { reason: Rejection::OtherReference(reference), witness: Some(witness), .. } => {
+            Signature::Elsewhere { witness: witness.into(), format: examined.format, reference }
         }
-        Judgement::Rejected { reason, .. } => Signature::Falls(reason.clone()),
-    };
-    examination.signatures.iter().map(signature).collect()
+        Judgement::Rejected { reason, .. } => Signature::Falls(reason),
+    }
 }
 
 fn next_change(witnesses: &[(String, TrustedKeys)], now: Timestamp) -> Option<Timestamp> {

@@ -16,6 +16,7 @@ use crate::{
     config::Breakglass,
     oci::{Reference, Tag},
     policy::{Bound, Mode, Patterns, Policies, Policy, SignedAs, Tags},
+    signature::Format,
     verify::Rejection,
 };
 
@@ -224,20 +225,20 @@ fn objection(policy: &Policy, image: &Reference, evidence: &Evidence) -> Option<
 
 /// Why there is no signature of this witness that the policy takes; None if there is one.
 fn fault(policy: &Policy, witness: &str, image: &Reference, evidence: &Evidence) -> Option<Fault> {
-    let is_format = |format: &str| policy.formats.is_empty() || policy.formats.iter().any(|taken| taken.name() == format);
+    let is_format = |format: &Format| policy.formats.is_empty() || policy.formats.contains(format);
     let mut formats = vec![];
     let mut names = vec![];
     let mut others = vec![];
     let mut rejected: Vec<&Rejection> = vec![];
     for signature in &evidence.signatures {
         match signature {
-            Signature::Stands { witness: signer, .. } | Signature::Elsewhere { witness: Some(signer), .. }
+            Signature::Stands { witness: signer, .. } | Signature::Elsewhere { witness: signer, .. }
                 if **signer != *witness =>
             {
                 others.push(signer.to_string());
             }
-            Signature::Stands { format, .. } | Signature::Elsewhere { witness: Some(_), format, .. } if !is_format(format) => {
-                formats.push(*format);
+            Signature::Stands { format, .. } | Signature::Elsewhere { format, .. } if !is_format(format) => {
+                formats.push(format.name());
             }
             Signature::Stands { reference, .. } => {
                 if is_name(policy.signed_as, reference.as_ref(), image) {
@@ -245,7 +246,7 @@ fn fault(policy: &Policy, witness: &str, image: &Reference, evidence: &Evidence)
                 }
                 names.extend(reference.as_ref().map(ToString::to_string));
             }
-            Signature::Elsewhere { witness: Some(_), .. } if policy.signed_as == SignedAs::Digest => return None,
+            Signature::Elsewhere { .. } if policy.signed_as == SignedAs::Digest => return None,
             Signature::Elsewhere { reference, .. } => names.push(reference.clone()),
             Signature::Falls(rejection) => rejected.push(rejection),
         }

@@ -14,8 +14,9 @@ use crate::{
     clock::Clock,
     config::Config,
     oci::Reference,
-    outcome::Outcome,
-    rule::{Matches, Occasion, Trigger},
+    outcome::{Outcome, Skip},
+    rule::{Matches, Occasion, Rule, Trigger},
+    signature::Format,
     verify::{Examination, examine},
 };
 
@@ -41,6 +42,7 @@ struct RuleLine {
     rule: String,
     witness: String,
     signs: bool,
+    formats: Vec<Format>,
     reason: Option<&'static str>,
 }
 
@@ -54,15 +56,15 @@ pub async fn run(config: &Config, client: &Client, clock: &Clock, reference: &st
         pushed_at: clock.now(),
         trigger: Trigger::Automatic,
     });
-    let signing =
-        matched.iter().map(|rule| RuleLine { rule: rule.name.clone(), witness: rule.witness.clone(), signs: true, reason: None });
-    let others = skipped.iter().map(|(rule, skip)| RuleLine {
+    let line = |rule: &Rule, skip: Option<Skip>| RuleLine {
         rule: rule.name.clone(),
         witness: rule.witness.clone(),
-        signs: false,
-        reason: Some(skip.reason()),
-    });
-    let rules = signing.chain(others).collect();
+        signs: skip.is_none(),
+        formats: rule.formats.clone(),
+        reason: skip.map(Skip::reason),
+    };
+    let signing = matched.iter().map(|rule| line(rule, None));
+    let rules = signing.chain(skipped.iter().map(|(rule, skip)| line(rule, Some(*skip)))).collect();
 
     let (mut examination, mut registry_error, mut unknown_witnesses) = (None, None, vec![]);
     match app::registry_of(config, &reference.registry) {
@@ -131,7 +133,15 @@ fn render(explanation: &Explanation) -> String {
     }
     for rule in &explanation.rules {
         match rule.reason {
-            None => text.push_str(&format!("\n  {} signs it, with witness {}", rule.rule, rule.witness)),
+            None => {
+                let formats: Vec<_> = rule.formats.iter().map(|format| format.name()).collect();
+                text.push_str(&format!(
+                    "\n  {} signs it, with witness {}, as {}",
+                    rule.rule,
+                    rule.witness,
+                    formats.join(" and ")
+                ));
+            }
             Some(reason) => text.push_str(&format!("\n  {} does not: {reason}", rule.rule)),
         }
     }

@@ -11,7 +11,7 @@ use crate::{
     clock::Clock,
     config::Config,
     oci::{Reference, Tag},
-    verify::{Examination, Judgement, Rejection, Trust, cosign_algorithm, examine},
+    verify::{Evidence, Examination, Judgement, Rejection, Trust, examine},
     witness::Witness,
 };
 
@@ -92,12 +92,10 @@ async fn confirm(examination: &mut Examination, witnesses: &[Witness]) -> anyhow
         let Judgement::Verified(verified) = &examined.verdict else { continue };
         let (name, fingerprint) = (verified.witness().to_owned(), verified.key_fingerprint().to_owned());
         let signer = witnesses.iter().find(|witness| witness.name() == name && witness.public_key().fingerprint() == fingerprint);
-        let said = match signer.zip(verified.evidence()) {
+        let Evidence { algorithm, sha256, signature } = verified.evidence();
+        let said = match signer {
+            Some(witness) => witness.verify_remotely(*algorithm, sha256, signature).await?,
             None => None,
-            Some((witness, (digest, signature))) => {
-                let algorithm = cosign_algorithm(witness.public_key().spec());
-                witness.verify_remotely(algorithm, &digest, signature).await?
-            }
         };
         let said = match said {
             Some(true) => Said::Valid,
@@ -106,7 +104,8 @@ async fn confirm(examination: &mut Examination, witnesses: &[Witness]) -> anyhow
         };
         if said == Said::Invalid {
             let message = format!("the KMS of witness {name} says that its key did not make it");
-            examined.verdict = Judgement::Rejected { reason: Rejection::UnknownKey, message };
+            let reference = verified.reference().map(ToOwned::to_owned);
+            examined.verdict = Judgement::Rejected { witness: None, reference, reason: Rejection::UnknownKey, message };
         }
         answers.push(Remote { witness: name, fingerprint, said });
     }
@@ -150,20 +149,27 @@ fn render(answer: &Answer) -> String {
 pub(super) fn render_signatures(examination: &Examination) -> String {
     let mut text = String::new();
     if let Some(unreadable) = &examination.unreadable {
-        text.push_str(&format!("\n  what is under its signature tag cannot be read: {unreadable}"));
-    } else if examination.signatures.is_empty() && examination.digest.is_some() {
+        text.push_str(&format!("\n  {unreadable}"));
+    }
+    if examination.unreadable.is_none() && examination.signatures.is_empty() && examination.digest.is_some() {
         text.push_str("\n  it has no signatures");
     }
     for signature in &examination.signatures {
         match &signature.verdict {
-            Judgement::Verified(verified) => text.push_str(&format!(
-                "\n  ok: {} signature {verified} (key {})",
-                signature.format,
-                &verified.key_fingerprint()[..16]
-            )),
-            Judgement::Rejected { message, .. } => {
-                text.push_str(&format!("\n  does not count: {} signature, {message}", signature.format));
+            Judgement::Verified(verified) => {
+                text.push_str(&format!(
+                    "\n  ok: {} signature {verified} (key {})",
+                    signature.format,
+                    &verified.key_fingerprint()[..16]
+                ));
             }
+            Judgement::Rejected { witness, message, .. } => {
+                let by = witness.as_ref().map(|witness| format!(" by {witness}")).unwrap_or_default();
+                text.push_str(&format!("\n  does not count: {} signature{by}, {message}", signature.format));
+            }
+        }
+        if let Some(time) = signature.time {
+            text.push_str(&format!(", said to be of {time}"));
         }
     }
     text

@@ -40,6 +40,8 @@ pub struct Rule {
     pub trigger: Trigger,
     /// At least one, each once; every one can be verified with `algorithm`.
     pub formats: Vec<Format>,
+    /// Whether a format and an algorithm are written together that no other verifier takes.
+    pub allow_unreadable: bool,
     /// Whether images pushed by digest alone are signed as well.
     pub untagged: bool,
     pub enabled: bool,
@@ -90,8 +92,14 @@ pub(crate) static TABLE: Table = Table {
         Key::defaulted(
             "formats",
             Kind::List(&Kind::Choice(&FORMAT)),
-            "[\"cosign\"]",
+            "[\"cosign\", \"bundle\"]",
             "How the signature is written, and so who can verify it.",
+        ),
+        Key::defaulted(
+            "allow_unreadable",
+            Kind::Flag,
+            "false",
+            "Whether RSA_PSS_SHA_256 is taken in the format \"cosign\", in which only `countersign verify` accepts it.",
         ),
         Key::defaulted(
             "untagged",
@@ -106,7 +114,7 @@ pub(crate) static TABLE: Table = Table {
 static ALGORITHM: Choice = Choice {
     words: &[
         Word { text: "RSA_PKCS1_SHA_256", doc: "RSASSA-PKCS1-v1_5, for RSA keys." },
-        Word { text: "RSA_PSS_SHA_256", doc: "RSASSA-PSS. No verifier of cosign signatures accepts it." },
+        Word { text: "RSA_PSS_SHA_256", doc: "RSASSA-PSS. No verifier of cosign signatures or bundles accepts it." },
         Word { text: "ECDSA_SHA_256", doc: "ECDSA, for P-256 keys." },
     ],
     later: &[],
@@ -129,8 +137,14 @@ static TRIGGER: Choice = Choice {
 };
 
 pub(crate) static FORMAT: Choice = Choice {
-    words: &[Word { text: "cosign", doc: "Simple signing under the .sig tag, which nearly every verifier reads." }],
-    later: &["bundle", "notation"],
+    words: &[
+        Word { text: "cosign", doc: "Simple signing under the .sig tag, which nearly every verifier reads." },
+        Word {
+            text: "bundle",
+            doc: "The sigstore bundle as a referrer, which cosign 3, flux and Kyverno read first if there is one.",
+        },
+    ],
+    later: &["notation"],
 };
 
 pub(crate) fn read(section: &Section<'_>) -> Option<Rule> {
@@ -150,10 +164,11 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Rule> {
         Some(name)
     });
     let formats = section.value("formats").and_then(|value| formats(&value));
+    let allow_unreadable = section.value("allow_unreadable").and_then(|value| value.flag());
     let algorithm = section.value("algorithm").and_then(|value| {
         // In the order of the declared words.
         let algorithm = value.choice(Algorithm::ALL)?;
-        check_formats(&value, algorithm, formats.as_deref().unwrap_or_default());
+        check_formats(&value, algorithm, formats.as_deref().unwrap_or_default(), allow_unreadable == Some(true));
         Some(algorithm)
     });
     let signature_type =
@@ -177,6 +192,7 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Rule> {
         signature_type: signature_type?,
         trigger: trigger?,
         formats: formats?,
+        allow_unreadable: allow_unreadable?,
         untagged: untagged?,
         enabled: enabled?,
         place: section.report.place(&section.span),
@@ -240,7 +256,7 @@ fn tags(value: &Value<'_>) -> Option<Vec<String>> {
 
 /// The formats of a list, in the order of the declared words.
 pub(crate) fn each_format(value: &Value<'_>) -> Option<Vec<Format>> {
-    value.each(|element| element.choice([Format::Cosign]))
+    value.each(|element| element.choice(Format::ALL))
 }
 
 fn formats(value: &Value<'_>) -> Option<Vec<Format>> {
@@ -254,19 +270,29 @@ fn formats(value: &Value<'_>) -> Option<Vec<Format>> {
     Some(formats)
 }
 
-/// `formats.md` section 0: what no verifier of a format would accept is not signed.
-fn check_formats(value: &Value<'_>, algorithm: Algorithm, formats: &[Format]) {
-    for format in formats {
-        match (format, algorithm) {
-            (Format::Cosign, Algorithm::RsaPkcs1Sha256 | Algorithm::EcdsaSha256) => {}
-            (Format::Cosign, Algorithm::RsaPssSha256) => value.report.error(
-                value.span.clone(),
-                "no verifier would accept this: cosign, skopeo, podman and Kyverno take RSA signatures in the format \"cosign\" \
-                 with PKCS#1 v1.5 padding only",
-                "write algorithm = \"RSA_PKCS1_SHA_256\"; the same RSA key signs it, if its KMS lets it".to_owned(),
-            ),
-        }
+/// What no verifier of a format would accept is not signed, unless the rule insists.
+fn check_formats(value: &Value<'_>, algorithm: Algorithm, formats: &[Format], allow_unreadable: bool) {
+    if algorithm != Algorithm::RsaPssSha256 || formats.is_empty() {
+        return;
     }
+    let (span, pkcs1) =
+        (value.span.clone(), "write algorithm = \"RSA_PKCS1_SHA_256\"; the same RSA key signs it, if its KMS lets it");
+    if formats == [Format::Cosign] && allow_unreadable {
+        let message = "only `countersign verify` will accept this: cosign, skopeo, podman, CRI-O, Kyverno, policy-controller, \
+                       Connaisseur, Ratify and flux reject RSA-PSS signatures in the format \"cosign\"";
+        value.report.warning(span, message.to_owned(), format!("for verifiers of cosign signatures {pkcs1}"));
+        return;
+    }
+    let (plural, named) = match formats {
+        [one] => ("", format!("\"{one}\"")),
+        several => ("s", several.iter().map(|format| format!("\"{format}\"")).collect::<Vec<_>>().join(" and ")),
+    };
+    let message = format!(
+        "no verifier would accept this: cosign, skopeo, podman and Kyverno take RSA signatures in the format{plural} {named} with \
+         PKCS#1 v1.5 padding only"
+    );
+    let insists = if allow_unreadable { "write formats = [\"cosign\"], which `countersign verify` accepts; or " } else { "" };
+    value.report.error(span, message, format!("{insists}{pkcs1}"));
 }
 
 fn report_no_events(section: &Section<'_>, registry: Option<&RegistryName>) {

@@ -157,7 +157,7 @@ mod tests {
         assert_eq!(schema["properties"]["queue"]["properties"]["retry"]["properties"]["first"]["default"], "1s");
         let rule = &schema["properties"]["rule"]["items"];
         assert_eq!(rule["required"], json!(["name", "scope", "witness", "algorithm"]));
-        assert_eq!(rule["properties"]["formats"]["default"], json!(["cosign"]));
+        assert_eq!(rule["properties"]["formats"]["default"], json!(["cosign", "bundle"]));
         assert_eq!(rule["properties"]["created"]["examples"], json!(["2026-11-21T09:00:00Z"]));
     }
 }

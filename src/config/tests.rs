@@ -123,6 +123,7 @@ algorithm = "RSA_PKCS1_SHA_256"
 signature_type = "simple"
 trigger = "manual"
 formats = ["cosign", "cosign"]
+allow_unreadable = false
 untagged = true
 enabled = false
 
@@ -376,7 +377,7 @@ fn the_words_for_algorithms_and_choices_are_the_names_of_their_types() {
     assert_eq!(words("algorithm"), Algorithm::ALL.map(Algorithm::name));
     assert_eq!(words("signature_type"), [SignatureType::Default, SignatureType::Simple].map(SignatureType::name));
     assert_eq!(words("trigger"), [Trigger::Automatic, Trigger::Manual].map(Trigger::name));
-    assert_eq!(words("formats"), [Format::Cosign.name()]);
+    assert_eq!(words("formats"), Format::ALL.map(Format::name));
     let of_policy = |name| match ROOT.key("policy").map(|key| &key.kind) {
         Some(Kind::Tables(table)) => match table.key(name).unwrap().kind {
             Kind::Choice(choice) => choice.words.iter().map(|word| word.text).collect::<Vec<_>>(),

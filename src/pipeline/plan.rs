@@ -2,12 +2,14 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use jiff::Timestamp;
+
 use crate::{
     kms::Algorithm,
     oci::{Digest, Reference, Tag},
     outcome::Skip,
     rule::{Rule, SignatureType},
-    signature::cosign::Prepared,
+    signature::{Format, Prepared, bundle, cosign},
     subject::{Image, Subject, TagState},
     witness::Witness,
 };
@@ -23,7 +25,7 @@ pub struct Plan {
     pub unwitnessed: Vec<Arc<Rule>>,
 }
 
-/// One digest, and every signature that is wanted for it: they live in one manifest and are written together.
+/// One digest, and every signature that is wanted for it, in all formats: they are looked for, made and written together.
 #[derive(Debug)]
 pub struct Target {
     pub subject: Subject,
@@ -42,10 +44,34 @@ pub struct Wanted {
     pub rules: Vec<Arc<Rule>>,
 }
 
-/// What the matching rules want of an image. What a witness that is not among `witnesses` should sign is left out, and
+impl Target {
+    /// Adds a signature, or the rule to those that want it already.
+    fn want(&mut self, prepared: Prepared, rule: &Arc<Rule>, witness: &Arc<Witness>) {
+        let same = |wanted: &&mut Wanted| {
+            wanted.witness.name() == witness.name() && wanted.algorithm == rule.algorithm && wanted.prepared == prepared
+        };
+        match self.wanted.iter_mut().find(same) {
+            Some(wanted) => wanted.rules.push(rule.clone()),
+            None => self.wanted.push(Wanted {
+                prepared,
+                witness: witness.clone(),
+                algorithm: rule.algorithm,
+                rules: vec![rule.clone()],
+            }),
+        }
+    }
+
+    /// What the ledger has the signature vouch for: where a format names the digest alone, the digest in its repository.
+    pub fn reference(&self, wanted: &Wanted) -> Reference {
+        let pinned = || Reference::pinned(self.subject.registry(), self.subject.repository(), self.subject.digest());
+        wanted.prepared.reference().cloned().unwrap_or_else(pinned)
+    }
+}
+
+/// What the matching rules want of an image that was pushed at this time. What a witness that is not among `witnesses` should sign is left out, and
 /// its rules are returned.
 #[must_use]
-pub fn plan(image: &Image, rules: &[Arc<Rule>], witnesses: &HashMap<String, Arc<Witness>>) -> Plan {
+pub fn plan(image: &Image, pushed_at: Timestamp, rules: &[Arc<Rule>], witnesses: &HashMap<String, Arc<Witness>>) -> Plan {
     let mut plan = Plan::default();
     let mut signing = vec![];
     for rule in rules {
@@ -75,17 +101,15 @@ pub fn plan(image: &Image, rules: &[Arc<Rule>], witnesses: &HashMap<String, Arc<
                 }
                 _ => Reference::pinned(subject.registry(), subject.repository(), subject.digest()),
             };
-            let same = |wanted: &&mut Wanted| wanted.witness.name() == rule.witness && *wanted.prepared.reference() == reference;
-            if let Some(wanted) = target.wanted.iter_mut().find(same) {
-                wanted.rules.push((*rule).clone());
-            } else {
-                let prepared = Prepared::new(subject, &reference);
-                target.wanted.push(Wanted {
-                    prepared,
-                    witness: Arc::clone(witness),
-                    algorithm: rule.algorithm,
-                    rules: vec![(*rule).clone()],
-                });
+            for format in &rule.formats {
+                let prepared = match format {
+                    Format::Cosign => Prepared::Cosign(cosign::Prepared::new(subject, &reference)),
+                    // Those who read bundles ask for the digest that the tag names. Only readers of the `.sig` tag ask for a
+                    // platform's.
+                    Format::Bundle if *subject == image.root => Prepared::Bundle(bundle::Prepared::new(subject, pushed_at)),
+                    Format::Bundle => continue,
+                };
+                target.want(prepared, rule, witness);
             }
         }
         if !target.wanted.is_empty() {

@@ -6,7 +6,7 @@ use super::DEADLINE;
 use crate::{
     event, kms,
     ledger::{self, RuleOutcome, SignatureResult},
-    oci::{RegistryName, Repository, Tag},
+    oci::{Digest, RegistryName, Repository, Tag},
     outcome::{Classify, Outcome, Skip, Verdict},
     registry,
     signature::cosign,
@@ -35,13 +35,22 @@ pub enum Error {
         #[source]
         source: cosign::Error,
     },
+    #[error("the index of referrers under {tag} of {repository} cannot be added to")]
+    ReferrersTag {
+        repository: Repository,
+        tag: Tag,
+        #[source]
+        source: registry::IndexError,
+    },
+    #[error("the registry took the referrer and does not list it among those of {subject}")]
+    Unlisted { subject: Digest },
     #[error("the signature that was just made would not be accepted")]
     Unverified(#[source] verify::Rejection),
     #[error("the registry does not have the push yet, or its tag names another")]
     Unsettled,
     #[error("the tag {tag} moved to another digest while its image was being signed")]
     TagMoved { tag: Tag },
-    #[error("other writers replaced the signatures under {tag} {rounds} times in a row")]
+    #[error("other writers replaced what was added under {tag} {rounds} times in a row")]
     Overwritten { tag: String, rounds: u32 },
     #[error("not done within {} s{}", DEADLINE.as_secs(), if *throttled { ", most of it in line for the key" } else { "" })]
     Deadline {
@@ -74,12 +83,17 @@ impl Classify for Error {
             Self::SignatureTag { .. } => {
                 Verdict::Refuse { cure: "look at what the tag holds; if nobody needs it, delete the tag and replay this event" }
             }
+            Self::ReferrersTag { .. } => {
+                Verdict::Refuse { cure: "have the index made smaller: entries whose manifests are gone can be removed from it" }
+            }
             Self::Unverified(_) => Verdict::Refuse { cure: "see that the rule's algorithm and the witness's key go together" },
             // Waiting for a push that is on its way is no failure, so it costs no patience.
             Self::Unsettled => Verdict::Retry { after: None, throttled: true },
             Self::Crowded { after, .. } => Verdict::Retry { after: Some(*after), throttled: true },
             Self::Deadline { throttled } => Verdict::Retry { after: None, throttled: *throttled },
-            Self::NoWitness { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } => Verdict::TRANSIENT,
+            Self::NoWitness { .. } | Self::Unlisted { .. } | Self::TagMoved { .. } | Self::Overwritten { .. } => {
+                Verdict::TRANSIENT
+            }
             Self::NotAnEvent(_) | Self::Quarantined => Verdict::Poison,
             Self::Shared(error) => error.verdict(),
         }

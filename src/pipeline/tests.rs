@@ -1,6 +1,7 @@
 //! Events through the whole pipeline, beside a registry that misbehaves on request.
 
 pub(crate) mod fake;
+mod referrers;
 mod replay;
 
 use std::{
@@ -28,8 +29,10 @@ use crate::{
     kms::{self, Algorithm, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey},
     oci::{Digest, Repository, Tag, media_type},
     rule::{Scope, SignatureType, TagFilter},
-    signature::cosign::{SignatureManifest, Statement},
-    verify::is_signed_by,
+    signature::{
+        Format,
+        cosign::{SignatureManifest, Statement},
+    },
     witness::{Rate, WitnessSettings},
 };
 use fake::{Act, Fake, NAME, image, index};
@@ -231,7 +234,8 @@ impl House {
         let tag = format!("sha256-{}.sig", digest.encoded());
         let Some((kind, content)) = self.registry.store().manifest("team/app", &tag) else { return vec![] };
         let manifest = SignatureManifest::read(&kind, &content).unwrap();
-        let ours = |hash: &[u8; 32], signature: &[u8]| is_signed_by(self.key.public_key(), hash, signature);
+        let key = self.key.public_key();
+        let ours = |hash: &[u8; 32], signature: &[u8]| key.verify(Algorithm::EcdsaSha256, hash, signature).is_ok();
         let mut references: Vec<_> = manifest
             .layers()
             .iter()
@@ -301,6 +305,7 @@ pub(crate) fn rule(name: &str, witness: &str) -> Rule {
         algorithm: Algorithm::EcdsaSha256,
         signature_type: SignatureType::Default,
         trigger: Trigger::Automatic,
+        formats: vec![Format::Cosign],
         untagged: false,
         enabled: true,
     }
@@ -462,7 +467,7 @@ async fn a_deadline_that_is_spent_in_line_for_the_key_uses_up_no_patience() {
     let (registry, tag) = (&setup.registries[&NAME.parse().unwrap()], "1.0".parse().unwrap());
     let located = subject::locate(registry, &app(), Some(&tag), &digest).await;
     let Ok(Located::Image(image)) = located else { panic!("{located:?}") };
-    let plan = plan::plan(&image, setup.rules.all(), &setup.witnesses);
+    let plan = plan::plan(&image, Timestamp::UNIX_EPOCH, setup.rules.all(), &setup.witnesses);
     let desk = Desk {
         registry,
         ledger: &house.ledger,

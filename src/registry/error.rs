@@ -58,6 +58,9 @@ pub enum Error {
     /// Content that hashes to the digest asked for, and so will never be anything else, is no manifest that we can handle.
     #[error("{at}: the content is no manifest that can be handled: {problem}")]
     Unsupported { at: At, problem: String },
+    /// The fallback tag of a manifest's referrers holds something else. It is never overwritten.
+    #[error("{at}: what the tag holds is no index of referrers that could be added to: {problem}")]
+    NoIndex { at: At, problem: String },
     /// The registry points somewhere that credentials must not go, or that makes an https connection a plain one.
     #[error("{at}: the registry points to {target}, {problem}")]
     Elsewhere { at: At, target: String, problem: &'static str, cure: &'static str },
@@ -109,6 +112,9 @@ impl Classify for Error {
             },
             Self::Unsupported { .. } => {
                 Verdict::Refuse { cure: "have the image pushed as an OCI or Docker v2 schema 2 manifest, or discard the event" }
+            }
+            Self::NoIndex { .. } => {
+                Verdict::Refuse { cure: "look at what the tag holds; if nobody needs it, delete the tag and replay this event" }
             }
             Self::Elsewhere { cure, .. } => Verdict::Refuse { cure },
         }

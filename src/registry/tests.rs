@@ -2,6 +2,7 @@
 
 mod auth;
 mod content;
+mod referrers;
 mod tls;
 mod transport;
 

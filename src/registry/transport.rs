@@ -47,16 +47,23 @@ pub(super) struct Outgoing {
     method: Method,
     target: Uri,
     accept_manifests: bool,
+    stays: bool,
     content: Option<(HeaderValue, Bytes)>,
 }
 
 impl Outgoing {
     pub(super) fn new(method: Method, target: Uri) -> Self {
-        Self { method, target, accept_manifests: false, content: None }
+        Self { method, target, accept_manifests: false, stays: false, content: None }
     }
 
     pub(super) fn accepting_manifests(mut self) -> Self {
         self.accept_manifests = true;
+        self
+    }
+
+    /// A redirect to another host is the answer, and not followed.
+    pub(super) fn staying(mut self) -> Self {
+        self.stays = true;
         self
     }
 
@@ -202,7 +209,11 @@ impl Registry {
                 }
                 status if status.is_redirection() && outgoing.is_read() && redirects < MOST_REDIRECTS => {
                     redirects += 1;
-                    let target = self.redirect(call, &outgoing.target, &answer)?;
+                    let target = match self.redirect(call, &outgoing.target, &answer) {
+                        Ok(target) if !outgoing.stays || target.origin() == self.0.origin.origin() => target,
+                        Err(error) if !outgoing.stays => return Err(error),
+                        _ => return Ok(answer),
+                    };
                     // Once elsewhere, never ours again: a way back would be one for whoever stands there to choose.
                     own = own && target.origin() == self.0.origin.origin();
                     outgoing.target = self.target(call, &target)?;

@@ -13,6 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
+use super::Claim;
 use crate::{
     kms::RawSignature,
     oci::{Digest, Reference},
@@ -24,8 +25,6 @@ pub use manifest::{Error, SignatureManifest};
 pub const LAYER_MEDIA_TYPE: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
 /// The annotation of such a layer that holds the signature, in standard base64.
 pub const SIGNATURE_ANNOTATION: &str = "dev.cosignproject.cosign/signature";
-/// The content of the config blob: constant, so that a repository needs it once.
-pub const EMPTY_CONFIG: &[u8] = b"{}";
 /// No payload that any reader takes is larger, in bytes (containers/image takes 4 MiB; ours are some hundred bytes).
 pub const MAX_PAYLOAD: u64 = 1024 * 1024;
 
@@ -112,6 +111,17 @@ impl Layer {
 
     pub fn signature(&self) -> &[u8] {
         &self.signature
+    }
+
+    /// What it says, if these are the bytes of its payload.
+    ///
+    /// # Errors
+    /// A clause that says why no verifier would take them.
+    pub fn claim(&self, payload: &[u8]) -> Result<Claim, String> {
+        let signed_sha256 = self.payload_sha256().filter(|_| self.payload.matches(payload));
+        let signed_sha256 = signed_sha256.ok_or_else(|| format!("its bytes are not those of {}", self.payload))?;
+        let Statement { reference, digest } = Statement::read(payload)?;
+        Ok(Claim { signed_sha256, signature: self.signature.clone(), digests: vec![digest], reference: Some(reference) })
     }
 }
 
@@ -224,15 +234,15 @@ impl<'de> Deserialize<'de> for UniqueKeys {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use base64::{Engine as _, prelude::BASE64_STANDARD};
 
     use super::*;
 
-    pub(super) const IMAGE: &[u8] = include_bytes!("../../tests/data/vectors/image/manifest.json");
-    pub(super) const REFERENCE: &str = "registry.example.com/team/app:1.0";
+    pub(crate) const IMAGE: &[u8] = include_bytes!("../../tests/data/vectors/image/manifest.json");
+    pub(crate) const REFERENCE: &str = "registry.example.com/team/app:1.0";
 
-    pub(in crate::signature) fn vector(folder: &str, file: &str) -> Vec<u8> {
+    pub(crate) fn vector(folder: &str, file: &str) -> Vec<u8> {
         let path = format!("{}/tests/data/vectors/{folder}/{file}", env!("CARGO_MANIFEST_DIR"));
         std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
     }

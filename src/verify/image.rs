@@ -3,15 +3,24 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::{Rejection, Trust, Verified, Wanted, signature};
+use super::{Rejection, Signer, Stored, Trust, Verified, Wanted, read_referrer};
 use crate::{
     oci::{Digest, Reference, Tag},
     registry::{self, Address, Registry},
-    signature::cosign::{MAX_PAYLOAD, SignatureManifest},
+    signature::{
+        Claim, Format,
+        bundle::hint,
+        cosign::{MAX_PAYLOAD, SignatureManifest},
+    },
 };
+
+/// No more referrers are read that may be signatures: anybody who can push can add any number.
+const MOST_REFERRERS: usize = 100;
+const READS_AT_ONCE: usize = 4;
 
 /// What is known of an image's signatures.
 #[derive(Debug, Clone, Serialize)]
@@ -28,7 +37,9 @@ pub struct Examination {
 /// One signature, and whether it counts.
 #[derive(Debug, Clone, Serialize)]
 pub struct Examined {
-    pub format: &'static str,
+    pub format: Format,
+    /// When it was made, on the word of whoever wrote it; None where the format does not tell.
+    pub time: Option<Timestamp>,
     #[serde(flatten)]
     pub verdict: Judgement,
 }
@@ -37,7 +48,14 @@ pub struct Examined {
 #[serde(tag = "verdict", rename_all = "snake_case")]
 pub enum Judgement {
     Verified(Verified),
-    Rejected { reason: Rejection, message: String },
+    Rejected {
+        /// Whose key made it all the same; None: nobody's that is known here.
+        witness: Option<String>,
+        /// What it says that it approves, if that could be read.
+        reference: Option<String>,
+        reason: Rejection,
+        message: String,
+    },
 }
 
 impl Examination {
@@ -75,32 +93,110 @@ pub async fn examine(
     };
     let Some(digest) = digest else { return Ok(examination) };
     examination.digest = Some(digest.clone());
-    let Some(tag) = Tag::cosign_signatures(&digest) else { return Ok(examination) };
-    let Some(manifest) = registry.manifest(repository, &Address::Tag(tag)).await? else { return Ok(examination) };
-    let manifest = match SignatureManifest::read(manifest.media_type(), manifest.content()) {
-        Ok(manifest) => manifest,
-        Err(error) => {
-            examination.unreadable = Some(error.to_string());
-            return Ok(examination);
-        }
-    };
-    let wanted = Wanted { digest, reference: reference.clone() };
-    let mut fetched: HashMap<&Digest, Option<Bytes>> = HashMap::new();
-    for layer in manifest.layers() {
-        // The payload of a signature that nobody trusted made is not worth a request, and any other is worth one.
-        let payload = match fetched.get(layer.payload()) {
-            Some(payload) => payload.clone(),
-            None if super::signer(layer, trusts, now).is_none() => None,
-            None => {
-                let payload = registry.blob(repository, layer.payload(), MAX_PAYLOAD).await?;
-                fetched.entry(layer.payload()).or_insert(payload).clone()
-            }
-        };
-        let verdict = match signature(layer, payload.as_ref(), &wanted, trusts, now) {
-            Ok(verified) => Judgement::Verified(verified),
-            Err(reason) => Judgement::Rejected { message: reason.to_string(), reason },
-        };
-        examination.signatures.push(Examined { format: "cosign", verdict });
+    let court = Court { registry, wanted: Wanted { digest, reference: reference.clone() }, trusts, now };
+    let (under_tag, referrers) = tokio::try_join!(court.under_tag(), court.referrers())?;
+    for Found { signatures, unreadable } in [under_tag, referrers] {
+        examination.signatures.extend(signatures);
+        examination.unreadable = examination.unreadable.or(unreadable);
     }
     Ok(examination)
+}
+
+/// What one place holds, and why something that is there was not read.
+#[derive(Default)]
+struct Found {
+    signatures: Vec<Examined>,
+    unreadable: Option<String>,
+}
+
+/// Who judges what, by whose keys.
+struct Court<'a> {
+    registry: &'a Registry,
+    wanted: Wanted,
+    trusts: &'a [Trust<'a>],
+    now: Timestamp,
+}
+
+impl Court<'_> {
+    /// Those under the `.sig` tag.
+    async fn under_tag(&self) -> Result<Found, registry::Error> {
+        let repository = &self.wanted.reference.repository;
+        let Some(tag) = Tag::cosign_signatures(&self.wanted.digest) else { return Ok(Found::default()) };
+        let Some(manifest) = self.registry.manifest(repository, &Address::Tag(tag)).await? else {
+            return Ok(Found::default());
+        };
+        let manifest = match SignatureManifest::read(manifest.media_type(), manifest.content()) {
+            Ok(manifest) => manifest,
+            Err(error) => {
+                let unreadable = Some(format!("what is under its signature tag cannot be read: {error}"));
+                return Ok(Found { unreadable, ..Found::default() });
+            }
+        };
+        let mut fetched: HashMap<&Digest, Option<Bytes>> = HashMap::new();
+        let mut signatures = vec![];
+        for layer in manifest.layers() {
+            // The payload of a signature that nobody trusted made is not worth a request, and any other is worth one.
+            let signer = layer.payload_sha256().and_then(|sha256| self.signer(Format::Cosign, &sha256, layer.signature()));
+            let claim = if signer.is_none() {
+                Err(Rejection::UnknownKey)
+            } else {
+                if !fetched.contains_key(layer.payload()) {
+                    let payload = self.registry.blob(repository, layer.payload(), MAX_PAYLOAD).await?;
+                    fetched.insert(layer.payload(), payload);
+                }
+                let payload = fetched[layer.payload()].as_ref().ok_or(Rejection::NoPayload);
+                payload.and_then(|payload| layer.claim(payload).map_err(Rejection::Malformed))
+            };
+            signatures.push(Examined { format: Format::Cosign, time: None, verdict: self.judge(signer, claim) });
+        }
+        Ok(Found { signatures, unreadable: None })
+    }
+
+    /// Those that are referrers.
+    async fn referrers(&self) -> Result<Found, registry::Error> {
+        let Wanted { digest, reference } = &self.wanted;
+        let listed = match self.registry.referrers(&reference.repository, digest).await {
+            Err(error @ registry::Error::NoIndex { .. }) => {
+                return Ok(Found { unreadable: Some(error.to_string()), ..Found::default() });
+            }
+            listed => listed?,
+        };
+        let hints: Vec<_> =
+            self.trusts.iter().flat_map(|trust| trust.keys.standings(self.now)).map(|(key, _)| hint(key)).collect();
+        let mut candidates = Stored::candidates(&listed, &hints);
+        let all = candidates.len();
+        candidates.truncate(MOST_REFERRERS);
+        let unreadable =
+            (all > MOST_REFERRERS).then(|| format!("only {MOST_REFERRERS} of {all} referrers that may be signatures were read"));
+        let read: Vec<_> =
+            candidates.into_iter().map(|entry| read_referrer(self.registry, &reference.repository, digest, entry)).collect();
+        let stored: Vec<_> = stream::iter(read).buffered(READS_AT_ONCE).try_collect().await?;
+        let signatures = stored.into_iter().flatten().map(|Stored { format, time, claim }| {
+            let signer = claim.as_ref().ok().and_then(|claim| self.signer(format, &claim.signed_sha256, &claim.signature));
+            Examined { format, time, verdict: self.judge(signer, claim) }
+        });
+        Ok(Found { signatures: signatures.collect(), unreadable })
+    }
+
+    fn signer(&self, format: Format, sha256: &[u8; 32], signature: &[u8]) -> Option<Signer<'_>> {
+        super::signer(format, sha256, signature, self.trusts, self.now)
+    }
+
+    fn judge(&self, signer: Option<Signer<'_>>, claim: Result<Claim, Rejection>) -> Judgement {
+        let reference = claim.as_ref().ok().and_then(|claim| claim.reference.clone());
+        let verdict = match (&signer, claim) {
+            (Some(signer), Ok(claim)) => super::judge(signer, &claim, &self.wanted),
+            (None, Ok(_)) => Err(Rejection::UnknownKey),
+            (_, Err(rejection)) => Err(rejection),
+        };
+        match verdict {
+            Ok(verified) => Judgement::Verified(verified),
+            Err(reason) => Judgement::Rejected {
+                witness: signer.map(|signer| signer.witness.to_owned()),
+                reference,
+                message: reason.to_string(),
+                reason,
+            },
+        }
+    }
 }

@@ -11,6 +11,7 @@ use crate::kms::{self, KeyUri, PublicKey};
 pub struct TrustedKeys {
     own: Option<PublicKey>,
     keys: Vec<TrustedKey>,
+    takes_pss: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -77,7 +78,19 @@ impl TrustedKeys {
                 .map_or_else(|| TrustedKey { key: own.clone(), until: None, revoked: None }, |position| keys.remove(position));
             keys.insert(0, trusted);
         }
-        Ok(Self { own: own.cloned(), keys })
+        Ok(Self { own: own.cloned(), keys, takes_pss: false })
+    }
+
+    /// The same, and its RSA keys' PSS signatures count under the `.sig` tag too, where no other verifier takes them.
+    #[must_use]
+    pub fn taking_pss(self, takes_pss: bool) -> Self {
+        Self { takes_pss, ..self }
+    }
+
+    /// Whether PSS signatures count under the `.sig` tag.
+    #[must_use]
+    pub fn is_pss_taken(&self) -> bool {
+        self.takes_pss
     }
 
     /// The witness's own key: the one that signs now. Absent if it is in a KMS that was not asked.

@@ -8,7 +8,7 @@ fn image(tag: &str) -> Reference {
 }
 
 fn stands(witness: &str, reference: &str) -> Signature {
-    Signature::Stands { witness: witness.into(), format: "cosign", reference: reference.parse().ok() }
+    Signature::Stands { witness: witness.into(), format: Format::Cosign, reference: reference.parse().ok() }
 }
 
 fn policy() -> Policy {
@@ -24,7 +24,7 @@ fn the_nearest_miss_is_the_reason() {
     let revoked = || Rejection::Revoked { witness: "release".into(), at: jiff::Timestamp::UNIX_EPOCH, reason: "stolen".into() };
     let of_other = || Rejection::Revoked { witness: "dev".into(), at: jiff::Timestamp::UNIX_EPOCH, reason: String::new() };
     let elsewhere =
-        || Signature::Elsewhere { witness: Some("release".into()), format: "cosign", reference: "r.example.com/other:1".into() };
+        || Signature::Elsewhere { witness: "release".into(), format: Format::Cosign, reference: "r.example.com/other:1".into() };
     let unknown = || Signature::Falls(Rejection::UnknownKey);
     for (signatures, expected) in [
         (vec![], "unsigned"),
@@ -53,14 +53,14 @@ fn every_witness_must_have_signed() {
 fn the_name_that_was_signed_counts_as_the_policy_says() {
     let simple = format!("r.example.com/team/app@{DIGEST}");
     let elsewhere =
-        Signature::Elsewhere { witness: Some("release".into()), format: "cosign", reference: "m.example.com/app:1".into() };
+        Signature::Elsewhere { witness: "release".into(), format: Format::Cosign, reference: "m.example.com/app:1".into() };
     for (signature, tag, name, by_tag, digest) in [
         (stands("release", "r.example.com/team/app:1"), ":1", true, true, true),
         (stands("release", "r.example.com/team/app:1"), "", true, false, true),
         (stands("release", "r.example.com/team/app:1"), ":2", false, false, true),
         (stands("release", "r.example.com/team/app"), ":2", true, false, true),
         (stands("release", &simple), ":2", true, false, true),
-        (Signature::Stands { witness: "release".into(), format: "cosign", reference: None }, ":2", true, false, true),
+        (Signature::Stands { witness: "release".into(), format: Format::Cosign, reference: None }, ":2", true, false, true),
         (elsewhere, ":1", false, false, true),
     ] {
         for (signed_as, expected) in [(SignedAs::Name, name), (SignedAs::Tag, by_tag), (SignedAs::Digest, digest)] {
@@ -73,7 +73,7 @@ fn the_name_that_was_signed_counts_as_the_policy_says() {
 
 #[test]
 fn only_signatures_in_the_formats_of_the_policy_count() {
-    let bundle = Signature::Stands { witness: "release".into(), format: "bundle", reference: None };
+    let bundle = Signature::Stands { witness: "release".into(), format: Format::Bundle, reference: None };
     let cosign = Policy { formats: vec![Format::Cosign], ..policy() };
     assert_eq!(judged(&cosign, "", std::slice::from_ref(&bundle)), "other_format");
     assert_eq!(judged(&policy(), "", &[bundle]), "met");

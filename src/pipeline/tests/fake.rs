@@ -38,6 +38,8 @@ pub(crate) struct Store {
     /// By `repository/tag` or `repository/digest`: media type and content.
     manifests: HashMap<String, (String, Bytes)>,
     blobs: HashMap<String, Bytes>,
+    /// Whether it lists referrers itself.
+    pub(crate) has_api: bool,
     /// `METHOD path`, without `/v2/`, of each request.
     pub(crate) asked: Vec<String>,
 }
@@ -76,7 +78,25 @@ impl Store {
         self.blobs.get(digest).cloned()
     }
 
+    /// The descriptors of all manifests with this subject, as the referrers API lists them.
+    pub(crate) fn referrers(&self, repository: &str, subject: &str) -> Vec<Value> {
+        let by_digest = self.manifests.iter().filter(|(name, _)| name.starts_with(&format!("{repository}/sha256:")));
+        let read = by_digest.map(|(_, (_, content))| (content, serde_json::from_slice::<Value>(content).unwrap_or_default()));
+        let referring = read.filter(|(_, manifest)| manifest["subject"]["digest"] == subject);
+        let entry = |(content, manifest): (&Bytes, Value)| {
+            json!({
+                "mediaType": manifest["mediaType"], "digest": Digest::of(content), "size": content.len(),
+                "artifactType": manifest["artifactType"], "annotations": manifest["annotations"],
+            })
+        };
+        referring.map(entry).collect()
+    }
+
     fn serve(&mut self, method: &str, path: &str, query: &str, kind: &str, body: Bytes) -> Response {
+        if let Some((repository, subject)) = path.split_once("/referrers/").filter(|_| self.has_api) {
+            let index = json!({ "schemaVersion": 2, "mediaType": media_type::OCI_INDEX, "manifests": self.referrers(repository, subject) });
+            return respond(200, &[("content-type", media_type::OCI_INDEX)], index.to_string().into());
+        }
         let Some((repository, rest)) = path.split_once("/manifests/").or_else(|| path.split_once("/blobs/")) else {
             return respond(if path.is_empty() { 200 } else { 404 }, &[], Bytes::new());
         };
@@ -97,7 +117,10 @@ impl Store {
                 }
                 self.put_as(repository, Digest::of(&body).as_str(), kind, body.clone());
                 self.put_as(repository, rest, kind, body);
-                respond(201, &[], Bytes::new())
+                match document["subject"]["digest"].as_str().filter(|_| self.has_api) {
+                    Some(subject) => respond(201, &[("oci-subject", subject)], Bytes::new()),
+                    None => respond(201, &[], Bytes::new()),
+                }
             }
             ("POST", false) => respond(202, &[("location", &format!("/v2/{repository}/blobs/uploads/1"))], Bytes::new()),
             ("PUT", false) => {
@@ -176,6 +199,15 @@ impl Fake {
             observer: None,
         })
         .unwrap()
+    }
+
+    /// The entries of the index under the fallback tag of a digest.
+    pub(crate) fn fallback(&self, repository: &Repository, digest: &Digest) -> Vec<Value> {
+        let Some((_, content)) = self.store().manifest(repository.as_str(), &format!("sha256-{}", digest.encoded())) else {
+            return vec![];
+        };
+        let index: Value = serde_json::from_slice(&content).unwrap();
+        index["manifests"].as_array().unwrap().clone()
     }
 
     /// The `.sig` manifest of a digest.

@@ -1,28 +1,25 @@
 //! The manifest under the `.sig` tag: read within bounds, added to, and written back with all that others put there.
 
-use std::{borrow::Cow, fmt, marker::PhantomData};
+use std::borrow::Cow;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
-use serde::{
-    Deserialize, Deserializer, Serialize, Serializer,
-    de::{self, MapAccess, SeqAccess, Visitor},
-    ser::SerializeMap,
-};
-use serde_json::{json, value::RawValue};
+use serde::Deserialize;
+use serde_json::{Value, json, value::RawValue};
 
-use super::{EMPTY_CONFIG, LAYER_MEDIA_TYPE, Layer, SIGNATURE_ANNOTATION};
+use super::{LAYER_MEDIA_TYPE, Layer, SIGNATURE_ANNOTATION};
 use crate::{
-    oci::{Digest, media_type},
+    oci::{
+        Digest,
+        document::{self, Document, Members},
+        media_type,
+    },
     registry::Manifest,
+    signature::EMPTY_CONFIG,
 };
 
 /// cosign reads no more layers than these, so a further signature would be invisible.
 const MAX_LAYERS: usize = 1000;
-/// What is read all the same: a signature of ours may stand among too many.
-const MAX_LAYERS_READ: usize = 10 * MAX_LAYERS;
-/// Members of an object here; OCI has eight.
-const MAX_MEMBERS: usize = 64;
 
 /// Why what the `.sig` tag points to cannot be added to. It is never overwritten.
 #[derive(Debug, thiserror::Error)]
@@ -40,14 +37,10 @@ pub enum Error {
 }
 
 /// The manifest under the `.sig` tag, with everything in it that others wrote.
-///
-/// What is not looked at stays text, so that it is written back as it was, and reading takes about as much memory as the text.
 #[derive(Debug, Clone)]
 pub struct SignatureManifest {
-    /// All but the layers.
-    members: Members,
-    descriptors: Vec<Box<RawValue>>,
-    /// Those of the descriptors that are signatures.
+    document: Document,
+    /// Those of its layers that are signatures.
     layers: Vec<Layer>,
 }
 
@@ -60,11 +53,9 @@ impl SignatureManifest {
             "size": EMPTY_CONFIG.len(),
             "digest": Digest::of(EMPTY_CONFIG),
         });
-        let mut members = Members::default();
-        members.set("schemaVersion", &2);
-        members.set("mediaType", &media_type::OCI_MANIFEST);
-        members.set("config", &config);
-        Self { members, descriptors: vec![], layers: vec![] }
+        let mut document = Document::empty(media_type::OCI_MANIFEST, "layers");
+        document.set("config", &config);
+        Self { document, layers: vec![] }
     }
 
     /// Reads what a registry serves under the tag. Layers that are no signatures are kept and not looked at.
@@ -72,14 +63,12 @@ impl SignatureManifest {
         if !matches!(media_type, media_type::OCI_MANIFEST | media_type::DOCKER_MANIFEST) {
             return Err(Error::NotAManifest(media_type.escape_debug().to_string()));
         }
-        let mut members: Members = serde_json::from_slice(content)?;
-        let layers = members.take("layers").ok_or(Error::NoLayers)?;
-        if !layers.get().starts_with('[') {
-            return Err(Error::NoLayers);
-        }
-        let Bounded(descriptors) = serde_json::from_str::<Bounded<Box<RawValue>>>(layers.get())?;
-        let layers = descriptors.iter().filter_map(|descriptor| Layer::from_descriptor(descriptor)).collect();
-        Ok(Self { members, descriptors, layers })
+        let document = Document::read(content, "layers").map_err(|error| match error {
+            document::Error::Malformed(error) => Error::Malformed(error),
+            document::Error::NoList(_) => Error::NoLayers,
+        })?;
+        let layers = document.entries().iter().filter_map(|descriptor| Layer::from_descriptor(descriptor)).collect();
+        Ok(Self { document, layers })
     }
 
     /// The signatures in it, as claimed: nothing here has been verified.
@@ -96,15 +85,16 @@ impl SignatureManifest {
     /// Adds signatures that are not in it yet. All that others wrote stays, unknown members included.
     pub fn add(&mut self, layers: impl IntoIterator<Item = Layer>) -> Result<(), Error> {
         // containers/image takes OCI manifests only, so one that another tool wrote with Docker's type is rewritten.
-        self.members.set("mediaType", &media_type::OCI_MANIFEST);
+        self.document.set("mediaType", &media_type::OCI_MANIFEST);
         for layer in layers {
             if self.contains(&layer) {
                 continue;
             }
-            if self.descriptors.len() >= MAX_LAYERS {
-                return Err(Error::Full(self.descriptors.len()));
+            let count = self.document.entries().len();
+            if count >= MAX_LAYERS {
+                return Err(Error::Full(count));
             }
-            self.descriptors.push(layer.to_descriptor());
+            self.document.push(&layer.to_descriptor());
             self.layers.push(layer);
         }
         Ok(())
@@ -117,17 +107,17 @@ impl SignatureManifest {
         struct Config {
             digest: Digest,
         }
-        let config: Config = serde_json::from_str(self.members.get("config")?.get()).ok()?;
+        let config: Config = serde_json::from_str(self.document.get("config")?.get()).ok()?;
         (config.digest != Digest::of(EMPTY_CONFIG)).then_some(config.digest)
     }
 
     /// Points the manifest at a config that [`super::extend_config`] made.
     pub fn set_config(&mut self, content: &[u8]) {
-        let config = self.members.get("config").and_then(|config| serde_json::from_str::<Members>(config.get()).ok());
+        let config = self.document.get("config").and_then(|config| serde_json::from_str::<Members>(config.get()).ok());
         if let Some(mut config) = config {
             config.set("digest", &Digest::of(content));
             config.set("size", &content.len());
-            self.members.set("config", &config);
+            self.document.set("config", &config);
         }
     }
 
@@ -136,30 +126,19 @@ impl SignatureManifest {
     /// # Errors
     /// When they are more than anybody reads: storing them would hide the signatures that are there.
     pub fn to_bytes(&self) -> Result<Bytes, Error> {
-        let content = serde_json::to_vec(self).expect("texts of JSON are JSON");
-        if content.len() > Manifest::LIMIT { Err(Error::TooLarge(content.len())) } else { Ok(content.into()) }
-    }
-}
-
-impl Serialize for SignatureManifest {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.members.0.len() + 1))?;
-        for (name, value) in &self.members.0 {
-            map.serialize_entry(name, value)?;
-        }
-        map.serialize_entry("layers", &self.descriptors)?;
-        map.end()
+        let content = self.document.to_bytes();
+        if content.len() > Manifest::LIMIT { Err(Error::TooLarge(content.len())) } else { Ok(content) }
     }
 }
 
 impl Layer {
-    fn to_descriptor(&self) -> Box<RawValue> {
-        raw(&json!({
+    fn to_descriptor(&self) -> Value {
+        json!({
             "mediaType": LAYER_MEDIA_TYPE,
             "size": self.size,
             "digest": self.payload,
             "annotations": { SIGNATURE_ANNOTATION: BASE64_STANDARD.encode(&self.signature) },
-        }))
+        })
     }
 
     fn from_descriptor(descriptor: &RawValue) -> Option<Self> {
@@ -188,98 +167,12 @@ impl Layer {
     }
 }
 
-/// An object's members as they were read, in order. Of equal names the last counts.
-#[derive(Debug, Clone, Default)]
-struct Members(Vec<(String, Box<RawValue>)>);
-
-impl Members {
-    fn get(&self, name: &str) -> Option<&RawValue> {
-        self.0.iter().find(|(known, _)| known == name).map(|(_, value)| &**value)
-    }
-
-    fn take(&mut self, name: &str) -> Option<Box<RawValue>> {
-        let at = self.0.iter().position(|(known, _)| known == name)?;
-        Some(self.0.remove(at).1)
-    }
-
-    fn set(&mut self, name: &str, value: &impl Serialize) {
-        self.put(name.to_owned(), raw(value));
-    }
-
-    fn put(&mut self, name: String, value: Box<RawValue>) {
-        match self.0.iter_mut().find(|(known, _)| *known == name) {
-            Some((_, known)) => *known = value,
-            None => self.0.push((name, value)),
-        }
-    }
-}
-
-fn raw(value: &impl Serialize) -> Box<RawValue> {
-    serde_json::value::to_raw_value(value).expect("what is set here always serialises")
-}
-
-impl Serialize for Members {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
-    }
-}
-
-impl<'de> Deserialize<'de> for Members {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Reader;
-        impl<'de> Visitor<'de> for Reader {
-            type Value = Members;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
-                let mut members = Members::default();
-                while let Some((name, value)) = map.next_entry()? {
-                    members.put(name, value);
-                    if members.0.len() > MAX_MEMBERS {
-                        return Err(de::Error::custom(format_args!("an object here has no more than {MAX_MEMBERS} members")));
-                    }
-                }
-                Ok(members)
-            }
-        }
-        deserializer.deserialize_map(Reader)
-    }
-}
-
-/// A list that is given up when it is absurdly long, before it has taken the memory.
-struct Bounded<T>(Vec<T>);
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Bounded<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Reader<T>(PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Reader<T> {
-            type Value = Bounded<T>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a list")
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Bounded<T>, A::Error> {
-                let mut items = vec![];
-                while let Some(item) = list.next_element()? {
-                    items.push(item);
-                    if items.len() > MAX_LAYERS_READ {
-                        return Err(de::Error::custom(format_args!("more than {MAX_LAYERS_READ} layers are not read")));
-                    }
-                }
-                Ok(Bounded(items))
-            }
-        }
-        deserializer.deserialize_seq(Reader(PhantomData))
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
-
     use super::*;
     use crate::{
         kms::RawSignature,
+        oci::document::{MAX_ENTRIES, MAX_MEMBERS},
         signature::cosign::{extend_config, tests::*},
     };
 
@@ -356,8 +249,8 @@ mod tests {
     fn what_is_absurdly_large_in_number_is_given_up() {
         let read = |content: String| SignatureManifest::read(media_type::OCI_MANIFEST, content.as_bytes());
         let layers = |count: usize| format!(r#"{{"layers":[{}]}}"#, vec!["0"; count].join(","));
-        assert!(read(layers(MAX_LAYERS_READ)).is_ok());
-        assert!(matches!(read(layers(MAX_LAYERS_READ + 1)), Err(Error::Malformed(why)) if why.to_string().contains("layers")));
+        assert!(read(layers(MAX_ENTRIES)).is_ok());
+        assert!(matches!(read(layers(MAX_ENTRIES + 1)), Err(Error::Malformed(why)) if why.to_string().contains("entries")));
         let members = |count: usize| {
             let names: Vec<_> = (1..count).map(|n| format!(r#""m{n}":0,"#)).collect();
             format!(r#"{{{}"layers":[]}}"#, names.concat())

@@ -9,7 +9,7 @@ use super::{Artifact, Envelope, Error, MAX_ENVELOPE};
 use crate::{
     oci::{Descriptor, Digest, media_type},
     registry::Manifest,
-    signature::cosign::EMPTY_CONFIG,
+    signature::EMPTY_CONFIG,
 };
 
 /// By this, referrers are known to be notation's signatures.

@@ -1,0 +1,265 @@
+//! Bundles, beside `.sig` tags and beside cosign's own, in a registry that lists referrers itself and in one that does not.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use futures::future::try_join_all;
+use integration_tests::house::{House, Keys, Plan, TOKEN, rule_of_all_formats};
+use integration_tests::image::Image;
+use integration_tests::process::eventually;
+use integration_tests::recorder::{Exchange, Recorder};
+use integration_tests::registry::Options;
+use integration_tests::signature::tag_of;
+use integration_tests::verifier::{Cosign, KeyPair, Skopeo};
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whether the registry lists referrers itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// ferro-oci-server.
+    Api,
+    /// docker-registry.
+    FallbackTag,
+}
+
+fn plan(kind: Kind, keys: Keys) -> Plan {
+    let registry = Options { referrers_api: kind == Kind::Api, ..Options::default() };
+    Plan { keys, registry, rules: Some(rule_of_all_formats("team", "team", keys)), ..Plan::default() }
+}
+
+/// Pushes the image under this tag and lets countersign know, whichever the registry is.
+async fn push(house: &House, kind: Kind, image: &Image, repository: &str, tag: &str) -> Result<()> {
+    house.push(image, repository, &[tag]).await?;
+    if kind == Kind::Api {
+        let event = House::event(&house.registry.host(), repository, Some(tag), &image.manifest.digest);
+        assert_eq!(house.notify(Some(TOKEN), &event).await?, StatusCode::ACCEPTED);
+    }
+    Ok(())
+}
+
+/// What `countersign verify` finds: (format, verdict, witness) of each signature, sorted.
+async fn found(house: &House, reference: &str) -> Result<Vec<(String, String, String)>> {
+    let output = house.run(&["verify", reference, "--output", "json"]).await?;
+    let answer = output.json()?[0].clone();
+    let text = |value: &Value| value.as_str().unwrap_or("nobody").to_owned();
+    let signatures = answer["signatures"].as_array().with_context(|| format!("no signatures in {answer}"))?;
+    let mut found: Vec<_> =
+        signatures.iter().map(|one| (text(&one["format"]), text(&one["verdict"]), text(&one["witness"]))).collect();
+    found.sort();
+    Ok(found)
+}
+
+/// Waits until countersign's signatures in both formats are there.
+async fn wait_for_both(house: &House, reference: &str) -> Result<()> {
+    eventually("both formats are written", LIMIT, async || {
+        let found = found(house, reference).await?;
+        let ours = found.iter().filter(|(_, verdict, witness)| verdict == "verified" && witness == "release");
+        let formats: BTreeSet<_> = ours.map(|(format, ..)| format.as_str()).collect();
+        Ok(formats.is_superset(&BTreeSet::from(["bundle", "cosign"])).then_some(()))
+    })
+    .await
+}
+
+async fn every_judge_accepts(kind: Kind, keys: Keys) -> Result<()> {
+    let house = House::start(plan(kind, keys)).await?;
+    let image = Image::index("judged")?;
+    push(&house, kind, &image, "team/app", "1.0").await?;
+    let (tagged, pinned) = (house.reference("team/app", "1.0"), house.reference("team/app", &image.manifest.digest));
+    wait_for_both(&house, &tagged).await?;
+    let key = house.public_key_path();
+    for reference in [&tagged, &pinned] {
+        for cosign in [Cosign::V2, Cosign::V3] {
+            let ruling = cosign.verify(&key, reference).await?;
+            assert!(ruling.accepted, "{kind:?}: {cosign:?} refuses {reference}: {}", ruling.words);
+        }
+        let ruling = Skopeo::requiring(&key, &house.registry.host())?.architecture("amd64").copy(reference).await?;
+        assert!(ruling.accepted, "{kind:?}: skopeo refuses {reference}: {}", ruling.words);
+        let both = ["bundle", "cosign"].map(|format| (format.into(), "verified".into(), "release".into()));
+        assert_eq!(found(&house, reference).await?, both);
+    }
+    // A platform's manifest is signed under its tag, and is not bundled.
+    let platform = house.reference("team/app", &image.child("amd64").digest);
+    assert_eq!(found(&house, &platform).await?, [("cosign".into(), "verified".into(), "release".into())]);
+    assert!(Cosign::V3.verify(&key, &platform).await?.accepted);
+
+    // The bundle by itself: cosign 3 asks for nothing else, and the others see nothing.
+    let empty = json!({"schemaVersion": 2, "mediaType": integration_tests::image::OCI_MANIFEST, "config": {
+        "mediaType": "application/vnd.oci.image.config.v1+json", "size": 2,
+        "digest": "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}, "layers": []});
+    let empty = integration_tests::image::Manifest::new(integration_tests::image::OCI_MANIFEST, empty.to_string());
+    house.client.put_manifest("team/app", &tag_of(&image.manifest.digest), &empty).await?;
+    let ruling = Cosign::V3.verify(&key, &tagged).await?;
+    assert!(ruling.accepted, "{kind:?}: cosign 3 refuses the bundle: {}", ruling.words);
+    assert!(!Cosign::V2.verify(&key, &tagged).await?.accepted);
+    house.run(&["verify", &tagged]).await?.expect_code(0)?;
+
+    // Nobody else's key.
+    let other = KeyPair::generate().await?;
+    assert!(!Cosign::V3.verify(&other.public(), &tagged).await?.accepted);
+    Ok(())
+}
+
+#[tokio::test]
+async fn every_judge_accepts_with_the_fallback_tag() -> Result<()> {
+    every_judge_accepts(Kind::FallbackTag, Keys::P256).await?;
+    every_judge_accepts(Kind::FallbackTag, Keys::Rsa2048).await
+}
+
+#[tokio::test]
+async fn every_judge_accepts_with_the_referrers_api() -> Result<()> {
+    every_judge_accepts(Kind::Api, Keys::P256).await?;
+    every_judge_accepts(Kind::Api, Keys::Rsa2048).await
+}
+
+/// cosign 3 before us, after us, and both verify; ours is not made again for it.
+async fn bundles_of_cosigns_stand_beside_ours(kind: Kind) -> Result<()> {
+    let house = House::start(plan(kind, Keys::P256)).await?;
+    let theirs = KeyPair::generate().await?;
+    for (name, cosign_first) in [("after", false), ("before", true)] {
+        let image = Image::oci(name)?;
+        let repository = format!("team/{name}");
+        let reference = house.reference(&repository, "1.0");
+        if cosign_first {
+            house.push(&image, &repository, &[]).await?;
+            Cosign::sign_bundle(&theirs, &house.reference(&repository, &image.manifest.digest)).await?;
+        }
+        push(&house, kind, &image, &repository, "1.0").await?;
+        wait_for_both(&house, &reference).await?;
+        if !cosign_first {
+            Cosign::sign_bundle(&theirs, &reference).await?;
+        }
+        push(&house, kind, &image, &repository, "1.0").await?;
+        push(&house, kind, &image, &repository, "2.0").await?;
+        wait_for_both(&house, &house.reference(&repository, "2.0")).await?;
+        for key in [house.public_key_path(), theirs.public()] {
+            let ruling = Cosign::V3.verify(&key, &reference).await?;
+            assert!(ruling.accepted, "{kind:?}, cosign {name}: {}", ruling.words);
+        }
+        let found = found(&house, &reference).await?;
+        let bundles: Vec<_> =
+            found.iter().filter(|(format, ..)| format == "bundle").map(|(_, verdict, by)| (&**verdict, &**by)).collect();
+        assert_eq!(bundles, [("rejected", "nobody"), ("verified", "release")], "{kind:?}, cosign {name}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn bundles_of_cosigns_stand_beside_ours_with_the_fallback_tag() -> Result<()> {
+    bundles_of_cosigns_stand_beside_ours(Kind::FallbackTag).await
+}
+
+#[tokio::test]
+async fn bundles_of_cosigns_stand_beside_ours_with_the_referrers_api() -> Result<()> {
+    bundles_of_cosigns_stand_beside_ours(Kind::Api).await
+}
+
+#[tokio::test]
+async fn what_we_write_comes_back_as_events_and_is_not_signed() -> Result<()> {
+    let rules = rule_of_all_formats("team", "team", Keys::P256) + "untagged = true\n";
+    let house = House::start(Plan { rules: Some(rules), ..Plan::default() }).await?;
+    let image = Image::oci("no loop")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    wait_for_both(&house, &house.reference("team/app", "1.0")).await?;
+    // Each wave of events may cause writes, and each of those an event: after some rounds of both it would be seen.
+    for _ in 0..3 {
+        house.registry.wait_delivered(LIMIT).await?;
+        house.wait_settled(1, LIMIT).await?;
+    }
+    let metrics = house.wait_settled(1, LIMIT).await?;
+    assert_eq!((metrics.ended("signed"), metrics.ended("already_signed"), metrics.ended("dead")), (1, 0, 0), "{metrics:?}");
+    let mut tags = house.client.tags("team/app").await?;
+    tags.sort();
+    let signatures = tag_of(&image.manifest.digest);
+    assert_eq!(tags, ["1.0", signatures.trim_end_matches(".sig"), &signatures]);
+    let explained = house.run(&["explain", &house.reference("team/app", "1.0")]).await?.expect_code(0)?.stdout;
+    for words in ["ok: cosign signature", "ok: bundle signature"] {
+        assert!(explained.contains(words), "{explained}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_signature_in_both_formats_costs_as_many_requests_as_the_readme_says() -> Result<()> {
+    let plan = plan(Kind::FallbackTag, Keys::P256);
+    let registry = Options { count_requests: true, ..Options::default() };
+    let house = House::start(Plan { registry, ..plan }).await?;
+    let count = || anyhow::Ok(house.registry.count_requests("countersign/")?.values().sum::<usize>());
+    let mut before = count()?;
+    // What a repository needs once (the config), and the registry (whether it has the API), comes with the first.
+    for (name, tag, expected) in [("first", "1", 14 + 2 + 1), ("second", "2", 14), ("second", "2", 5)] {
+        let image = Image::oci(name)?;
+        house.push(&image, "team/app", &[tag]).await?;
+        house.registry.wait_delivered(LIMIT).await?;
+        house.wait_settled(1, LIMIT).await?;
+        let now = count()?;
+        assert_eq!(now - before, expected, "{name}: {:?}", house.registry.requests()?);
+        before = now;
+    }
+    Ok(())
+}
+
+/// As `race.rs` has it for the `.sig` tag: what countersign found or wrote, it keeps; and what it had signed is there in the end.
+#[tokio::test]
+async fn countersign_beside_cosigns_that_write_bundles_loses_nothing_that_it_found_or_wrote() -> Result<()> {
+    let mut house = House::build(plan(Kind::FallbackTag, Keys::P256)).await?;
+    let recorder = Recorder::start(&house.registry.host()).await?;
+    house.route_registry(&recorder.url())?;
+    house.daemon.start().await?;
+    let keys = try_join_all((0..3).map(|_| KeyPair::generate())).await?;
+    for round in 0..4 {
+        let image = Image::oci(&format!("beside {round}"))?;
+        let (repository, digest) = (format!("team/app-{round}"), &image.manifest.digest);
+        house.push(&image, &repository, &[]).await?;
+        let reference = house.reference(&repository, digest);
+        let cosigns = try_join_all(keys.iter().map(|key| Cosign::sign_bundle(key, &reference)));
+        // A cosign needs most of its time to open its key.
+        let ours = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            house.push(&image, &repository, &["1", "2"]).await
+        };
+        tokio::try_join!(cosigns, ours)?;
+        house.registry.wait_delivered(LIMIT).await?;
+        house.wait_settled(1, LIMIT).await?;
+
+        // cosign may have written over ours after we were done: the same push again puts that right.
+        house.push(&image, &repository, &["1"]).await?;
+        wait_for_both(&house, &house.reference(&repository, "1")).await?;
+        let ruling = Cosign::V3.verify(&house.public_key_path(), &reference).await?;
+        assert!(ruling.accepted, "round {round}: {}", ruling.words);
+        let path = format!("/v2/{repository}/manifests/{}", tag_of(digest).trim_end_matches(".sig"));
+        assert_what_was_found_was_kept(&recorder.exchanges(), &path)?;
+    }
+    Ok(())
+}
+
+/// Each index that countersign wrote under this path holds all the entries of the one that it read last before.
+fn assert_what_was_found_was_kept(exchanges: &[Exchange], path: &str) -> Result<()> {
+    let mut found = BTreeSet::new();
+    let mut writes = 0;
+    for exchange in exchanges.iter().filter(|exchange| exchange.path == path) {
+        match (&exchange.method, exchange.status) {
+            (&Method::GET, StatusCode::OK) => found = entries(&exchange.received)?,
+            (&Method::GET, StatusCode::NOT_FOUND) => found.clear(),
+            (&Method::PUT, StatusCode::CREATED) => {
+                let written = entries(&exchange.sent)?;
+                assert!(written.is_superset(&found), "countersign dropped {:?}", found.difference(&written));
+                writes += 1;
+                found = written;
+            }
+            _ => {}
+        }
+    }
+    assert!(writes > 0, "countersign wrote nothing to {path}");
+    Ok(())
+}
+
+/// Each entry as the text of its descriptor, annotations included.
+fn entries(index: &[u8]) -> Result<BTreeSet<String>> {
+    let index: Value = serde_json::from_slice(index)?;
+    let entries = index["manifests"].as_array().context("an index without manifests")?;
+    Ok(entries.iter().map(Value::to_string).collect())
+}

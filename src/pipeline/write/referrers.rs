@@ -1,0 +1,201 @@
+//! The image's referrers: each signature is a manifest of its own. A registry with the referrers API lists them itself; in one
+//! without it, all of them are added to the index under the fallback tag in one write.
+
+use std::collections::{HashMap, HashSet};
+
+use bytes::Bytes;
+use futures::future::try_join_all;
+use tracing::debug;
+
+use super::{
+    Numbered, Ready, Store,
+    tag::{self, Addition, Merged, pause},
+};
+use crate::{
+    oci::{Digest, Repository, Tag, media_type},
+    pipeline::{
+        Error,
+        plan::{Target, Wanted},
+    },
+    registry::{self, Referrers, ReferrersIndex, Registry},
+    signature::{Claim, EMPTY_CONFIG, Format, bundle, referrer::Referrer},
+    verify::{self, Stored},
+};
+
+/// No more referrers are read in search of our own, which are among the first unless somebody hides them.
+const MOST_READ: usize = 100;
+/// Tries to store a manifest, and looks for it in the registry's own listing.
+const TRIES: u32 = 5;
+
+/// The referrers of one digest.
+pub(super) struct ReferrerStore<'a> {
+    registry: &'a Registry,
+    repository: &'a Repository,
+    subject: &'a Digest,
+    /// Whether the registry listed them itself.
+    by_api: bool,
+    /// What has been read of them: None of those that are no signatures.
+    read: HashMap<Digest, Option<(Format, Claim)>>,
+}
+
+impl<'a> ReferrerStore<'a> {
+    pub(super) fn new(registry: &'a Registry, target: &'a Target) -> Self {
+        let subject = &target.subject;
+        Self { registry, repository: subject.repository(), subject: subject.digest(), by_api: false, read: HashMap::new() }
+    }
+
+    /// Which of these are among the listed, valid.
+    async fn find(&mut self, listed: &Referrers, wanted: &[Numbered<'_>]) -> Result<HashSet<usize>, Error> {
+        let hints: Vec<_> = wanted.iter().map(|(_, wanted)| bundle::hint(wanted.witness.public_key())).collect();
+        let mut found = HashSet::new();
+        for entry in Stored::candidates(listed, &hints).into_iter().take(MOST_READ) {
+            if found.len() == wanted.len() {
+                break;
+            }
+            if !self.read.contains_key(&entry.digest) {
+                let stored = verify::read_referrer(self.registry, self.repository, self.subject, entry).await?;
+                let said = stored.and_then(|Stored { format, claim, .. }| claim.ok().map(|claim| (format, claim)));
+                self.read.insert(entry.digest.clone(), said);
+            }
+            if let Some((format, claim)) = &self.read[&entry.digest] {
+                let same = |wanted: &Wanted| wanted.prepared.format() == *format && is_the_same(claim, self.subject, wanted);
+                found.extend(wanted.iter().filter(|(_, wanted)| same(wanted)).map(|(index, _)| *index));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Stores the blobs and the manifests.
+    async fn put(&self, referrers: impl Iterator<Item = &Referrer>) -> Result<(), Error> {
+        try_join_all(referrers.map(|referrer| self.put_one(referrer))).await.map(drop)
+    }
+
+    async fn put_one(&self, referrer: &Referrer) -> Result<(), Error> {
+        for round in 0.. {
+            let blobs = [referrer.blob().clone(), Bytes::from_static(EMPTY_CONFIG)];
+            try_join_all(blobs.map(|blob| self.registry.ensure_blob(self.repository, blob))).await?;
+            let (address, content) = (referrer.digest().clone().into(), referrer.manifest().clone());
+            match self.registry.put_manifest(self.repository, &address, media_type::OCI_MANIFEST, content).await {
+                // Another upload of the same blob was under way; the registry knows it by the next round.
+                Err(error @ registry::Error::BlobUnknown { .. }) if round < TRIES => {
+                    debug!(error = &error as &dyn std::error::Error, round, "manifest refused for a blob, uploading again");
+                    pause(round).await;
+                }
+                done => return Ok(done?),
+            }
+        }
+        unreachable!("the last round returns")
+    }
+
+    /// Looks until the registry lists them itself. False if it turns out to have no API.
+    async fn are_listed(&self, ready: &[Ready<'_>]) -> Result<bool, Error> {
+        for round in 0..TRIES {
+            let listed = self.registry.referrers(self.repository, self.subject).await?;
+            if !listed.is_by_api() {
+                return Ok(false);
+            }
+            let is_listed = |digest: &Digest| listed.entries().iter().any(|entry| entry.digest == *digest);
+            if artifacts(ready).all(|(_, referrer)| is_listed(referrer.digest())) {
+                return Ok(true);
+            }
+            pause(round).await;
+        }
+        Err(Error::Unlisted { subject: self.subject.clone() })
+    }
+}
+
+impl Store for ReferrerStore<'_> {
+    fn keeps(format: Format) -> bool {
+        match format {
+            Format::Cosign => false,
+            Format::Bundle => true,
+        }
+    }
+
+    async fn look(&mut self, wanted: &[Numbered<'_>]) -> Result<HashSet<usize>, Error> {
+        let listed = self.registry.referrers(self.repository, self.subject).await?;
+        self.by_api = listed.is_by_api();
+        self.find(&listed, wanted).await
+    }
+
+    async fn prepare(&self, _missing: &[Numbered<'_>]) -> Result<(), registry::Error> {
+        self.registry.ensure_blob(self.repository, EMPTY_CONFIG.into()).await.map(drop)
+    }
+
+    async fn write(&mut self, ready: &[Ready<'_>]) -> Result<HashSet<usize>, Error> {
+        self.put(artifacts(ready).map(|(_, referrer)| referrer)).await?;
+        if self.by_api && self.are_listed(ready).await? {
+            return Ok(ready.iter().map(|one| one.index).collect());
+        }
+        let (registry, repository, tag) = (self.registry, self.repository, Tag::referrers(self.subject));
+        let mut entries = Entries { store: self, ready, merged: vec![], ours: HashSet::new() };
+        tag::add(registry, repository, &tag, &mut entries).await?;
+        Ok(entries.ours)
+    }
+}
+
+/// What is added to the index under the fallback tag.
+struct Entries<'a, 's> {
+    store: &'a mut ReferrerStore<'s>,
+    ready: &'a [Ready<'a>],
+    /// What the last merge added, and what was written of it.
+    merged: Vec<usize>,
+    ours: HashSet<usize>,
+}
+
+impl Addition for Entries<'_, '_> {
+    type Content = ReferrersIndex;
+    const MEDIA_TYPE: &'static str = media_type::OCI_INDEX;
+
+    async fn upload(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    async fn look(&self) -> Result<Option<(Digest, ReferrersIndex)>, Error> {
+        Ok(self.store.registry.referrers_index(self.store.repository, self.store.subject).await?)
+    }
+
+    async fn merge(&mut self, current: Option<ReferrersIndex>) -> Result<Merged, Error> {
+        let mut index = current.unwrap_or_else(ReferrersIndex::empty);
+        let absent: Vec<_> = artifacts(self.ready).filter(|(_, referrer)| !index.contains(referrer.digest())).collect();
+        let wanted: Vec<Numbered<'_>> = absent.iter().map(|(one, _)| (one.index, one.wanted)).collect();
+        // Another replica may have been here since the first look: what it wrote has other bytes, and says the same.
+        let listed = Referrers::of_index(index.clone());
+        let theirs = self.store.find(&listed, &wanted).await?;
+        self.merged.clear();
+        for (one, referrer) in absent.iter().filter(|(one, _)| !theirs.contains(&one.index)) {
+            index.add(referrer.descriptor()).map_err(|source| self.full(source))?;
+            self.merged.push(one.index);
+        }
+        if self.merged.is_empty() {
+            return Ok(Merged::Complete);
+        }
+        index.to_bytes().map(Merged::Write).map_err(|source| self.full(source))
+    }
+
+    fn written(&mut self) {
+        self.ours.extend(self.merged.drain(..));
+    }
+
+    fn is_in(&self, content: &ReferrersIndex) -> bool {
+        let is_ours = |one: &Ready<'_>| self.ours.contains(&one.index);
+        artifacts(self.ready).all(|(one, referrer)| !is_ours(one) || content.contains(referrer.digest()))
+    }
+}
+
+impl Entries<'_, '_> {
+    fn full(&self, source: registry::IndexError) -> Error {
+        let tag = Tag::referrers(self.store.subject);
+        Error::ReferrersTag { repository: self.store.repository.clone(), tag, source }
+    }
+}
+
+/// Whether a claim is a valid signature of the wanted one's witness that approves the same digest.
+fn is_the_same(claim: &Claim, subject: &Digest, wanted: &Wanted) -> bool {
+    let key = wanted.witness.public_key();
+    claim.digests.contains(subject) && key.verify(wanted.algorithm, &claim.signed_sha256, &claim.signature).is_ok()
+}
+
+fn artifacts<'a>(ready: &'a [Ready<'_>]) -> impl Iterator<Item = (&'a Ready<'a>, &'a Referrer)> {
+    ready.iter().filter_map(|one| Some((one, one.fresh.artifact().referrer()?)))
+}
