@@ -5,11 +5,11 @@ use std::{
 
 use async_trait::async_trait;
 use cryptoki::{
+    error::{Error as ModuleError, RvError},
     mechanism::{
         Mechanism, MechanismType,
         rsa::{PkcsMgfType, PkcsPssParams},
     },
-    error::{Error as ModuleError, RvError},
     object::ObjectHandle,
 };
 
@@ -94,8 +94,8 @@ impl SigningKey for Pkcs11Key {
                 None => return Ok(Some(false)),
             },
         };
-        let (door, digest) = (Arc::clone(&self.door), *digest);
-        self.pool.run(move |station| station.verify(&door, algorithm, &digest, &signature)).await
+        let (door, public_key, digest) = (Arc::clone(&self.door), self.public_key.clone(), *digest);
+        self.pool.run(move |station| station.verify(&door, &public_key, algorithm, &digest, &signature)).await
     }
 
     fn stuck_threads(&self) -> Option<usize> {
@@ -134,13 +134,14 @@ impl Station {
     fn verify(
         &mut self,
         door: &Door,
+        public_key: &PublicKey,
         algorithm: Algorithm,
         digest: &[u8; 32],
         signature: &[u8],
     ) -> Result<Option<bool>, Error> {
         let (mechanism, data) = asked(algorithm, digest);
         self.within(door, |entered, private| {
-            let Some(public) = object::public_key(&entered.session, private)? else { return Ok(None) };
+            let Some(public) = object::public_key(&entered.session, private, public_key)? else { return Ok(None) };
             match entered.session.verify(&mechanism, public, &data, signature) {
                 Ok(()) => Ok(Some(true)),
                 Err(ModuleError::Pkcs11(RvError::SignatureInvalid | RvError::SignatureLenRange, _)) => Ok(Some(false)),

@@ -74,10 +74,17 @@ pub(super) fn describe(door: &Door, entered: &Entered, private: ObjectHandle) ->
 
 type Spki = Result<Vec<u8>, PublicKeyError>;
 
-/// The object beside a private key that is its public half, if the token has one.
-pub(super) fn public_key(session: &Session, private: ObjectHandle) -> Result<Option<ObjectHandle>, Fault> {
+/// The object beside a private key that is this public key, if the token has one.
+pub(super) fn public_key(session: &Session, private: ObjectHandle, wanted: &PublicKey) -> Result<Option<ObjectHandle>, Fault> {
     let Some(same) = Attributes::of(session, private)?.shared_by_pair() else { return Ok(None) };
-    Ok(session.find_objects(&[Attribute::Class(ObjectClass::PUBLIC_KEY), same])?.first().copied())
+    for public in session.find_objects(&[Attribute::Class(ObjectClass::PUBLIC_KEY), same])? {
+        if let Some(Ok(spki)) = Attributes::of(session, public)?.spki()
+            && PublicKey::from_spki_der(&spki).is_ok_and(|found| found == *wanted)
+        {
+            return Ok(Some(public));
+        }
+    }
+    Ok(None)
 }
 
 /// From wherever it is: the object beside the private key, the private key itself, or a certificate.
