@@ -75,6 +75,11 @@ pub trait SigningKey: fmt::Debug + Send + Sync {
     async fn verify(&self, _algorithm: Algorithm, _digest: &[u8; 32], _signature: &[u8]) -> Result<Option<bool>, Error> {
         Ok(None)
     }
+
+    /// Threads that wait for the key's PKCS#11 module though their callers have given up; `None` where no module is loaded.
+    fn stuck_threads(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// Opens a key: finds it, and reads its public half once. `login` says who asks, where that does not come from the environment.

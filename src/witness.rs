@@ -357,6 +357,12 @@ impl Witness {
         self.breaker.away().is_some()
     }
 
+    /// As [`SigningKey::stuck_threads`] has it.
+    #[must_use]
+    pub fn stuck_threads(&self) -> Option<usize> {
+        self.key.stuck_threads()
+    }
+
     /// Whether it can be asked now. The error is [`kms::Error::Away`].
     pub fn look(&self) -> Result<(), kms::Error> {
         self.breaker.look().map_err(|away| self.away(away))

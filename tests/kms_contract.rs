@@ -361,6 +361,10 @@ impl Provider for Alibaba {
         vec![alibaba::BASE[1], "Signature="]
     }
 
+    fn verifies(&self) -> bool {
+        true
+    }
+
     async fn fail(&self, way: usize, _: KeySpec) -> Option<Ending> {
         match way {
             0 | 1 => {
@@ -471,6 +475,10 @@ impl Provider for Azure {
         vec!["issuedToken", azure::CLIENT[1]]
     }
 
+    fn verifies(&self) -> bool {
+        true
+    }
+
     async fn fail(&self, way: usize, _: KeySpec) -> Option<Ending> {
         match way {
             0 => self.cloud.given().enabled = false,
@@ -488,7 +496,7 @@ impl Provider for Azure {
 
     async fn mend(&self, _: usize, _: KeySpec) {
         let mut given = self.cloud.given();
-        (given.enabled, given.key_ops, given.denied, given.deleted) = (true, vec!["sign"], None, false);
+        (given.enabled, given.key_ops, given.denied, given.deleted) = (true, vec!["sign", "verify"], None, false);
     }
 }
 
@@ -512,6 +520,10 @@ impl Provider for Token {
 
     fn secrets(&self) -> Vec<&str> {
         vec![PIN]
+    }
+
+    fn verifies(&self) -> bool {
+        true
     }
 
     async fn fail(&self, way: usize, _: KeySpec) -> Option<Ending> {

@@ -207,6 +207,7 @@ async fn a_module_that_hangs_is_given_up_and_asked_again_when_it_answers() {
         let error = signs(&*key).await.unwrap_err();
         assert!(matches!(error, Error::Unreachable { .. }), "{}", told(&error));
         assert!(told(&error).contains(&format!("{hanging} of its 8 sessions hang")), "{}", told(&error));
+        assert_eq!(key.stuck_threads(), Some(hanging));
     }
     for _ in 0..20 {
         let error = signs(&*key).await.unwrap_err();
@@ -267,8 +268,10 @@ async fn the_public_half_comes_from_wherever_it_is() {
     for id in ["01", "02"] {
         hsm.tool(&["--delete-object", "--type", "pubkey", "--id", id]).unwrap();
     }
-    // An RSA key's private object has the modulus and the exponent.
-    assert_eq!(open(&hsm.uri("rsa")).await.unwrap().public_key(), rsa.public_key());
+    // An RSA key's private object has the modulus and the exponent, but verifies nothing.
+    let found = open(&hsm.uri("rsa")).await.unwrap();
+    assert_eq!(found.public_key(), rsa.public_key());
+    assert_eq!(found.verify(Algorithm::RsaPkcs1Sha256, &DIGEST, &[7; 256]).await.unwrap(), None);
     let error = open(&hsm.uri("ec")).await.unwrap_err();
     assert!(refused(&error) && told(&error).contains("import the public key or a certificate"), "{}", told(&error));
     let folder = tempfile::tempdir().unwrap();

@@ -312,9 +312,11 @@ impl Given {
         };
         match (method.as_str(), verb) {
             ("GET", "") => Ok(self.bundle(own, &kid)),
-            ("POST", "sign") => {
+            ("POST", "sign" | "verify") => {
                 assert_eq!(header("content-type"), "application/json");
-                self.sign(own, &kid, &serde_json::from_slice(body).unwrap())
+                self.usable(verb)?;
+                let body = serde_json::from_slice(body).unwrap();
+                if verb == "sign" { Self::sign(own, &kid, &body) } else { Self::verify(own, &body) }
             }
             _ => refuse(405, "MethodNotAllowed", ""),
         }
@@ -339,34 +341,55 @@ impl Given {
         json!({ "key": key, "attributes": attributes, "tags": {} })
     }
 
-    fn sign(&self, pair: &Pair, kid: &str, body: &Value) -> Answered {
+    /// Whether keys may do this now.
+    fn usable(&self, operation: &str) -> Result<(), Refusal> {
         if !self.enabled {
-            return forbid("KeyDisabled", "Operation sign is not allowed on a disabled key.");
+            return forbid("KeyDisabled", format!("Operation {operation} is not allowed on a disabled key."));
         }
         if self.not_before.is_some_and(|time| self.now() < time) {
-            return forbid("KeyNotYetValid", "Operation sign is not allowed on a key that is not yet valid.");
+            return forbid("KeyNotYetValid", format!("Operation {operation} is not allowed on a key that is not yet valid."));
         }
         if self.expires.is_some_and(|time| time <= self.now()) {
-            return forbid("KeyExpired", "Operation sign is not allowed on an expired key.");
+            return forbid("KeyExpired", format!("Operation {operation} is not allowed on an expired key."));
         }
-        if !self.key_ops.contains(&"sign") {
-            return forbid("KeyOperationForbidden", "Operation sign is not permitted on this key.");
+        if !self.key_ops.contains(&operation) {
+            return forbid("KeyOperationForbidden", format!("Operation {operation} is not permitted on this key."));
         }
+        Ok(())
+    }
+
+    fn sign(pair: &Pair, kid: &str, body: &Value) -> Answered {
         let fields: Vec<_> = body.as_object().unwrap().keys().map(String::as_str).collect();
         assert_eq!(fields, ["alg", "value"]);
-        let padding = match body["alg"].as_str().unwrap() {
-            "RS256" => Padding::Pkcs1,
-            "PS256" => Padding::Pss,
-            "ES256" => Padding::Fixed,
-            _ => return refuse(400, "BadParameter", "Property alg has invalid value."),
-        };
-        let digest = BASE64_URL_SAFE_NO_PAD.decode(body["value"].as_str().unwrap()).expect("base64url without padding");
-        let Ok(digest) = <[u8; 32]>::try_from(digest) else {
-            return refuse(400, "BadParameter", "Invalid length of 'value'.");
-        };
-        match pair.sign(padding, &digest) {
+        match pair.sign(padding(body)?, &digest(&body["value"])?) {
             Some(signature) => Ok(json!({ "kid": kid, "value": BASE64_URL_SAFE_NO_PAD.encode(signature) })),
             None => refuse(400, "BadParameter", "Key and signing algorithm are not compatible."),
         }
     }
+
+    fn verify(pair: &Pair, body: &Value) -> Answered {
+        let fields: Vec<_> = body.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(fields, ["alg", "digest", "value"]);
+        match pair.verifies(padding(body)?, &digest(&body["digest"])?, &bytes(&body["value"])) {
+            Some(valid) => Ok(json!({ "value": valid })),
+            None => refuse(400, "BadParameter", "Key and signing algorithm are not compatible."),
+        }
+    }
+}
+
+fn padding(body: &Value) -> Result<Padding, Refusal> {
+    match body["alg"].as_str().unwrap() {
+        "RS256" => Ok(Padding::Pkcs1),
+        "PS256" => Ok(Padding::Pss),
+        "ES256" => Ok(Padding::Fixed),
+        _ => refuse(400, "BadParameter", "Property alg has invalid value."),
+    }
+}
+
+fn digest(value: &Value) -> Result<[u8; 32], Refusal> {
+    bytes(value).try_into().or_else(|_| refuse(400, "BadParameter", "Invalid length of 'value'."))
+}
+
+fn bytes(value: &Value) -> Vec<u8> {
+    BASE64_URL_SAFE_NO_PAD.decode(value.as_str().unwrap()).expect("base64url without padding")
 }

@@ -7,9 +7,9 @@ use aws_lc_rs::digest::{Digest as Hashed, SHA256};
 use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
 use aws_lc_rs::rsa::KeySize;
 use aws_lc_rs::signature::{
-    ECDSA_P256_SHA256_ASN1, ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair,
-    EcdsaSigningAlgorithm, KeyPair as _, ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_SHA256, RSA_PSS_2048_8192_SHA256,
-    RSA_PSS_SHA256, RsaEncoding, RsaKeyPair, VerificationAlgorithm,
+    ECDSA_P256_SHA256_ASN1, ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING,
+    EcdsaKeyPair, EcdsaSigningAlgorithm, KeyPair as _, ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_SHA256,
+    RSA_PSS_2048_8192_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair, VerificationAlgorithm,
 };
 use axum::body::{Body, Bytes};
 use axum::http::response::Builder;
@@ -110,12 +110,12 @@ pub enum Padding {
     Fixed,
 }
 
-/// The key of a kind, the same each time.
+/// The key of a kind, the same each time. None is made here: large ones take longer than clients wait for their signatures.
 pub fn pair(spec: &str) -> &'static Pair {
     static PAIRS: [LazyLock<Pair>; 4] = [
         LazyLock::new(|| Pair::rsa(&der(include_str!("../../tests/data/vectors/keys/rsa2048.key.pem")))),
-        LazyLock::new(|| Pair::generated(KeySize::Rsa3072)),
-        LazyLock::new(|| Pair::generated(KeySize::Rsa4096)),
+        LazyLock::new(|| Pair::rsa(&der(include_str!("../../tests/data/vectors/keys/rsa3072.key.pem")))),
+        LazyLock::new(|| Pair::rsa(&der(include_str!("../../tests/data/vectors/keys/rsa4096.key.pem")))),
         LazyLock::new(|| Pair::ec(&der(include_str!("../../tests/data/vectors/keys/p256.key.pem")))),
     ];
     &PAIRS[SPECS.iter().position(|known| *known == spec).expect("it is the name of a kind of key")]

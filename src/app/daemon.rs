@@ -179,6 +179,9 @@ fn metrics_route(metrics: &Metrics, queue: &Arc<dyn Queue>, ledger: &Ledger, pip
         // Of those that are in force: one that a reload replaced may end its life away.
         for (name, witness) in &pipeline.setup().witnesses {
             metrics.kms_away(name, witness.is_away());
+            if let Some(threads) = witness.stuck_threads() {
+                metrics.kms_stuck_threads(name, threads);
+            }
         }
         async move {
             // What does not answer is told of by `countersign_up`; why is at /readyz. The queue first: see `Snapshot`.

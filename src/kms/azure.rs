@@ -113,6 +113,20 @@ impl SigningKey for AzureKey {
         let signature = ecdsa::der_of_p256(&signature);
         signature.map(RawSignature).ok_or_else(|| self.caller.bad("an ES256 signature that is not 64 bytes long"))
     }
+
+    async fn verify(&self, algorithm: Algorithm, digest: &[u8; 32], signature: &[u8]) -> Result<Option<bool>, Error> {
+        let signature = match algorithm {
+            Algorithm::RsaPkcs1Sha256 | Algorithm::RsaPssSha256 => BASE64URL.encode(signature),
+            Algorithm::EcdsaSha256 => match ecdsa::p256_of_der(signature) {
+                Some(raw) => BASE64URL.encode(raw),
+                // It cannot even be written as Azure reads it.
+                None => return Ok(Some(false)),
+            },
+        };
+        let body = json!({ "alg": algorithm_name(algorithm), "digest": BASE64URL.encode(digest), "value": signature });
+        let answer: VerifyAnswer = self.caller.ask("verify", &format!("{}/verify", self.path), Some(&body)).await?;
+        Ok(Some(answer.value))
+    }
 }
 
 impl fmt::Debug for AzureKey {
@@ -181,6 +195,11 @@ struct SignAnswer {
     kid: String,
     /// Base64url; of ES256 it is the two numbers, 32 bytes each.
     value: String,
+}
+
+#[derive(Deserialize)]
+struct VerifyAnswer {
+    value: bool,
 }
 
 #[derive(Deserialize)]

@@ -80,6 +80,7 @@ struct Inner {
     kms_calls: Family<CallLabels, Counter>,
     witness_away: Family<WitnessLabels, Gauge>,
     witness_went_away: Family<WitnessLabels, Counter>,
+    witness_stuck_threads: Family<WitnessLabels, Gauge>,
     throttle_wait_seconds: Family<WitnessLabels, Histogram, fn() -> Histogram>,
     registry_request_seconds: Family<RequestLabels, Histogram, fn() -> Histogram>,
     event_handling_seconds: Histogram,
@@ -103,6 +104,7 @@ impl Metrics {
             kms_calls: Family::default(),
             witness_away: Family::default(),
             witness_went_away: Family::default(),
+            witness_stuck_threads: Family::default(),
             throttle_wait_seconds: Family::new_with_constructor(request_histogram),
             registry_request_seconds: Family::new_with_constructor(request_histogram),
             event_handling_seconds: request_histogram(),
@@ -164,6 +166,12 @@ impl Metrics {
     /// So many times it stopped answering: once, or not at all, so that the first time is seen as an increase.
     pub fn kms_went_away(&self, witness: &str, times: u64) {
         self.0.witness_went_away.get_or_create(&WitnessLabels { witness: witness.into() }).inc_by(times);
+    }
+
+    /// So many threads wait for the witness's PKCS#11 module, which answered none of their callers in time.
+    pub fn kms_stuck_threads(&self, witness: &str, threads: usize) {
+        let threads = i64::try_from(threads).unwrap_or(i64::MAX);
+        self.0.witness_stuck_threads.get_or_create(&WitnessLabels { witness: witness.into() }).set(threads);
     }
 
     /// A signing waited this long for the witness's rate limit.
@@ -256,6 +264,11 @@ impl Inner {
             self.witness_away.clone(),
         );
         to.register("witness_went_away", "How often a witness's KMS stopped answering", self.witness_went_away.clone());
+        to.register(
+            "witness_stuck_threads",
+            "Threads that hang in the witness's PKCS#11 module, of 8: with all of them nothing is signed",
+            self.witness_stuck_threads.clone(),
+        );
         to.register(
             "witness_throttle_wait_seconds",
             "How long signings waited for their witness's rate limit, its KMS's quota, or the calls before them",

@@ -5,14 +5,13 @@ use std::{
 
 use async_trait::async_trait;
 use cryptoki::{
+    error::{Error as ModuleError, RvError},
     mechanism::{
         Mechanism, MechanismType,
         rsa::{PkcsMgfType, PkcsPssParams},
     },
     object::ObjectHandle,
-    session::Session,
 };
-use rsa::pkcs8::der::{Encode, asn1::UintRef};
 
 use super::{
     fault::Fault,
@@ -20,7 +19,7 @@ use super::{
     object,
     pool::{Pool, Pools},
 };
-use crate::kms::{Algorithm, Environment, Error, KeyUri, Login, PublicKey, RawSignature, SigningKey};
+use crate::kms::{Algorithm, Environment, Error, KeyUri, Login, PublicKey, RawSignature, SigningKey, ecdsa};
 
 static POOLS: LazyLock<Pools<Station>> = LazyLock::new(Mutex::default);
 
@@ -82,8 +81,25 @@ impl SigningKey for Pkcs11Key {
             return Ok(RawSignature(signature));
         }
         let what = || format!("an ECDSA signature of {} bytes, and r and s of P-256 have 64", signature.len());
-        let der = ecdsa_der(&signature);
+        let der = ecdsa::der_of_p256(&signature);
         der.map(RawSignature).ok_or_else(|| Error::BadResponse { key: Arc::clone(&self.door.uri), what: what() })
+    }
+
+    async fn verify(&self, algorithm: Algorithm, digest: &[u8; 32], signature: &[u8]) -> Result<Option<bool>, Error> {
+        let signature = match algorithm {
+            Algorithm::RsaPkcs1Sha256 | Algorithm::RsaPssSha256 => signature.to_vec(),
+            Algorithm::EcdsaSha256 => match ecdsa::p256_of_der(signature) {
+                Some(raw) => raw.to_vec(),
+                // It cannot even be written as tokens read it.
+                None => return Ok(Some(false)),
+            },
+        };
+        let (door, public_key, digest) = (Arc::clone(&self.door), self.public_key.clone(), *digest);
+        self.pool.run(move |station| station.verify(&door, &public_key, algorithm, &digest, &signature)).await
+    }
+
+    fn stuck_threads(&self) -> Option<usize> {
+        Some(self.pool.stuck())
     }
 }
 
@@ -110,7 +126,32 @@ impl Station {
     }
 
     fn sign(&mut self, door: &Door, algorithm: Algorithm, digest: &[u8; 32]) -> Result<Vec<u8>, Error> {
-        self.within(door, |entered, private| sign(&entered.session, private, algorithm, digest).map_err(Fault::from))
+        let (mechanism, data) = asked(algorithm, digest);
+        self.within(door, |entered, private| entered.session.sign(&mechanism, private, &data).map_err(Fault::from))
+    }
+
+    /// By the public key object beside the private key; `None` if there is none, or none that verifies.
+    fn verify(
+        &mut self,
+        door: &Door,
+        public_key: &PublicKey,
+        algorithm: Algorithm,
+        digest: &[u8; 32],
+        signature: &[u8],
+    ) -> Result<Option<bool>, Error> {
+        let (mechanism, data) = asked(algorithm, digest);
+        self.within(door, |entered, private| {
+            let Some(public) = object::public_key(&entered.session, private, public_key)? else { return Ok(None) };
+            match entered.session.verify(&mechanism, public, &data, signature) {
+                Ok(()) => Ok(Some(true)),
+                Err(ModuleError::Pkcs11(RvError::SignatureInvalid | RvError::SignatureLenRange, _)) => Ok(Some(false)),
+                Err(ModuleError::Pkcs11(
+                    RvError::KeyFunctionNotPermitted | RvError::MechanismInvalid | RvError::FunctionNotSupported,
+                    _,
+                )) => Ok(None),
+                Err(error) => Err(error.into()),
+            }
+        })
     }
 
     /// Does something in the session. If that is lost, as when the token was taken out and put back, then once more in a new one;
@@ -153,47 +194,17 @@ impl Station {
     }
 }
 
-fn sign(
-    session: &Session,
-    private: ObjectHandle,
-    algorithm: Algorithm,
-    digest: &[u8; 32],
-) -> Result<Vec<u8>, cryptoki::error::Error> {
-    /// What stands before a SHA-256 digest in PKCS#1 (RFC 8017 section 9.2, note 1): the module only pads.
+/// The mechanism, and what it takes: the module only pads.
+fn asked(algorithm: Algorithm, digest: &[u8; 32]) -> (Mechanism<'static>, Vec<u8>) {
+    /// What stands before a SHA-256 digest in PKCS#1 (RFC 8017 section 9.2, note 1).
     const DIGEST_INFO: [u8; 19] =
         [0x30, 0x31, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00, 0x04, 0x20];
     match algorithm {
-        Algorithm::RsaPkcs1Sha256 => session.sign(&Mechanism::RsaPkcs, private, &[&DIGEST_INFO[..], digest].concat()),
+        Algorithm::RsaPkcs1Sha256 => (Mechanism::RsaPkcs, [&DIGEST_INFO[..], digest].concat()),
         Algorithm::RsaPssSha256 => {
             let (hash_alg, mgf) = (MechanismType::SHA256, PkcsMgfType::MGF1_SHA256);
-            session.sign(&Mechanism::RsaPkcsPss(PkcsPssParams { hash_alg, mgf, s_len: 32.into() }), private, digest)
+            (Mechanism::RsaPkcsPss(PkcsPssParams { hash_alg, mgf, s_len: 32.into() }), digest.to_vec())
         }
-        Algorithm::EcdsaSha256 => session.sign(&Mechanism::Ecdsa, private, digest),
-    }
-}
-
-/// `ECDSA-Sig-Value` of r and s as they stand beside each other (RFC 3279 section 2.2.3).
-fn ecdsa_der(raw: &[u8]) -> Option<Vec<u8>> {
-    let (r, s) = raw.split_at_checked(32).filter(|(_, s)| s.len() == 32)?;
-    let (r, s) = (UintRef::new(r).ok()?, UintRef::new(s).ok()?);
-    let mut der = Vec::with_capacity(72);
-    vec![r, s].encode_to_vec(&mut der).ok()?;
-    Some(der)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn r_and_s_become_integers_without_padding_and_without_a_sign() {
-        let raw = |r: u8, s: u8| [[vec![0; 31], vec![r]].concat(), [vec![s], vec![1; 31]].concat()].concat();
-        assert_eq!(ecdsa_der(&raw(5, 0x7f)).unwrap()[..6], [0x30, 37, 2, 1, 5, 2]);
-        let high = ecdsa_der(&raw(0x80, 0x80)).unwrap();
-        assert_eq!(high[..8], [0x30, 39, 2, 2, 0, 0x80, 2, 33]);
-        assert_eq!(high[8..10], [0, 0x80]);
-        for length in [0, 63, 65, 96] {
-            assert_eq!(ecdsa_der(&vec![1; length]), None);
-        }
+        Algorithm::EcdsaSha256 => (Mechanism::Ecdsa, digest.to_vec()),
     }
 }

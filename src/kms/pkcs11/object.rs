@@ -74,14 +74,22 @@ pub(super) fn describe(door: &Door, entered: &Entered, private: ObjectHandle) ->
 
 type Spki = Result<Vec<u8>, PublicKeyError>;
 
+/// The object beside a private key that is this public key, if the token has one.
+pub(super) fn public_key(session: &Session, private: ObjectHandle, wanted: &PublicKey) -> Result<Option<ObjectHandle>, Fault> {
+    let Some(same) = Attributes::of(session, private)?.shared_by_pair() else { return Ok(None) };
+    for public in session.find_objects(&[Attribute::Class(ObjectClass::PUBLIC_KEY), same])? {
+        if let Some(Ok(spki)) = Attributes::of(session, public)?.spki()
+            && PublicKey::from_spki_der(&spki).is_ok_and(|found| found == *wanted)
+        {
+            return Ok(Some(public));
+        }
+    }
+    Ok(None)
+}
+
 /// From wherever it is: the object beside the private key, the private key itself, or a certificate.
 fn public_half(session: &Session, own: &Attributes) -> Result<Option<Spki>, Fault> {
-    // An id stands for the pair, and a label may stand for more; not every maker gives both.
-    let same = match (own.bytes(AttributeType::Id), own.bytes(AttributeType::Label)) {
-        (Some(id), _) if !id.is_empty() => Attribute::Id(id.to_vec()),
-        (_, Some(label)) if !label.is_empty() => Attribute::Label(label.to_vec()),
-        _ => return Ok(own.spki()),
-    };
+    let Some(same) = own.shared_by_pair() else { return Ok(own.spki()) };
     for public in session.find_objects(&[Attribute::Class(ObjectClass::PUBLIC_KEY), same.clone()])? {
         if let Some(spki) = Attributes::of(session, public)?.spki() {
             return Ok(Some(spki));
@@ -146,6 +154,15 @@ impl Attributes {
             Attribute::Sign(is) | Attribute::AlwaysAuthenticate(is) => Some(*is),
             _ => None,
         })
+    }
+
+    /// What the other half of the pair has, too. An id stands for the pair, and a label may stand for more; not every maker gives both.
+    fn shared_by_pair(&self) -> Option<Attribute> {
+        match (self.bytes(AttributeType::Id), self.bytes(AttributeType::Label)) {
+            (Some(id), _) if !id.is_empty() => Some(Attribute::Id(id.to_vec())),
+            (_, Some(label)) if !label.is_empty() => Some(Attribute::Label(label.to_vec())),
+            _ => None,
+        }
     }
 
     fn kind(&self) -> Option<KeyType> {

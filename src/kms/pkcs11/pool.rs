@@ -123,7 +123,7 @@ impl<S: Default + Send + 'static> Pool<S> {
         }
     }
 
-    fn stuck(&self) -> usize {
+    pub(super) fn stuck(&self) -> usize {
         self.stuck.load(Ordering::Acquire)
     }
 
