@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use tracing::Instrument;
 
 use crate::{
+    certificate::Chain,
     clock::Clock,
     kms::{self, Algorithm, KeyUri, Login, PublicKey, PublicKeyError, RawSignature, SigningKey},
     outcome::{Classify, Verdict},
@@ -137,6 +138,7 @@ pub struct Witness {
     pace: Pace,
     clock: Clock,
     observer: Observer,
+    certificates: Vec<Chain>,
 }
 
 /// A signature that a witness's key made, verified against its public key. Only [`Witness::sign`] makes it.
@@ -198,13 +200,19 @@ impl Witness {
         }
         let (name, description) = (settings.name.clone(), settings.description.clone());
         let observer = Observer::new(|_, _, _| ());
-        Ok(Self { name, description, key, trusted, pace: Pace::new(settings.rate), clock, observer })
+        Ok(Self { name, description, key, trusted, pace: Pace::new(settings.rate), clock, observer, certificates: vec![] })
     }
 
     /// The same, watched.
     #[must_use]
     pub fn observed(self, observer: Observer) -> Self {
         Self { observer, ..self }
+    }
+
+    /// The same with certificates of its key, the one that its signatures name first.
+    #[must_use]
+    pub fn certified(self, certificates: Vec<Chain>) -> Self {
+        Self { certificates, ..self }
     }
 
     #[must_use]
@@ -245,6 +253,12 @@ impl Witness {
     #[must_use]
     pub fn trusted_keys(&self) -> &TrustedKeys {
         &self.trusted
+    }
+
+    /// The certificates that its notation signatures may name, the one that new ones do first. None of those whose rules need none.
+    #[must_use]
+    pub fn certificates(&self) -> &[Chain] {
+        &self.certificates
     }
 
     /// Signs a SHA-256 digest (the caller has hashed), and verifies what came back before returning it.

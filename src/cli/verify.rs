@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use futures::future::try_join_all;
 use serde::Serialize;
 
 use super::{Output, Usage, VerifyArgs, output};
@@ -11,7 +12,7 @@ use crate::{
     clock::Clock,
     config::Config,
     oci::{Reference, Tag},
-    verify::{Examination, Judgement, Trust, examine},
+    verify::{Examination, Judgement, Known, Trust, examine},
 };
 
 /// The answer for one image.
@@ -33,8 +34,8 @@ pub async fn run(config: &Config, clock: &Clock, args: &VerifyArgs, output: Outp
     }
     // Others are not looked at: that their keys are not known here yet is no reason not to answer.
     let asked = config.witnesses.iter().filter(|witness| args.witness.is_empty() || args.witness.contains(&witness.name));
-    let known = asked.map(|witness| app::trusted_keys(config, witness)).collect::<anyhow::Result<Vec<_>>>()?;
-    let trusts: Vec<Trust<'_>> = app::trusts(&known).collect();
+    let known = try_join_all(asked.map(|witness| app::known_with_certificates(config, witness, clock))).await?;
+    let trusts: Vec<Trust<'_>> = known.iter().map(Known::trust).collect();
     let mut answers = vec![];
     for reference in &args.references {
         let reference = parse_image(reference)?;
