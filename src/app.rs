@@ -143,7 +143,8 @@ pub async fn known_with_certificates(config: &Config, witness: &config::Witness,
         config::Ledger::Sqlite { path } => path.exists(),
         config::Ledger::Postgres(_) => true,
     };
-    let Some(key) = known.keys.own().filter(|_| known.certificates.is_empty() && is_there && signs_notation(config, witness)) else {
+    let Some(key) = known.keys.own().filter(|_| known.certificates.is_empty() && is_there && signs_notation(config, witness))
+    else {
         return Ok(known);
     };
     let kept = async {
@@ -154,7 +155,10 @@ pub async fn known_with_certificates(config: &Config, witness: &config::Witness,
         Ok(kept) => known.certificates = kept,
         Err(error) => {
             let error = format!("{error:#}");
-            warn!(witness = witness.name, error, "its certificates are not known: of its notation signatures, its key decides alone");
+            warn!(
+                witness = witness.name,
+                error, "its certificates are not known: of its notation signatures, its key decides alone"
+            );
         }
     }
     Ok(known)
@@ -365,12 +369,7 @@ fn own_algorithm(witness: &Witness) -> Algorithm {
 
 /// Everything that the pipeline looks up. Witnesses that a KMS outage keeps shut are returned beside it; one that can never
 /// be opened as things stand is an error.
-pub async fn setup(
-    config: &Config,
-    ledger: &Ledger,
-    clock: &Clock,
-    metrics: &Metrics,
-) -> anyhow::Result<(Setup, Vec<Unopened>)> {
+pub async fn setup(config: &Config, ledger: &Ledger, clock: &Clock, metrics: &Metrics) -> anyhow::Result<(Setup, Vec<Unopened>)> {
     let registries =
         config.registries.iter().map(|registry| Ok((registry.name.clone(), open_registry(registry, Some(metrics))?)));
     let registries = registries.collect::<anyhow::Result<HashMap<_, _>>>()?;

@@ -138,7 +138,10 @@ async fn every_judge_accepts(kind: Kind, keys: Keys) -> Result<()> {
         assert_eq!(listed(&answer.json()?)?, [ours("bundle"), ours("cosign"), ours(format)], "{context}");
         daemon::run(&["verify", "-f", pod, "--config", path], &[]).await?.expect_code(0)?;
         let other = if format == "notation" { "notation-cose" } else { "notation" };
-        fs::write(path, fs::read_to_string(path)?.replace(&policy, &policy.replace(&format!("\"{format}\""), &format!("\"{other}\""))))?;
+        fs::write(
+            path,
+            fs::read_to_string(path)?.replace(&policy, &policy.replace(&format!("\"{format}\""), &format!("\"{other}\""))),
+        )?;
         daemon::run(&["verify", "-f", pod, "--config", path], &[]).await?.expect_code(1)?;
     }
     Ok(())

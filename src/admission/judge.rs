@@ -232,9 +232,7 @@ fn fault(policy: &Policy, witness: &str, image: &Reference, evidence: &Evidence)
     let mut rejected: Vec<&Rejection> = vec![];
     for signature in &evidence.signatures {
         match signature {
-            Signature::Stands { witness: signer, .. } | Signature::Elsewhere { witness: signer, .. }
-                if **signer != *witness =>
-            {
+            Signature::Stands { witness: signer, .. } | Signature::Elsewhere { witness: signer, .. } if **signer != *witness => {
                 others.push(signer.to_string());
             }
             Signature::Stands { format, .. } | Signature::Elsewhere { format, .. } if !is_format(format) => {

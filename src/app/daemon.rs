@@ -92,7 +92,8 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
         info!("stopping: no more events are taken, what is in hand is finished");
         closing.close().await;
     });
-    let mut reloader = Reloader { path: path.to_owned(), config, ledger, clock, pipeline, intake, metrics, log, tls, shut: vec![] };
+    let mut reloader =
+        Reloader { path: path.to_owned(), config, ledger, clock, pipeline, intake, metrics, log, tls, shut: vec![] };
     reloader.shut = shut.into_iter().map(|(witness, _)| witness).collect();
     let (drain, mut asked) = (lifecycle.drain(), lifecycle.reload());
     lifecycle.spawn("reload", async move {

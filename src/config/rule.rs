@@ -114,7 +114,10 @@ pub(crate) static TABLE: Table = Table {
 static ALGORITHM: Choice = Choice {
     words: &[
         Word { text: "RSA_PKCS1_SHA_256", doc: "RSASSA-PKCS1-v1_5, for RSA keys." },
-        Word { text: "RSA_PSS_SHA_256", doc: "RSASSA-PSS, for notation with RSA_2048 keys. No verifier of cosign signatures or bundles accepts it." },
+        Word {
+            text: "RSA_PSS_SHA_256",
+            doc: "RSASSA-PSS, for notation with RSA_2048 keys. No verifier of cosign signatures or bundles accepts it.",
+        },
         Word { text: "ECDSA_SHA_256", doc: "ECDSA, for P-256 keys." },
     ],
     later: &[],
@@ -232,7 +235,9 @@ pub fn check_rule_against_key(rule: &Rule, spec: &str) -> Result<(), String> {
     let is_rsa = matches!(spec.as_str(), "RSA_2048" | "RSA_3072" | "RSA_4096");
     let is_p256 = matches!(spec.as_str(), "EC_P256" | "ECC_NIST_P256");
     let is_notation = |format: &Format| format.envelope().is_some();
-    if rule.algorithm == Algorithm::RsaPssSha256 && matches!(spec.as_str(), "RSA_3072" | "RSA_4096") && rule.formats.iter().any(is_notation)
+    if rule.algorithm == Algorithm::RsaPssSha256
+        && matches!(spec.as_str(), "RSA_3072" | "RSA_4096")
+        && rule.formats.iter().any(is_notation)
     {
         return Err(format!(
             "{}: rule \"{}\" writes notation signatures, and the key of its witness \"{}\" is {spec}, from which notation wants another \
@@ -298,7 +303,10 @@ fn check_formats(value: &Value<'_>, algorithm: Algorithm, formats: &[Format], al
     let span = value.span.clone();
     match algorithm {
         Algorithm::RsaPkcs1Sha256 if !notations.is_empty() => {
-            let message = format!("no verifier would accept this: notation takes RSA signatures{} with PSS padding only", named(&notations));
+            let message = format!(
+                "no verifier would accept this: notation takes RSA signatures{} with PSS padding only",
+                named(&notations)
+            );
             let help = "take the format out, and write a second [[rule]] with algorithm = \"RSA_PSS_SHA_256\" for it; the same witness \
                         signs both, if its KMS lets its key";
             value.report.error(span, message, help.to_owned());

@@ -115,9 +115,7 @@ pub fn plan(
                     continue;
                 }
                 let prepared = match format.envelope().zip(witness.certificates().first()) {
-                    Some((envelope, chain)) => {
-                        Prepared::Notation(notation::Prepared::new(envelope, subject, chain, now, None))
-                    }
+                    Some((envelope, chain)) => Prepared::Notation(notation::Prepared::new(envelope, subject, chain, now, None)),
                     None if *format == Format::Cosign => Prepared::Cosign(cosign::Prepared::new(subject, &reference)),
                     None => Prepared::Bundle(bundle::Prepared::new(subject, pushed_at)),
                 };
