@@ -114,10 +114,14 @@ pub fn plan(
                 if !is_read {
                     continue;
                 }
-                let prepared = match format.envelope().zip(witness.certificates().first()) {
-                    Some((envelope, chain)) => Prepared::Notation(notation::Prepared::new(envelope, subject, chain, now, None)),
-                    None if *format == Format::Cosign => Prepared::Cosign(cosign::Prepared::new(subject, &reference)),
-                    None => Prepared::Bundle(bundle::Prepared::new(subject, pushed_at)),
+                let prepared = match (format.envelope(), witness.certificates().first()) {
+                    (Some(envelope), Some(chain)) => {
+                        Prepared::Notation(notation::Prepared::new(envelope, subject, chain, now, None))
+                    }
+                    // Such a rule was left out above.
+                    (Some(_), None) => continue,
+                    (None, _) if *format == Format::Cosign => Prepared::Cosign(cosign::Prepared::new(subject, &reference)),
+                    (None, _) => Prepared::Bundle(bundle::Prepared::new(subject, pushed_at)),
                 };
                 target.want(prepared, rule, witness);
             }
