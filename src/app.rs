@@ -32,12 +32,13 @@ use crate::{
     kms::{Algorithm, PublicKey},
     ledger::Ledger,
     oci::RegistryName,
-    outcome::{Classify as _, Verdict},
+    outcome::{Classify, Verdict},
     pipeline::{Patience, Pipeline, Setup},
     registry::{self, Registry},
     rule::{self, Rules, Scope, TagFilter},
+    signature::Format,
     telemetry::Metrics,
-    verify::Trust,
+    verify::Known,
     witness::{self, Observation, Operation, Pin, Probed, Rate, TrustedKeySettings, TrustedKeys, Witness, WitnessSettings},
 };
 
@@ -134,15 +135,49 @@ fn witness_settings(config: &Config, witness: &config::Witness) -> anyhow::Resul
     })
 }
 
-/// The witness's name with the public keys that are known of it without asking a KMS.
-pub fn trusted_keys(config: &Config, witness: &config::Witness) -> anyhow::Result<(String, TrustedKeys)> {
-    let takes_pss = config.rules.iter().any(|rule| rule.witness == witness.name && rule.allow_unreadable);
-    Ok((witness.name.clone(), TrustedKeys::offline(&witness_settings(config, witness)?)?.taking_pss(takes_pss)))
+/// What is known of a witness without asking a KMS or the ledger.
+pub fn known(config: &Config, witness: &config::Witness) -> anyhow::Result<Known> {
+    Ok(known_by(config, witness, TrustedKeys::offline(&witness_settings(config, witness)?)?))
 }
 
-/// The same, as verification takes it.
-pub fn trusts(known: &[(String, TrustedKeys)]) -> impl Iterator<Item = Trust<'_>> {
-    known.iter().map(|(witness, keys)| Trust { witness, keys })
+/// The same by keys that were read elsewhere.
+pub fn known_by(config: &Config, witness: &config::Witness, keys: TrustedKeys) -> Known {
+    let takes_pss = config.rules.iter().any(|rule| rule.witness == witness.name && rule.allow_unreadable);
+    let certificates = witness.certificate.iter().cloned().collect();
+    Known { witness: witness.name.clone(), keys: keys.taking_pss(takes_pss), certificates }
+}
+
+/// Adds the certificates that the ledger keeps, if it can be asked: without one, keys decide alone.
+pub async fn with_certificates(config: &Config, witness: &config::Witness, mut known: Known, clock: &Clock) -> Known {
+    let is_there = match &config.ledger {
+        config::Ledger::Sqlite { path } => path.exists(),
+        config::Ledger::Postgres(_) => true,
+    };
+    let Some(key) = known.keys.own().filter(|_| known.certificates.is_empty() && is_there && signs_notation(config, witness))
+    else {
+        return known;
+    };
+    let kept = async {
+        let ledger = open_ledger(config, clock).await?;
+        anyhow::Ok(certificate::kept(&ledger, &witness.name, key.fingerprint()).await?)
+    };
+    match kept.await {
+        Ok(kept) => known.certificates = kept,
+        Err(error) => {
+            let error = format!("{error:#}");
+            warn!(
+                witness = witness.name,
+                error, "its certificates are not known: of its notation signatures, its key decides alone"
+            );
+        }
+    }
+    known
+}
+
+/// Whether its signatures name a certificate.
+fn signs_notation(config: &Config, witness: &config::Witness) -> bool {
+    let mut rules = config.rules.iter().filter(|rule| rule.witness == witness.name);
+    rules.any(|rule| rule.formats.iter().any(|format| format.envelope().is_some()))
 }
 
 /// A witness's public key: what is known here, else what its KMS says.
@@ -241,39 +276,74 @@ fn warn_of_end(witness: &str, chain: &Chain, clock: &Clock) {
 }
 
 /// A witness that cannot be opened for now, and why.
-pub type Unopened = (config::Witness, witness::Error);
+pub type Unopened = (config::Witness, Unready);
+
+/// Why a witness cannot sign.
+#[derive(Debug, thiserror::Error)]
+pub enum Unready {
+    #[error(transparent)]
+    Witness(#[from] witness::Error),
+    #[error(transparent)]
+    Certificate(#[from] certificate::KeptError),
+}
+
+impl Classify for Unready {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::Witness(error) => error.verdict(),
+            Self::Certificate(error) => error.verdict(),
+        }
+    }
+}
 
 /// Opens every witness that an enabled rule names or that is named at all; pins the keys that are seen for the first time.
-pub async fn open_witnesses(
+async fn open_witnesses(
     config: &Config,
+    ledger: &Ledger,
     clock: &Clock,
     metrics: &Metrics,
 ) -> anyhow::Result<(HashMap<String, Arc<Witness>>, Vec<Unopened>)> {
     let pins = state_folder(config).join("witnesses");
     fs::create_dir_all(&pins).with_context(|| format!("{}: cannot be created", pins.display()))?;
-    let opened = join_all(config.witnesses.iter().map(|witness| async move {
-        let settings = witness_settings(config, witness)?;
-        anyhow::Ok((witness, open_witness(&settings, clock, metrics).await))
-    }))
-    .await;
+    let opened = config.witnesses.iter().map(|witness| open_witness(config, witness, ledger, clock, metrics));
     let (mut witnesses, mut unopened) = (HashMap::new(), vec![]);
-    for opened in opened {
+    for (opened, witness) in join_all(opened).await.into_iter().zip(&config.witnesses) {
         match opened? {
-            (witness, Ok(open)) => {
-                check_rules(config, &open)?;
-                accept_certificate(witness, open.public_key(), clock)?;
-                witnesses.insert(witness.name.clone(), watched(open, metrics));
-            }
-            (witness, Err(error)) => unopened.push((witness.clone(), error)),
+            Ok(open) => drop(witnesses.insert(witness.name.clone(), open)),
+            Err(error) => unopened.push((witness.clone(), error)),
         }
     }
     Ok((witnesses, unopened))
 }
 
-/// What that costs is counted.
-async fn open_witness(settings: &WitnessSettings, clock: &Clock, metrics: &Metrics) -> Result<Witness, witness::Error> {
+/// A witness with all that its rules need. What is wrong with the configuration is the outer error.
+async fn open_witness(
+    config: &Config,
+    witness: &config::Witness,
+    ledger: &Ledger,
+    clock: &Clock,
+    metrics: &Metrics,
+) -> anyhow::Result<Result<Arc<Witness>, Unready>> {
+    let settings = witness_settings(config, witness)?;
     metrics.kms_called(&settings.name, "get_public_key");
-    Witness::open(settings, clock.clone()).await
+    let open = match Witness::open(&settings, clock.clone()).await {
+        Ok(open) => open,
+        Err(error) => return Ok(Err(error.into())),
+    };
+    check_rules(config, &open)?;
+    accept_certificate(witness, open.public_key(), clock)?;
+    let certificates = match &witness.certificate {
+        _ if !signs_notation(config, witness) => vec![],
+        Some(chain) => vec![chain.clone()],
+        None => match certificate::kept_or_made(ledger, &open, &witness.subject, clock).await {
+            Ok(certificates) => certificates,
+            Err(error) => return Ok(Err(error.into())),
+        },
+    };
+    if let (Some(first), None) = (certificates.first(), &witness.certificate) {
+        warn_of_end(&witness.name, first, clock);
+    }
+    Ok(Ok(watched(open.certified(certificates), metrics)))
 }
 
 /// With its waits and its KMS's answers in the metrics.
@@ -310,19 +380,19 @@ fn check_rules(config: &Config, witness: &Witness) -> anyhow::Result<()> {
 
 /// What the key signs with, and of two that which most verifiers take.
 fn own_algorithm(witness: &Witness) -> Algorithm {
-    let usual = crate::verify::cosign_algorithm(witness.public_key().spec());
-    let all = [usual].into_iter().chain(Algorithm::ALL);
-    all.into_iter().find(|algorithm| witness.allows(*algorithm)).unwrap_or(usual)
+    let usual = Format::Cosign.algorithm(witness.public_key().spec());
+    let mut all = usual.into_iter().chain(Algorithm::ALL);
+    all.find(|algorithm| witness.allows(*algorithm)).or(usual).expect("cosign's format has an algorithm for every kind of key")
 }
 
 /// Everything that the pipeline looks up. Witnesses that a KMS outage keeps shut are returned beside it; one that can never
 /// be opened as things stand is an error.
-pub async fn setup(config: &Config, clock: &Clock, metrics: &Metrics) -> anyhow::Result<(Setup, Vec<Unopened>)> {
+pub async fn setup(config: &Config, ledger: &Ledger, clock: &Clock, metrics: &Metrics) -> anyhow::Result<(Setup, Vec<Unopened>)> {
     let registries =
         config.registries.iter().map(|registry| Ok((registry.name.clone(), open_registry(registry, Some(metrics))?)));
     let registries = registries.collect::<anyhow::Result<HashMap<_, _>>>()?;
     let rules = rules(config)?;
-    let (witnesses, unopened) = open_witnesses(config, clock, metrics).await?;
+    let (witnesses, unopened) = open_witnesses(config, ledger, clock, metrics).await?;
     let mut shut = vec![];
     for (witness, error) in unopened {
         match error.verdict() {
@@ -462,7 +532,7 @@ pub async fn client(config: &Config, clock: &Clock, signing: bool) -> anyhow::Re
     let ledger = open_ledger(config, clock).await?;
     let pipeline = if signing {
         let metrics = Metrics::new();
-        let (setup, shut) = setup(config, clock, &metrics).await?;
+        let (setup, shut) = setup(config, &ledger, clock, &metrics).await?;
         if let Some((witness, error)) = shut.into_iter().next() {
             error!(witness = witness.name, "its key cannot be opened");
             return Err(error.into());

@@ -259,7 +259,8 @@ impl Pipeline {
             Located::Attachment => return Ok(Report::skipped(Skip::Attachment)),
             Located::Missing => return Ok(Report::skipped(Skip::NotFound)),
         };
-        let Plan { targets, skipped, unwitnessed } = plan::plan(&image, event.pushed_at, &matched, &setup.witnesses);
+        let Plan { targets, skipped, unwitnessed } =
+            plan::plan(&image, event.pushed_at, &matched, &setup.witnesses, self.clock.now());
         let desk = Desk { registry, ledger: &self.ledger, turns: &self.turns, clock: &self.clock, message_id, located, deadline };
         let work: Vec<_> = targets.iter().map(|target| desk.see_to(target)).collect();
         let done: Vec<_> = stream::iter(work).buffered(DIGESTS_AT_ONCE).collect().await;

@@ -15,6 +15,7 @@ use crate::{
     oci::{RegistryName, Repository, Tag},
     outcome::Skip,
     signature::Format,
+    witness::Witness,
 };
 
 /// What is signed, by whom, and how: one `[[rule]]` of the configuration.
@@ -239,6 +240,13 @@ fn closeness(skip: Skip) -> u8 {
 }
 
 impl Rule {
+    /// Whether this witness has all that the rule's formats need.
+    #[must_use]
+    pub fn is_served_by(&self, witness: &Witness) -> bool {
+        let needs_certificate = self.formats.iter().any(|format| format.envelope().is_some());
+        !needs_certificate || !witness.certificates().is_empty()
+    }
+
     /// Why this rule, whose scope holds the repository, does not sign.
     fn objection(&self, occasion: &Occasion<'_>) -> Option<Skip> {
         let manual = occasion.trigger == Trigger::Manual;

@@ -15,9 +15,10 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    kms::{PublicKey, RawSignature},
+    kms::{Algorithm, KeySpec, PublicKey, RawSignature},
     oci::{Digest, Reference},
 };
+use notation::Envelope;
 use referrer::Referrer;
 
 /// The content of the config blob of all that is written: constant, so that a repository needs it once.
@@ -25,23 +26,61 @@ pub const EMPTY_CONFIG: &[u8] = b"{}";
 
 /// A way to write a signature, by its name in the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Format {
     /// The `.sig` tag.
     Cosign,
     /// The sigstore bundle, a referrer.
     Bundle,
+    /// Notation's JWS envelope, a referrer.
+    Notation,
+    /// Notation's COSE envelope, a referrer.
+    NotationCose,
 }
 
 impl Format {
     /// In the order of the configuration's words.
-    pub const ALL: [Self; 2] = [Self::Cosign, Self::Bundle];
+    pub const ALL: [Self; 4] = [Self::Cosign, Self::Bundle, Self::Notation, Self::NotationCose];
 
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Cosign => "cosign",
             Self::Bundle => "bundle",
+            Self::Notation => "notation",
+            Self::NotationCose => "notation-cose",
+        }
+    }
+
+    /// None if it is none of notation's. Those that are need a certificate of the key.
+    #[must_use]
+    pub fn envelope(self) -> Option<Envelope> {
+        match self {
+            Self::Cosign | Self::Bundle => None,
+            Self::Notation => Some(Envelope::Jws),
+            Self::NotationCose => Some(Envelope::Cose),
+        }
+    }
+
+    /// The algorithm that this format's verifiers take from a key of this kind. None if they take no SHA-256 from it at all.
+    #[must_use]
+    pub fn algorithm(self, spec: KeySpec) -> Option<Algorithm> {
+        match (self, spec) {
+            (_, KeySpec::EcP256) => Some(Algorithm::EcdsaSha256),
+            (Self::Cosign | Self::Bundle, KeySpec::Rsa2048 | KeySpec::Rsa3072 | KeySpec::Rsa4096) => {
+                Some(Algorithm::RsaPkcs1Sha256)
+            }
+            (Self::Notation | Self::NotationCose, KeySpec::Rsa2048) => Some(Algorithm::RsaPssSha256),
+            (Self::Notation | Self::NotationCose, KeySpec::Rsa3072 | KeySpec::Rsa4096) => None,
+        }
+    }
+}
+
+impl From<Envelope> for Format {
+    fn from(envelope: Envelope) -> Self {
+        match envelope {
+            Envelope::Jws => Self::Notation,
+            Envelope::Cose => Self::NotationCose,
         }
     }
 }
@@ -57,6 +96,7 @@ impl fmt::Display for Format {
 pub enum Prepared {
     Cosign(cosign::Prepared),
     Bundle(bundle::Prepared),
+    Notation(notation::Prepared),
 }
 
 impl Prepared {
@@ -65,6 +105,7 @@ impl Prepared {
         match self {
             Self::Cosign(_) => Format::Cosign,
             Self::Bundle(_) => Format::Bundle,
+            Self::Notation(prepared) => prepared.envelope().into(),
         }
     }
 
@@ -74,6 +115,7 @@ impl Prepared {
         match self {
             Self::Cosign(prepared) => prepared.payload_sha256(),
             Self::Bundle(prepared) => prepared.pae_sha256(),
+            Self::Notation(prepared) => prepared.sha256(),
         }
     }
 
@@ -82,19 +124,23 @@ impl Prepared {
     pub fn reference(&self) -> Option<&Reference> {
         match self {
             Self::Cosign(prepared) => Some(prepared.reference()),
-            Self::Bundle(_) => None,
+            Self::Bundle(_) | Self::Notation(_) => None,
         }
     }
 
     /// What is stored once `key` has signed.
-    #[must_use]
-    pub fn assemble(&self, signature: &RawSignature, key: &PublicKey) -> Artifact {
-        match self {
+    ///
+    /// # Errors
+    /// If the signature is not of the kind that was asked for; one that a witness made always is.
+    pub fn assemble(&self, signature: &RawSignature, key: &PublicKey) -> Result<Artifact, notation::Error> {
+        let artifact = match self {
             Self::Cosign(prepared) => {
                 Artifact::Layer { layer: prepared.assemble(signature), payload: prepared.payload().clone() }
             }
             Self::Bundle(prepared) => Artifact::Bundle(prepared.assemble(signature, key)),
-        }
+            Self::Notation(prepared) => Artifact::Notation(prepared.envelope(), prepared.assemble(signature)?),
+        };
+        Ok(artifact)
     }
 }
 
@@ -107,6 +153,7 @@ pub enum Artifact {
         payload: Bytes,
     },
     Bundle(Referrer),
+    Notation(Envelope, Referrer),
 }
 
 impl Artifact {
@@ -118,6 +165,7 @@ impl Artifact {
         match self {
             Self::Layer { layer, payload } => layer.claim(payload),
             Self::Bundle(referrer) => bundle::read(referrer.blob()),
+            Self::Notation(envelope, referrer) => notation::read(*envelope, referrer.blob()),
         }
     }
 
@@ -126,7 +174,7 @@ impl Artifact {
     pub fn layer(&self) -> Option<&cosign::Layer> {
         match self {
             Self::Layer { layer, .. } => Some(layer),
-            Self::Bundle(_) => None,
+            Self::Bundle(_) | Self::Notation(..) => None,
         }
     }
 
@@ -135,7 +183,7 @@ impl Artifact {
     pub fn referrer(&self) -> Option<&Referrer> {
         match self {
             Self::Layer { .. } => None,
-            Self::Bundle(referrer) => Some(referrer),
+            Self::Bundle(referrer) | Self::Notation(_, referrer) => Some(referrer),
         }
     }
 }
@@ -151,4 +199,6 @@ pub struct Claim {
     pub digests: Vec<Digest>,
     /// What it approves them as, as it stands; None: whatever they are called.
     pub reference: Option<String>,
+    /// What notation's formats say besides, and what else they have to be held against.
+    pub notation: Option<Box<notation::Claim>>,
 }

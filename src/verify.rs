@@ -13,9 +13,10 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
+    certificate::Chain,
     kms::{Algorithm, KeySpec, PublicKey},
     oci::{Digest, Reference},
-    signature::{self, Artifact, Claim, Format},
+    signature::{Artifact, Claim, Format, notation::Target},
     witness::{Signed, Standing, TrustedKeys, Witness},
 };
 
@@ -27,13 +28,31 @@ pub(crate) use stored::{Stored, read_referrer};
 pub struct Trust<'a> {
     pub witness: &'a str,
     pub keys: &'a TrustedKeys,
+    /// The certificates that are known of it. A notation signature must name one of those that there are for its key.
+    pub certificates: &'a [Chain],
+}
+
+/// What is known of a witness without asking its KMS.
+#[derive(Debug, Clone)]
+pub struct Known {
+    pub witness: String,
+    pub keys: TrustedKeys,
+    /// None may be known: then its keys decide alone.
+    pub certificates: Vec<Chain>,
+}
+
+impl Known {
+    #[must_use]
+    pub fn trust(&self) -> Trust<'_> {
+        Trust { witness: &self.witness, keys: &self.keys, certificates: &self.certificates }
+    }
 }
 
 /// What is asked for: this digest, and what it is approved as.
 #[derive(Debug, Clone)]
 pub struct Wanted {
-    /// The digest that must have been signed.
-    pub digest: Digest,
+    /// The manifest that must have been signed, as the registry serves it.
+    pub manifest: Target,
     /// As the user names the image. Its tag, if it has one, must be the one that was signed.
     pub reference: Reference,
 }
@@ -45,6 +64,9 @@ pub struct Verified {
     /// SHA-256 of the key's `SubjectPublicKeyInfo`, lower-case hex.
     key: String,
     reference: Option<String>,
+    /// Until then it stands, if nothing is revoked before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    until: Option<Timestamp>,
     #[serde(skip)]
     evidence: Evidence,
 }
@@ -71,6 +93,11 @@ impl Verified {
     /// The reference that was signed; None if the digest was signed alone, whatever it is called.
     pub fn reference(&self) -> Option<&str> {
         self.reference.as_deref()
+    }
+
+    /// When the signature stops to count by itself; None where the format does not tell, and its key decides alone.
+    pub fn until(&self) -> Option<Timestamp> {
+        self.until
     }
 
     pub fn evidence(&self) -> &Evidence {
@@ -105,8 +132,6 @@ pub enum Rejection {
     Expired { witness: String, until: Timestamp },
     #[error("witness {witness} revoked its key on {at}: {reason}")]
     Revoked { witness: String, at: Timestamp, reason: String },
-    #[error("it is none of notation's signatures that count: {0}")]
-    NotNotation(signature::notation::Error),
     #[error("it names the certificate sha256:{thumbprint}, which is none of witness {witness}'s")]
     OtherCertificate { witness: String, thumbprint: String },
     #[error("its certificate is valid only from {not_before} to {not_after}")]
@@ -122,7 +147,7 @@ impl Rejection {
         match self {
             Self::UnknownKey => "unknown_key",
             Self::NoPayload => "no_payload",
-            Self::Malformed(_) | Self::NotNotation(_) => "malformed",
+            Self::Malformed(_) => "malformed",
             Self::OtherDigest(_) => "other_digest",
             Self::OtherReference(_) => "other_reference",
             Self::Expired { .. } => "expired",
@@ -140,54 +165,38 @@ impl Serialize for Rejection {
     }
 }
 
-/// How signatures are made with a key of this kind in the formats `cosign` and `bundle`: what every verifier of a PEM key takes.
-#[must_use]
-pub fn cosign_algorithm(spec: KeySpec) -> Algorithm {
-    match spec {
-        KeySpec::Rsa2048 | KeySpec::Rsa3072 | KeySpec::Rsa4096 => Algorithm::RsaPkcs1Sha256,
-        KeySpec::EcP256 => Algorithm::EcdsaSha256,
-    }
-}
-
 /// The algorithms by which a witness's key of this kind may have signed in this format.
 fn algorithms(format: Format, spec: KeySpec, keys: &TrustedKeys) -> impl Iterator<Item = Algorithm> {
     let unreadable = format == Format::Cosign && keys.is_pss_taken() && spec.supports(Algorithm::RsaPssSha256);
-    [cosign_algorithm(spec)].into_iter().chain(unreadable.then_some(Algorithm::RsaPssSha256))
+    format.algorithm(spec).into_iter().chain(unreadable.then_some(Algorithm::RsaPssSha256))
 }
 
 /// Who made a signature, and whether the key still counts.
 #[derive(Debug, Clone)]
-pub struct Signer<'a> {
-    pub witness: &'a str,
-    pub key: &'a PublicKey,
-    pub algorithm: Algorithm,
-    pub standing: Standing,
+struct Signer<'a> {
+    trust: Trust<'a>,
+    key: &'a PublicKey,
+    algorithm: Algorithm,
+    standing: Standing,
 }
 
-/// The key that made this signature over this SHA-256, whether it still counts or not.
-#[must_use]
-pub fn signer<'a>(
-    format: Format,
-    sha256: &[u8; 32],
-    signature: &[u8],
-    trusts: &[Trust<'a>],
-    now: Timestamp,
-) -> Option<Signer<'a>> {
-    let mut made_it = trusts.iter().flat_map(|trust| {
-        let made_it = |key: &PublicKey| {
-            algorithms(format, key.spec(), trust.keys).find(|algorithm| key.verify(*algorithm, sha256, signature).is_ok())
-        };
-        trust.keys.standings(now).filter_map(move |(key, standing)| {
-            made_it(key).map(|algorithm| Signer { witness: trust.witness, key, algorithm, standing })
+/// Those whose key made this signature over this SHA-256, whether it still counts or not: one key may be several witnesses'. Those
+/// for whom it counts come first.
+fn signers<'a>(format: Format, sha256: &[u8; 32], signature: &[u8], trusts: &[Trust<'a>], now: Timestamp) -> Vec<Signer<'a>> {
+    let found = trusts.iter().find_map(|trust| {
+        let mut keys = trust.keys.standings(now).map(|(key, _)| key);
+        keys.find_map(|key| {
+            let mut algorithms = algorithms(format, key.spec(), trust.keys);
+            Some((key, algorithms.find(|algorithm| key.verify(*algorithm, sha256, signature).is_ok())?))
         })
     });
-    // One key may be several witnesses': a witness for whom it counts comes first.
-    let first = made_it.next()?;
-    if first.standing == Standing::Counts {
-        Some(first)
-    } else {
-        Some(made_it.find(|signer| signer.standing == Standing::Counts).unwrap_or(first))
-    }
+    let Some((key, algorithm)) = found else { return vec![] };
+    let takes_it = |trust: &&Trust<'_>| algorithms(format, key.spec(), trust.keys).any(|taken| taken == algorithm);
+    let owners = trusts.iter().filter(takes_it);
+    let signer = |trust: &Trust<'a>| Some(Signer { trust: *trust, key, algorithm, standing: trust.keys.standing(key, now)? });
+    let mut signers: Vec<_> = owners.filter_map(signer).collect();
+    signers.sort_by_key(|signer| signer.standing != Standing::Counts);
+    signers
 }
 
 /// Judges one signature.
@@ -201,8 +210,7 @@ pub fn signature(
     trusts: &[Trust<'_>],
     now: Timestamp,
 ) -> Result<Verified, Rejection> {
-    let signer = signer(format, &claim.signed_sha256, &claim.signature, trusts, now).ok_or(Rejection::UnknownKey)?;
-    judge(&signer, claim, wanted)
+    judge(&signers(format, &claim.signed_sha256, &claim.signature, trusts, now), claim, wanted, now)
 }
 
 /// The same for a signature that `witness` has just made by `algorithm`: it was verified then, and is not again.
@@ -220,27 +228,47 @@ pub fn fresh(
     if !signed.is(algorithm, &claim.signed_sha256, &claim.signature) {
         return Err(Rejection::UnknownKey);
     }
-    judge(&Signer { witness: witness.name(), key, algorithm, standing }, &claim, wanted)?;
+    let trust = Trust { witness: witness.name(), keys: witness.trusted_keys(), certificates: witness.certificates() };
+    judge_one(&Signer { trust, key, algorithm, standing }, &claim, wanted, now)?;
     Ok(Fresh(artifact))
 }
 
+/// One for whom it counts is enough.
+fn judge(signers: &[Signer<'_>], claim: &Claim, wanted: &Wanted, now: Timestamp) -> Result<Verified, Rejection> {
+    let mut judged = signers.iter().map(|signer| judge_one(signer, claim, wanted, now));
+    let first = judged.next().ok_or(Rejection::UnknownKey)?;
+    if first.is_ok() { first } else { judged.find(Result::is_ok).unwrap_or(first) }
+}
+
 /// Whether what the signer said is what was asked for, and the signer may still say it.
-fn judge(signer: &Signer<'_>, claim: &Claim, wanted: &Wanted) -> Result<Verified, Rejection> {
-    if !claim.digests.contains(&wanted.digest) {
+fn judge_one(signer: &Signer<'_>, claim: &Claim, wanted: &Wanted, now: Timestamp) -> Result<Verified, Rejection> {
+    if !claim.digests.contains(&wanted.manifest.digest) {
         return Err(claim.digests.first().map_or(Rejection::UnknownKey, |other| Rejection::OtherDigest(other.clone())));
     }
-    let witness = signer.witness.to_owned();
+    let Trust { witness, certificates, .. } = signer.trust;
     match &signer.standing {
         Standing::Counts => {}
-        Standing::Ended { until } => return Err(Rejection::Expired { witness, until: *until }),
-        Standing::Revoked { since, reason } => return Err(Rejection::Revoked { witness, at: *since, reason: reason.clone() }),
+        Standing::Ended { until } => {
+            return Err(Rejection::Expired { witness: witness.to_owned(), until: *until });
+        }
+        Standing::Revoked { since, reason } => {
+            return Err(Rejection::Revoked { witness: witness.to_owned(), at: *since, reason: reason.clone() });
+        }
+    }
+    if let Some(envelope) = &claim.notation {
+        notation::check(envelope, witness, signer.key, certificates, &wanted.manifest, now)?;
     }
     // Last, because some policies take a signature of the digest under any name: all else about it has to be right.
     if let Some(reference) = claim.reference.as_ref().filter(|reference| !approves(reference, wanted)) {
         return Err(Rejection::OtherReference(reference.clone()));
     }
-    let evidence = Evidence { algorithm: signer.algorithm, sha256: claim.signed_sha256, signature: claim.signature.clone() };
-    Ok(Verified { witness, key: signer.key.fingerprint().to_owned(), reference: claim.reference.clone(), evidence })
+    Ok(Verified {
+        witness: witness.to_owned(),
+        key: signer.key.fingerprint().to_owned(),
+        reference: claim.reference.clone(),
+        until: claim.notation.as_ref().map(|envelope| envelope.until()),
+        evidence: Evidence { algorithm: signer.algorithm, sha256: claim.signed_sha256, signature: claim.signature.clone() },
+    })
 }
 
 /// Whether a signed reference approves the image under the name that was asked for.
@@ -251,11 +279,11 @@ fn judge(signer: &Signer<'_>, claim: &Claim, wanted: &Wanted) -> Result<Verified
 fn approves(reference: &str, wanted: &Wanted) -> bool {
     let Ok(signed) = reference.parse::<Reference>() else { return false };
     match (&signed.tag, &signed.digest) {
-        (None, Some(digest)) => *digest == wanted.digest,
+        (None, Some(digest)) => *digest == wanted.manifest.digest,
         (tag, digest) => {
             signed.registry == wanted.reference.registry
                 && signed.repository == wanted.reference.repository
-                && digest.as_ref().is_none_or(|digest| *digest == wanted.digest)
+                && digest.as_ref().is_none_or(|digest| *digest == wanted.manifest.digest)
                 && (tag.is_none() || wanted.reference.tag.is_none() || *tag == wanted.reference.tag)
         }
     }
@@ -292,6 +320,10 @@ mod tests {
         std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 
+    fn manifest() -> Target {
+        Target::new("", &IMAGE.parse().unwrap(), 0)
+    }
+
     fn keys(name: &str, until: Option<&str>, revoked: Option<&str>) -> TrustedKeys {
         let settings = WitnessSettings {
             name: "release".into(),
@@ -322,10 +354,10 @@ mod tests {
     }
 
     fn judge(folder: &str, keys: &TrustedKeys, reference: &str, digest: &str) -> Result<Verified, Rejection> {
-        let wanted = Wanted { digest: digest.parse().unwrap(), reference: reference.parse().unwrap() };
+        let wanted = Wanted { manifest: Target::new("", &digest.parse().unwrap(), 0), reference: reference.parse().unwrap() };
         let now = "2026-11-21T09:00:00Z".parse().unwrap();
         let (format, claim) = claim(folder)?;
-        signature(format, &claim, &wanted, &[Trust { witness: "release", keys }], now)
+        signature(format, &claim, &wanted, &[Trust { witness: "release", keys, certificates: &[] }], now)
     }
 
     #[test]
@@ -393,7 +425,7 @@ mod tests {
 
     #[test]
     fn a_simple_signature_counts_wherever_the_digest_is() {
-        let wanted = |reference: &str| Wanted { digest: IMAGE.parse().unwrap(), reference: reference.parse().unwrap() };
+        let wanted = |reference: &str| Wanted { manifest: manifest(), reference: reference.parse().unwrap() };
         let simple = format!("registry.example.com/team/app@{IMAGE}");
         assert!(approves(&simple, &wanted("mirror.example.com/copy:any")));
         let other = format!("registry.example.com/team/app@sha256:{}", "0".repeat(64));
@@ -428,7 +460,7 @@ mod tests {
         let witness = Witness::open(&settings, crate::clock::Clock::system()).await.unwrap();
         let image = vector("image", "manifest.json");
         let subject = crate::subject::Subject::in_test(REFERENCE, &image);
-        let wanted = Wanted { digest: IMAGE.parse().unwrap(), reference: REFERENCE.parse().unwrap() };
+        let wanted = Wanted { manifest: manifest(), reference: REFERENCE.parse().unwrap() };
         for prepared in [
             Prepared::Cosign(cosign::Prepared::new(&subject, &REFERENCE.parse().unwrap())),
             Prepared::Bundle(bundle::Prepared::new(&subject, Timestamp::UNIX_EPOCH)),
@@ -437,13 +469,13 @@ mod tests {
             let signed = witness.sign(algorithm, prepared.sha256()).await.unwrap();
             let other = witness.sign(algorithm, &[7; 32]).await.unwrap();
             let judge = |raw: &Signed, wanted: &Wanted, signed: &Signed| {
-                let artifact = prepared.assemble(raw.raw(), witness.public_key());
+                let artifact = prepared.assemble(raw.raw(), witness.public_key()).unwrap();
                 fresh(artifact, wanted, &witness, algorithm, signed, Timestamp::UNIX_EPOCH).map(drop)
             };
             assert_eq!(judge(&signed, &wanted, &signed), Ok(()));
             assert_eq!(judge(&signed, &wanted, &other), Err(Rejection::UnknownKey));
             assert_eq!(judge(&other, &wanted, &signed), Err(Rejection::UnknownKey));
-            let elsewhere = Wanted { digest: Digest::of(b"elsewhere"), ..wanted.clone() };
+            let elsewhere = Wanted { manifest: Target::new("", &Digest::of(b"elsewhere"), 0), ..wanted.clone() };
             assert!(matches!(judge(&signed, &elsewhere, &signed), Err(Rejection::OtherDigest(_))));
         }
         let signed = witness.sign(Algorithm::EcdsaSha256, &[7; 32]).await.unwrap();

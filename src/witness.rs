@@ -18,6 +18,7 @@ use tokio::{sync::Semaphore, time::Instant};
 use tracing::Instrument;
 
 use crate::{
+    certificate::Chain,
     clock::Clock,
     kms::{self, Algorithm, KeyUri, Login, PublicKey, PublicKeyError, RawSignature, SigningKey},
     outcome::{Classify, Verdict},
@@ -171,6 +172,7 @@ pub struct Witness {
     record: Record,
     clock: Clock,
     observer: Observer,
+    certificates: Vec<Chain>,
 }
 
 /// A signature that a witness's key made, verified against its public key. Only [`Witness::sign`] makes it.
@@ -225,6 +227,7 @@ impl Witness {
             record: Record::default(),
             clock,
             observer: Observer::new(|_| ()),
+            certificates: vec![],
         })
     }
 
@@ -232,6 +235,12 @@ impl Witness {
     #[must_use]
     pub fn observed(self, observer: Observer) -> Self {
         Self { observer, ..self }
+    }
+
+    /// The same with certificates of its key, the one that its signatures name first.
+    #[must_use]
+    pub fn certified(self, certificates: Vec<Chain>) -> Self {
+        Self { certificates, ..self }
     }
 
     #[must_use]
@@ -272,6 +281,12 @@ impl Witness {
     #[must_use]
     pub fn trusted_keys(&self) -> &TrustedKeys {
         &self.trusted
+    }
+
+    /// The certificates that its notation signatures may name, the one that new ones do first. None of those whose rules need none.
+    #[must_use]
+    pub fn certificates(&self) -> &[Chain] {
+        &self.certificates
     }
 
     /// Signs a SHA-256 digest (the caller has hashed), and verifies what came back before returning it.

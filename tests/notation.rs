@@ -16,13 +16,11 @@ use countersign::{
     registry::{Registry, Settings, Timeouts},
     signature::{
         EMPTY_CONFIG,
-        notation::{ARTIFACT_TYPE, Artifact, Envelope, Layout, Prepared, Target},
+        notation::{ARTIFACT_TYPE, Envelope, Prepared, Target, read},
+        referrer::Referrer,
     },
     subject::{Image as Located, Located as Found, Subject, locate},
-    verify::{
-        Trust,
-        notation::{Certified, signature},
-    },
+    verify::{Trust, Wanted, signature},
     witness::{Witness, WitnessSettings},
 };
 use integration_tests::{
@@ -117,9 +115,9 @@ async fn subject(server: &Server, image: &Image) -> Subject {
 }
 
 /// Stores a signature as a referrer, with the fallback tag's index that this registry needs.
-async fn push(client: &Client, subject: &Subject, artifact: &Artifact, layout: Layout) {
-    let manifest = Manifest::new(OCI_MANIFEST, artifact.manifest(layout));
-    client.push_blob(REPOSITORY, artifact.content()).await.unwrap();
+async fn push(client: &Client, subject: &Subject, artifact: &Referrer) {
+    let manifest = Manifest::new(OCI_MANIFEST, artifact.manifest().clone());
+    client.push_blob(REPOSITORY, artifact.blob()).await.unwrap();
     client.push_blob(REPOSITORY, &Bytes::from_static(EMPTY_CONFIG)).await.unwrap();
     client.put_manifest(REPOSITORY, &manifest.digest, &manifest).await.unwrap();
     let document: Value = serde_json::from_slice(&manifest.bytes).unwrap();
@@ -145,7 +143,7 @@ async fn signed(
     chain: &Chain,
     at: Timestamp,
     lifetime: Option<Duration>,
-) -> Artifact {
+) -> Referrer {
     let prepared = Prepared::new(envelope, subject, chain, at, lifetime);
     let signed = witness.sign(prepared.algorithm(), prepared.sha256()).await.unwrap();
     prepared.assemble(signed.raw()).unwrap()
@@ -168,38 +166,39 @@ async fn stock_notation_accepts_what_a_witness_signs_under_its_own_certificate()
             Notation::trusting(&text(&Installation::new(spec, "").certificate(""), "certificate"), "*", &name).unwrap();
         let namesake = Notation::trusting(&pem, "x509.subject: C=DE, ST=Berlin, O=Other, CN=release", &name).unwrap();
         for envelope in Envelope::ALL {
-            for layout in [Layout::ArtifactType, Layout::ConfigType] {
-                let image = Image::oci(&format!("{spec} {envelope:?} {layout:?}")).unwrap();
+            for lifetime in [Some(DAY), None] {
+                let image = Image::oci(&format!("{spec} {envelope:?} {lifetime:?}")).unwrap();
                 client.push(&image, REPOSITORY, &["1.0"]).await.unwrap();
                 let subject = subject(&server, &image).await;
                 let reference = format!("{name}@{}", subject.digest());
-                let lifetime = (layout == Layout::ArtifactType).then_some(DAY);
                 let artifact = signed(&witness, envelope, &subject, &chain, now, lifetime).await;
-                push(&client, &subject, &artifact, layout).await;
+                push(&client, &subject, &artifact).await;
 
                 for reference in [&reference, &format!("{name}:1.0")] {
                     let ruling = judge.verify(reference).await.unwrap();
-                    assert!(ruling.accepted, "{spec} {envelope:?} {layout:?}: {}", ruling.words);
+                    assert!(ruling.accepted, "{spec} {envelope:?} {lifetime:?}: {}", ruling.words);
                 }
                 let ruling = stranger.verify(&reference).await.unwrap();
                 assert!(!ruling.accepted && ruling.words.contains("any trusted certificate"), "{}", ruling.words);
                 let ruling = namesake.verify(&reference).await.unwrap();
                 assert!(!ruling.accepted && ruling.words.contains("identities"), "{}", ruling.words);
                 let list = judge.list(&reference).await.unwrap();
-                let listed = digest(&artifact.manifest(layout));
+                let listed = digest(artifact.manifest());
                 assert!(list.accepted && list.words.contains(&listed), "{}", list.words);
 
                 // And so do we, of what the registry has.
-                let trust = Trust { witness: "release", keys: witness.trusted_keys() };
-                let witnesses = [Certified { trust, certificates: std::slice::from_ref(&chain) }];
-                let content = client.blob(REPOSITORY, &digest(artifact.content())).await.unwrap();
-                signature(envelope, &content, &Target::of(&subject), &witnesses, now).unwrap();
+                let content = client.blob(REPOSITORY, &digest(artifact.blob())).await.unwrap();
+                let claim = read(envelope, &content).unwrap();
+                let wanted = Wanted { manifest: Target::of(&subject), reference: reference.parse().unwrap() };
+                let certificates = std::slice::from_ref(&chain);
+                let trust = Trust { witness: "release", keys: witness.trusted_keys(), certificates };
+                signature(envelope.into(), &claim, &wanted, &[trust], now).unwrap();
             }
             let image = Image::oci(&format!("{spec} {envelope:?} expired")).unwrap();
             client.push(&image, REPOSITORY, &[]).await.unwrap();
             let subject = subject(&server, &image).await;
             let artifact = signed(&witness, envelope, &subject, &chain, now - 2 * DAY, Some(DAY)).await;
-            push(&client, &subject, &artifact, Layout::ArtifactType).await;
+            push(&client, &subject, &artifact).await;
             let ruling = judge.verify(&format!("{name}@{}", subject.digest())).await.unwrap();
             assert!(!ruling.accepted && ruling.words.contains("expired"), "{}", ruling.words);
         }
@@ -236,7 +235,7 @@ async fn stock_notation_accepts_an_administrators_chain_by_its_root() {
         client.push(&image, REPOSITORY, &["1.0"]).await.unwrap();
         let subject = subject(&server, &image).await;
         let artifact = signed(&installation.witness().await, envelope, &subject, &chain, Clock::system().now(), None).await;
-        push(&client, &subject, &artifact, Layout::ArtifactType).await;
+        push(&client, &subject, &artifact).await;
         let ruling = judge.verify(&format!("{name}:1.0")).await.unwrap();
         assert!(ruling.accepted, "{envelope:?}: {}", ruling.words);
     }

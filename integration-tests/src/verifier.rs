@@ -162,6 +162,22 @@ impl Notation {
         Ok(Self { folder })
     }
 
+    /// One that has a key of its own, and trusts no other for `repository`.
+    pub async fn signing(repository: &str) -> Result<Self> {
+        let own = Self::trusting("", "*", repository)?;
+        fs::remove_dir_all(own.folder.path().join("notation/truststore"))?;
+        // It keeps the certificate in the store that has the key's name.
+        must(own.command("cert")?.args(["generate-test", "--default", "countersign"])).await?;
+        Ok(own)
+    }
+
+    /// `notation sign`, as [`Self::signing`] made it. `by_tag` is its default: it keeps the fallback tag whatever the registry can.
+    pub async fn sign(&self, reference: &str, by_tag: bool) -> Result<()> {
+        let mut command = self.command("sign")?;
+        command.args(["--insecure-registry", &format!("--force-referrers-tag={by_tag}"), reference]);
+        must(&mut command).await
+    }
+
     /// `reference` is `host/repo:tag` or `host/repo@digest`.
     pub async fn verify(&self, reference: &str) -> Result<Ruling> {
         let mut command = self.command("verify")?;

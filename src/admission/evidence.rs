@@ -23,8 +23,7 @@ use crate::{
     oci::{Digest, Reference, RegistryName, Tag, media_type},
     registry::{self, Address, Flights, Registry},
     signature::Format,
-    verify::{self, Judgement, Rejection, Trust},
-    witness::TrustedKeys,
+    verify::{self, Judgement, Known, Rejection, Trust},
 };
 
 /// What counts against an image is not believed for longer than this: it may have been signed since.
@@ -42,13 +41,15 @@ pub struct Evidence {
     pub signatures: Vec<Signature>,
     /// Why nothing could be read where signatures are.
     pub unreadable: Option<String>,
+    /// The first moment at which one of them ends by itself.
+    until: Option<Timestamp>,
     at: Instant,
 }
 
 impl Evidence {
     #[cfg(test)]
     pub(super) fn in_test(signatures: Vec<Signature>) -> Self {
-        Self { exists: true, signatures, unreadable: None, at: Instant::now() }
+        Self { exists: true, signatures, unreadable: None, until: None, at: Instant::now() }
     }
 
     /// How long ago the registry was asked.
@@ -90,8 +91,8 @@ pub enum Freshness {
 /// What it takes to examine images.
 pub struct Settings {
     pub registries: HashMap<RegistryName, Registry>,
-    /// The witnesses whose signatures count, by name.
-    pub witnesses: Vec<(String, TrustedKeys)>,
+    /// The witnesses whose signatures count.
+    pub witnesses: Vec<Known>,
     /// Images that are remembered, and for how long.
     pub entries: usize,
     pub keep: Duration,
@@ -217,7 +218,10 @@ impl Inner {
         let mut memory = self.memory();
         let is_recent = |evidence: &Arc<Evidence>| evidence.at.elapsed() < DENIAL;
         let standing = memory.standing.get(key).filter(|evidence| match freshness {
-            Freshness::Any => evidence.at.elapsed() < self.settings.keep,
+            Freshness::Any => {
+                let is_over = evidence.until.is_some_and(|until| until <= self.settings.clock.now());
+                !is_over && evidence.at.elapsed() < self.settings.keep
+            }
             Freshness::Fresh => is_recent(evidence),
         });
         standing.or_else(|| memory.fallen.get(key).filter(is_recent))
@@ -246,9 +250,10 @@ impl Inner {
         let registry = self.registry(&image)?;
         let at = Instant::now();
         let now = self.settings.clock.now();
-        let trusts: Vec<Trust<'_>> = self.settings.witnesses.iter().map(|(witness, keys)| Trust { witness, keys }).collect();
+        let trusts: Vec<Trust<'_>> = self.settings.witnesses.iter().map(Known::trust).collect();
         let examination = verify::examine(registry, &image, &trusts, now).await?;
         let evidence = Evidence {
+            until: examination.verified().filter_map(verify::Verified::until).min(),
             exists: examination.digest.is_some(),
             signatures: examination.signatures.into_iter().map(read).collect(),
             unreadable: examination.unreadable,
@@ -284,8 +289,8 @@ fn read(examined: verify::Examined) -> Signature {
     }
 }
 
-fn next_change(witnesses: &[(String, TrustedKeys)], now: Timestamp) -> Option<Timestamp> {
-    witnesses.iter().filter_map(|(_, keys)| keys.next_change(now)).min()
+fn next_change(witnesses: &[Known], now: Timestamp) -> Option<Timestamp> {
+    witnesses.iter().filter_map(|known| known.keys.next_change(now)).min()
 }
 
 impl fmt::Debug for Examiner {

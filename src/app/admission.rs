@@ -11,7 +11,7 @@ use tracing::{error, info};
 
 use super::{
     daemon::{attach_refused, fixed, in_time, limits, open_tls},
-    registry_settings, trusted_keys,
+    known, registry_settings,
 };
 use crate::{
     admission::{
@@ -24,7 +24,8 @@ use crate::{
     policy::{Patterns, Policies},
     registry::{Credentials, Registry, Timeouts},
     telemetry::{CONTENT_TYPE as METRICS_TYPE, LogHandle, Metrics, Sample},
-    witness::{self, TrustedKeys},
+    verify::Known,
+    witness,
 };
 
 /// How often files with a certificate are looked at.
@@ -69,8 +70,8 @@ pub fn judge(config: &Config, clock: &Clock, metrics: Option<&Metrics>, cluster:
 }
 
 /// Public keys are all that there is to be: no KMS is ever asked from here.
-fn public_keys(config: &Config, witness: &config::Witness) -> anyhow::Result<(String, TrustedKeys)> {
-    trusted_keys(config, witness).map_err(|error| match error.downcast_ref() {
+fn public_keys(config: &Config, witness: &config::Witness) -> anyhow::Result<Known> {
+    known(config, witness).map_err(|error| match error.downcast_ref() {
         Some(witness::Error::NoKeyOffline { witness, key }) => anyhow!(
             "witness {witness}: its key is in a KMS ({key}), which is not asked here: write public_key = \"{witness}.pub.pem\" into its \
              [[witness]]; `countersign witness public-key {witness}` prints that file, where the KMS can be asked"

@@ -14,7 +14,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::BoxError;
 use tracing::{error, info, warn};
 
-use super::{algorithms_of, feeds, open_ledger, open_queue, patience, setup, sources, state_folder, witness_settings};
+use super::{algorithms_of, feeds, open_ledger, open_queue, patience, setup, sources, state_folder};
 use crate::{
     admin::{self, Admin, socket_path},
     clock::Clock,
@@ -41,7 +41,7 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
     let queue = open_queue(&config, &clock, &TaskTracker::new(), true).await?;
     let ledger = open_ledger(&config, &clock).await?;
     let metrics = Metrics::new();
-    let Some(opened) = lifecycle.unless_stopped(setup(&config, &clock, &metrics)).await else {
+    let Some(opened) = lifecycle.unless_stopped(setup(&config, &ledger, &clock, &metrics)).await else {
         info!("stopped before all keys were open");
         return Ok(ExitCode::SUCCESS);
     };
@@ -93,7 +93,8 @@ pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Resul
         info!("stopping: no more events are taken, what is in hand is finished");
         closing.close().await;
     });
-    let mut reloader = Reloader { path: path.to_owned(), config, clock, pipeline, intake, metrics, log, tls, shut: vec![] };
+    let mut reloader =
+        Reloader { path: path.to_owned(), config, ledger, clock, pipeline, intake, metrics, log, tls, shut: vec![] };
     reloader.shut = shut.into_iter().map(|(witness, _)| witness).collect();
     let (drain, mut asked) = (lifecycle.drain(), lifecycle.reload());
     lifecycle.spawn("reload", async move {
@@ -236,6 +237,7 @@ pub(super) fn fixed(server: &config::Server) -> impl PartialEq {
 struct Reloader {
     path: std::path::PathBuf,
     config: Config,
+    ledger: Ledger,
     clock: Clock,
     pipeline: Arc<Pipeline>,
     intake: Arc<Intake>,
@@ -288,7 +290,7 @@ impl Reloader {
             return Err(restart("[log] format"));
         }
         let renewed_tls = config.server.tls.as_ref().map(open_tls).transpose()?;
-        let (setup, shut) = setup(&config, &self.clock, &self.metrics).await?;
+        let (setup, shut) = setup(&config, &self.ledger, &self.clock, &self.metrics).await?;
         // Nothing below can fail.
         if let Err(error) = self.log.set_filter(&config.log.level.to_string()) {
             warn!(error = &error as &dyn std::error::Error, "the log level stays as it was");
@@ -308,33 +310,21 @@ impl Reloader {
         let mut still_shut = vec![];
         let mut opened = HashMap::new();
         for witness in std::mem::take(&mut self.shut) {
-            let settings = match witness_settings(&self.config, &witness) {
-                Ok(settings) => settings,
-                Err(error) => {
-                    warn!(witness = witness.name, error = format!("{error:#}"), "still shut");
-                    still_shut.push(witness);
-                    continue;
+            match super::open_witness(&self.config, &witness, &self.ledger, &self.clock, &self.metrics).await {
+                Ok(Ok(open)) => {
+                    info!(witness = witness.name, "its key is open now");
+                    opened.insert(witness.name.clone(), open);
                 }
-            };
-            match super::open_witness(&settings, &self.clock, &self.metrics).await {
-                Ok(open) => match super::check_rules(&self.config, &open)
-                    .and_then(|()| super::accept_certificate(&witness, open.public_key(), &self.clock))
-                {
-                    Ok(()) => {
-                        info!(witness = witness.name, "its key is open now");
-                        opened.insert(witness.name.clone(), super::watched(open, &self.metrics));
-                    }
-                    Err(error) => {
-                        error!(
-                            witness = witness.name,
-                            error = format!("{error:#}"),
-                            "its key does not suit its rules or its certificate: correct them and reload"
-                        );
-                        still_shut.push(witness);
-                    }
-                },
-                Err(error) => {
+                Ok(Err(error)) => {
                     warn!(witness = witness.name, error = &error as &dyn std::error::Error, "still shut");
+                    still_shut.push(witness);
+                }
+                Err(error) => {
+                    error!(
+                        witness = witness.name,
+                        error = format!("{error:#}"),
+                        "its key does not suit its rules or its certificate: correct them and reload"
+                    );
                     still_shut.push(witness);
                 }
             }

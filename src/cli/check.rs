@@ -109,8 +109,8 @@ async fn online(config: &Config, clock: &Clock) -> Vec<Reached> {
 fn certificates(config: &Config, clock: &Clock) -> Vec<Reached> {
     let certified = config.witnesses.iter().filter(|witness| witness.certificate.is_some());
     let checked = certified.filter_map(|witness| {
-        let (_, keys) = app::trusted_keys(config, witness).ok()?;
-        let result = app::check_certificate(witness, keys.own()?, clock);
+        let known = app::known(config, witness).ok()?;
+        let result = app::check_certificate(witness, known.keys.own()?, clock);
         Some(reached_or(format!("certificate of witness {}", witness.name), result))
     });
     checked.collect()

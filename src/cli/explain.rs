@@ -17,7 +17,7 @@ use crate::{
     outcome::{Outcome, Skip},
     rule::{Matches, Occasion, Rule, Trigger},
     signature::Format,
-    verify::{Examination, examine},
+    verify::{Examination, Known, examine},
 };
 
 #[derive(Debug, Serialize)]
@@ -71,12 +71,12 @@ pub async fn run(config: &Config, client: &Client, clock: &Clock, reference: &st
         Ok(registry) => {
             let mut known = vec![];
             for witness in &config.witnesses {
-                match app::trusted_keys(config, witness) {
-                    Ok(keys) => known.push(keys),
+                match app::known(config, witness) {
+                    Ok(theirs) => known.push(app::with_certificates(config, witness, theirs, clock).await),
                     Err(error) => unknown_witnesses.push(format!("{error:#}")),
                 }
             }
-            let trusts: Vec<_> = app::trusts(&known).collect();
+            let trusts: Vec<_> = known.iter().map(Known::trust).collect();
             match examine(&registry, &reference, &trusts, clock.now()).await {
                 Ok(found) => examination = Some(found),
                 Err(error) => registry_error = Some(format!("{:#}", anyhow::Error::from(error))),

@@ -11,7 +11,7 @@ use crate::{
     clock::Clock,
     config::Config,
     oci::{Reference, Tag},
-    verify::{Evidence, Examination, Judgement, Rejection, Trust, examine},
+    verify::{Evidence, Examination, Judgement, Known, Rejection, Trust, examine},
     witness::Witness,
 };
 
@@ -58,15 +58,17 @@ pub async fn run(config: &Config, clock: &Clock, args: &VerifyArgs, output: Outp
     let mut kms = vec![];
     let mut known = vec![];
     for witness in asked {
-        if args.with_kms {
+        let theirs = if args.with_kms {
             let open = app::remote_witness(config, witness, clock).await?;
-            known.push((witness.name.clone(), open.trusted_keys().clone()));
+            let theirs = app::known_by(config, witness, open.trusted_keys().clone());
             kms.push(open);
+            theirs
         } else {
-            known.push(app::trusted_keys(config, witness)?);
-        }
+            app::known(config, witness)?
+        };
+        known.push(app::with_certificates(config, witness, theirs, clock).await);
     }
-    let trusts: Vec<Trust<'_>> = app::trusts(&known).collect();
+    let trusts: Vec<Trust<'_>> = known.iter().map(Known::trust).collect();
     let mut answers = vec![];
     for reference in &args.references {
         let reference = parse_image(reference)?;

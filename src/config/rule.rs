@@ -85,7 +85,7 @@ pub(crate) static TABLE: Table = Table {
             "algorithm",
             Kind::Choice(&ALGORITHM),
             "\"ECDSA_SHA_256\"",
-            "How its key signs. RSA keys sign with RSA_PKCS1_SHA_256 and P-256 keys with ECDSA_SHA_256.",
+            "How its key signs. RSA keys sign with RSA_PKCS1_SHA_256, or for notation with RSA_PSS_SHA_256; P-256 keys with ECDSA_SHA_256.",
         ),
         Key::defaulted("signature_type", Kind::Choice(&SIGNATURE_TYPE), "\"default\"", "What the signature says."),
         Key::defaulted("trigger", Kind::Choice(&TRIGGER), "\"automatic\"", "When it signs."),
@@ -93,7 +93,7 @@ pub(crate) static TABLE: Table = Table {
             "formats",
             Kind::List(&Kind::Choice(&FORMAT)),
             "[\"cosign\", \"bundle\"]",
-            "How the signature is written, and so who can verify it.",
+            "How the signature is written, and so who can verify it. With RSA_PSS_SHA_256: [\"notation\"].",
         ),
         Key::defaulted(
             "allow_unreadable",
@@ -114,7 +114,10 @@ pub(crate) static TABLE: Table = Table {
 static ALGORITHM: Choice = Choice {
     words: &[
         Word { text: "RSA_PKCS1_SHA_256", doc: "RSASSA-PKCS1-v1_5, for RSA keys." },
-        Word { text: "RSA_PSS_SHA_256", doc: "RSASSA-PSS. No verifier of cosign signatures or bundles accepts it." },
+        Word {
+            text: "RSA_PSS_SHA_256",
+            doc: "RSASSA-PSS, for notation with RSA_2048 keys. No verifier of cosign signatures or bundles accepts it.",
+        },
         Word { text: "ECDSA_SHA_256", doc: "ECDSA, for P-256 keys." },
     ],
     later: &[],
@@ -143,8 +146,13 @@ pub(crate) static FORMAT: Choice = Choice {
             text: "bundle",
             doc: "The sigstore bundle as a referrer, which cosign 3, flux and Kyverno read first if there is one.",
         },
+        Word {
+            text: "notation",
+            doc: "Notation's JWS envelope as a referrer, for notation and Ratify: RSA_PSS_SHA_256 with an RSA_2048 key, or ECDSA_SHA_256.",
+        },
+        Word { text: "notation-cose", doc: "The same in notation's COSE envelope." },
     ],
-    later: &["notation"],
+    later: &[],
 };
 
 pub(crate) fn read(section: &Section<'_>) -> Option<Rule> {
@@ -163,13 +171,18 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Rule> {
         section.report.names.witnesses.check(&value, &name);
         Some(name)
     });
+    let written = section.written("formats").is_some();
     let formats = section.value("formats").and_then(|value| formats(&value));
     let allow_unreadable = section.value("allow_unreadable").and_then(|value| value.flag());
-    let algorithm = section.value("algorithm").and_then(|value| {
-        // In the order of the declared words.
-        let algorithm = value.choice(Algorithm::ALL)?;
+    // In the order of the declared words.
+    let algorithm = section.value("algorithm").and_then(|value| Some((value.choice(Algorithm::ALL)?, value)));
+    let formats = match &algorithm {
+        Some((Algorithm::RsaPssSha256, _)) if !written => Some(vec![Format::Notation]),
+        _ => formats,
+    };
+    let algorithm = algorithm.map(|(algorithm, value)| {
         check_formats(&value, algorithm, formats.as_deref().unwrap_or_default(), allow_unreadable == Some(true));
-        Some(algorithm)
+        algorithm
     });
     let signature_type =
         section.value("signature_type").and_then(|value| value.choice([SignatureType::Default, SignatureType::Simple]));
@@ -221,6 +234,20 @@ pub fn check_rule_against_key(rule: &Rule, spec: &str) -> Result<(), String> {
     let spec = spec.to_ascii_uppercase();
     let is_rsa = matches!(spec.as_str(), "RSA_2048" | "RSA_3072" | "RSA_4096");
     let is_p256 = matches!(spec.as_str(), "EC_P256" | "ECC_NIST_P256");
+    let is_notation = |format: &Format| format.envelope().is_some();
+    if rule.algorithm == Algorithm::RsaPssSha256
+        && matches!(spec.as_str(), "RSA_3072" | "RSA_4096")
+        && rule.formats.iter().any(is_notation)
+    {
+        return Err(format!(
+            "{}: rule \"{}\" writes notation signatures, and the key of its witness \"{}\" is {spec}, from which notation wants another \
+             hash than SHA-256: name an RSA_2048 or a P-256 key, or for other verifiers write algorithm = \"{}\"",
+            rule.place,
+            rule.name,
+            rule.witness,
+            Algorithm::RsaPkcs1Sha256
+        ));
+    }
     let cure = match rule.algorithm {
         Algorithm::RsaPkcs1Sha256 | Algorithm::RsaPssSha256 if is_rsa => return Ok(()),
         Algorithm::EcdsaSha256 if is_p256 => return Ok(()),
@@ -272,27 +299,44 @@ fn formats(value: &Value<'_>) -> Option<Vec<Format>> {
 
 /// What no verifier of a format would accept is not signed, unless the rule insists.
 fn check_formats(value: &Value<'_>, algorithm: Algorithm, formats: &[Format], allow_unreadable: bool) {
-    if algorithm != Algorithm::RsaPssSha256 || formats.is_empty() {
-        return;
+    let (notations, others): (Vec<Format>, Vec<Format>) = formats.iter().partition(|format| format.envelope().is_some());
+    let span = value.span.clone();
+    match algorithm {
+        Algorithm::RsaPkcs1Sha256 if !notations.is_empty() => {
+            let message = format!(
+                "no verifier would accept this: notation takes RSA signatures{} with PSS padding only",
+                named(&notations)
+            );
+            let help = "take the format out, and write a second [[rule]] with algorithm = \"RSA_PSS_SHA_256\" for it; the same witness \
+                        signs both, if its KMS lets its key";
+            value.report.error(span, message, help.to_owned());
+        }
+        Algorithm::RsaPssSha256 if others == [Format::Cosign] && allow_unreadable => {
+            let message = "only `countersign verify` will accept this: cosign, skopeo, podman, CRI-O, Kyverno, policy-controller, \
+                           Connaisseur, Ratify and flux reject RSA-PSS signatures in the format \"cosign\"";
+            value.report.warning(span, message.to_owned(), format!("for verifiers of cosign signatures {PKCS1}"));
+        }
+        Algorithm::RsaPssSha256 if !others.is_empty() => {
+            let message = format!(
+                "no verifier would accept this: cosign, skopeo, podman and Kyverno take RSA signatures{} with PKCS#1 v1.5 padding \
+                 only",
+                named(&others)
+            );
+            let insists =
+                if allow_unreadable { "write formats = [\"cosign\"], which `countersign verify` accepts; or " } else { "" };
+            value.report.error(span, message, format!("{insists}for notation write formats = [\"notation\"]; else {PKCS1}"));
+        }
+        Algorithm::RsaPkcs1Sha256 | Algorithm::RsaPssSha256 | Algorithm::EcdsaSha256 => {}
     }
-    let (span, pkcs1) =
-        (value.span.clone(), "write algorithm = \"RSA_PKCS1_SHA_256\"; the same RSA key signs it, if its KMS lets it");
-    if formats == [Format::Cosign] && allow_unreadable {
-        let message = "only `countersign verify` will accept this: cosign, skopeo, podman, CRI-O, Kyverno, policy-controller, \
-                       Connaisseur, Ratify and flux reject RSA-PSS signatures in the format \"cosign\"";
-        value.report.warning(span, message.to_owned(), format!("for verifiers of cosign signatures {pkcs1}"));
-        return;
-    }
-    let (plural, named) = match formats {
-        [one] => ("", format!("\"{one}\"")),
-        several => ("s", several.iter().map(|format| format!("\"{format}\"")).collect::<Vec<_>>().join(" and ")),
-    };
-    let message = format!(
-        "no verifier would accept this: cosign, skopeo, podman and Kyverno take RSA signatures in the format{plural} {named} with \
-         PKCS#1 v1.5 padding only"
-    );
-    let insists = if allow_unreadable { "write formats = [\"cosign\"], which `countersign verify` accepts; or " } else { "" };
-    value.report.error(span, message, format!("{insists}{pkcs1}"));
+}
+
+const PKCS1: &str = "write algorithm = \"RSA_PKCS1_SHA_256\"; the same RSA key signs it, if its KMS lets it";
+
+/// ` in the formats "a" and "b"`
+fn named(formats: &[Format]) -> String {
+    let plural = if formats.len() == 1 { "" } else { "s" };
+    let formats: Vec<_> = formats.iter().map(|format| format!("\"{format}\"")).collect();
+    format!(" in the format{plural} {}", formats.join(" and "))
 }
 
 fn report_no_events(section: &Section<'_>, registry: Option<&RegistryName>) {

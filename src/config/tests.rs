@@ -357,6 +357,12 @@ fn a_rule_and_a_key_that_do_not_fit_are_told_apart_with_the_cure() {
          is ECC_NIST_P256: write algorithm = \"ECDSA_SHA_256\""
     );
     assert!(check_rule_against_key(&ecdsa, "RSA_4096").unwrap_err().ends_with("write algorithm = \"RSA_PKCS1_SHA_256\""));
+    let notation = Rule { algorithm: Algorithm::RsaPssSha256, formats: vec![Format::Notation], ..rsa.clone() };
+    assert_eq!(check_rule_against_key(&notation, "RSA_2048"), Ok(()));
+    for large in ["RSA_3072", "RSA_4096"] {
+        let wrong = check_rule_against_key(&notation, large).unwrap_err();
+        assert!(wrong.contains(large) && wrong.contains("name an RSA_2048 or a P-256 key"), "{wrong}");
+    }
     for other in ["ECC_NIST_P384", "ECC_SECG_P256K1", "ED25519", "RSA_1024", ""] {
         assert!(check_rule_against_key(&ecdsa, other).unwrap_err().contains("use a key of"), "{other}");
     }

@@ -9,7 +9,7 @@ use crate::{
     oci::{Digest, Reference, Tag},
     outcome::Skip,
     rule::{Rule, SignatureType},
-    signature::{Format, Prepared, bundle, cosign},
+    signature::{Format, Prepared, bundle, cosign, notation},
     subject::{Image, Subject, TagState},
     witness::Witness,
 };
@@ -68,10 +68,16 @@ impl Target {
     }
 }
 
-/// What the matching rules want of an image that was pushed at this time. What a witness that is not among `witnesses` should sign is left out, and
-/// its rules are returned.
+/// What the matching rules want of an image that was pushed at this time, now. What a witness that is not among `witnesses`, or
+/// has no certificate where one is needed, should sign is left out, and its rules are returned.
 #[must_use]
-pub fn plan(image: &Image, pushed_at: Timestamp, rules: &[Arc<Rule>], witnesses: &HashMap<String, Arc<Witness>>) -> Plan {
+pub fn plan(
+    image: &Image,
+    pushed_at: Timestamp,
+    rules: &[Arc<Rule>],
+    witnesses: &HashMap<String, Arc<Witness>>,
+    now: Timestamp,
+) -> Plan {
     let mut plan = Plan::default();
     let mut signing = vec![];
     for rule in rules {
@@ -79,7 +85,7 @@ pub fn plan(image: &Image, pushed_at: Timestamp, rules: &[Arc<Rule>], witnesses:
             plan.skipped.push((rule.clone(), Skip::UnsupportedDigest));
         } else if matches!(image.tag, TagState::Moved(_)) && rule.tags.is_some() {
             plan.skipped.push((rule.clone(), Skip::Superseded));
-        } else if let Some(witness) = witnesses.get(&rule.witness) {
+        } else if let Some(witness) = witnesses.get(&rule.witness).filter(|witness| rule.is_served_by(witness)) {
             signing.push((rule, witness));
         } else {
             plan.unwitnessed.push(rule.clone());
@@ -102,12 +108,20 @@ pub fn plan(image: &Image, pushed_at: Timestamp, rules: &[Arc<Rule>], witnesses:
                 _ => Reference::pinned(subject.registry(), subject.repository(), subject.digest()),
             };
             for format in &rule.formats {
-                let prepared = match format {
-                    Format::Cosign => Prepared::Cosign(cosign::Prepared::new(subject, &reference)),
-                    // Those who read bundles ask for the digest that the tag names. Only readers of the `.sig` tag ask for a
-                    // platform's.
-                    Format::Bundle if *subject == image.root => Prepared::Bundle(bundle::Prepared::new(subject, pushed_at)),
-                    Format::Bundle => continue,
+                // Those who read referrers ask for those of the digest that the tag names. Only readers of the `.sig` tag ask
+                // for a platform's.
+                let is_read = *format == Format::Cosign || *subject == image.root;
+                if !is_read {
+                    continue;
+                }
+                let prepared = match (format.envelope(), witness.certificates().first()) {
+                    (Some(envelope), Some(chain)) => {
+                        Prepared::Notation(notation::Prepared::new(envelope, subject, chain, now, None))
+                    }
+                    // Such a rule was left out above.
+                    (Some(_), None) => continue,
+                    (None, _) if *format == Format::Cosign => Prepared::Cosign(cosign::Prepared::new(subject, &reference)),
+                    (None, _) => Prepared::Bundle(bundle::Prepared::new(subject, pushed_at)),
                 };
                 target.want(prepared, rule, witness);
             }

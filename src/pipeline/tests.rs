@@ -467,7 +467,7 @@ async fn a_deadline_that_is_spent_in_line_for_the_key_uses_up_no_patience() {
     let (registry, tag) = (&setup.registries[&NAME.parse().unwrap()], "1.0".parse().unwrap());
     let located = subject::locate(registry, &app(), Some(&tag), &digest).await;
     let Ok(Located::Image(image)) = located else { panic!("{located:?}") };
-    let plan = plan::plan(&image, Timestamp::UNIX_EPOCH, setup.rules.all(), &setup.witnesses);
+    let plan = plan::plan(&image, Timestamp::UNIX_EPOCH, setup.rules.all(), &setup.witnesses, Timestamp::UNIX_EPOCH);
     let desk = Desk {
         registry,
         ledger: &house.ledger,

@@ -29,7 +29,7 @@ use crate::{
         plan::{Target, Wanted},
     },
     registry::{self, Registry},
-    signature::Format,
+    signature::{Format, notation},
     verify::{self, Fresh},
 };
 use referrers::ReferrerStore;
@@ -121,7 +121,7 @@ impl Desk<'_> {
                 let turn = format!("{}/{}@{}", subject.registry(), subject.repository(), subject.digest());
                 let _turn = self.turns.take(turn).await;
                 let tag = SignatureTag::new(self.registry, target);
-                let referrers = ReferrerStore::new(self.registry, target);
+                let referrers = ReferrerStore::new(self.registry, target, self.clock.now());
                 tokio::join!(self.see_to_store(tag, target, &answers), self.see_to_store(referrers, target, &answers));
             });
             if timeout_at(self.deadline, work.as_mut()).await.is_err() {
@@ -212,8 +212,9 @@ impl Desk<'_> {
     async fn sign(&self, target: &Target, wanted: &Wanted) -> Result<Fresh, Error> {
         let Wanted { prepared, witness, algorithm, .. } = wanted;
         let signed = witness.sign(*algorithm, prepared.sha256()).await?;
-        let asked = verify::Wanted { digest: target.subject.digest().clone(), reference: target.reference(wanted) };
+        let asked = verify::Wanted { manifest: notation::Target::of(&target.subject), reference: target.reference(wanted) };
         let artifact = prepared.assemble(signed.raw(), witness.public_key());
+        let artifact = artifact.map_err(|error| Error::Unverified(verify::Rejection::Malformed(error.to_string())))?;
         verify::fresh(artifact, &asked, witness, *algorithm, &signed, self.clock.now()).map_err(Error::Unverified)
     }
 

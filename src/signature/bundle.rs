@@ -145,6 +145,7 @@ pub fn read(bundle: &[u8]) -> Result<Claim, String> {
         signature: decode("signature", &signature.sig)?,
         digests,
         reference: None,
+        notation: None,
     })
 }
 

@@ -121,7 +121,13 @@ impl Layer {
         let signed_sha256 = self.payload_sha256().filter(|_| self.payload.matches(payload));
         let signed_sha256 = signed_sha256.ok_or_else(|| format!("its bytes are not those of {}", self.payload))?;
         let Statement { reference, digest } = Statement::read(payload)?;
-        Ok(Claim { signed_sha256, signature: self.signature.clone(), digests: vec![digest], reference: Some(reference) })
+        Ok(Claim {
+            signed_sha256,
+            signature: self.signature.clone(),
+            digests: vec![digest],
+            reference: Some(reference),
+            notation: None,
+        })
     }
 }
 

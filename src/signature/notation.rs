@@ -13,18 +13,21 @@ mod numbers;
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::{
+    bundle::{HINT_ANNOTATION, hint},
+    referrer::{CREATED_ANNOTATION, Referrer},
+};
 use crate::{
     certificate::{self, Chain},
-    kms::{Algorithm, KeySpec, PublicKey, RawSignature, VerifyError},
+    kms::{Algorithm, KeySpec, RawSignature},
     oci::Digest,
     subject::Subject,
 };
-pub use manifest::{ARTIFACT_TYPE, Layout, SignatureManifest, THUMBPRINTS, thumbprints};
+pub use manifest::{ARTIFACT_TYPE, SignatureManifest, THUMBPRINTS, thumbprints};
 
 /// Bytes of an envelope. Ours have two or three thousand; a chain and a timestamp make it some more.
 pub const MAX_ENVELOPE: u64 = 256 * 1024;
@@ -58,6 +61,7 @@ impl Envelope {
         }
     }
 
+    /// None if it is no envelope's.
     #[must_use]
     pub fn of_media_type(media_type: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|envelope| envelope.media_type() == media_type)
@@ -97,12 +101,13 @@ pub struct Target {
 impl Target {
     #[must_use]
     pub fn of(subject: &Subject) -> Self {
-        Self {
-            media_type: subject.media_type().to_owned(),
-            digest: subject.digest().clone(),
-            size: subject.size(),
-            annotations: std::collections::BTreeMap::new(),
-        }
+        Self::new(subject.media_type(), subject.digest(), subject.size())
+    }
+
+    /// `size` is the manifest's, in bytes.
+    #[must_use]
+    pub fn new(media_type: &str, digest: &Digest, size: u64) -> Self {
+        Self { media_type: media_type.to_owned(), digest: digest.clone(), size, annotations: std::collections::BTreeMap::new() }
     }
 
     /// Whether both are the same manifest, whatever is said about it.
@@ -131,7 +136,7 @@ struct Attributes {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prepared {
     envelope: Envelope,
-    target: Target,
+    subject: Subject,
     chain: Chain,
     attributes: Attributes,
     payload: Vec<u8>,
@@ -152,8 +157,7 @@ impl Prepared {
             whole(now.saturating_add(lifetime).unwrap_or(Timestamp::MAX))
         });
         let attributes = Attributes { algorithm: algorithm(chain.public_key().spec()), signing_time: whole(now), expiry };
-        let target = Target::of(subject);
-        let payload = Payload { target_artifact: target.clone() };
+        let payload = Payload { target_artifact: Target::of(subject) };
         let payload = serde_json::to_vec(&payload).expect("strings and numbers always serialise");
         let protected = match envelope {
             Envelope::Jws => jws::protected(&attributes),
@@ -164,7 +168,7 @@ impl Prepared {
             Envelope::Cose => cose::sig_structure(&protected, &payload),
         };
         let sha256 = Sha256::digest(signed).into();
-        Self { envelope, target, chain: chain.clone(), attributes, payload, protected, sha256 }
+        Self { envelope, subject: subject.clone(), chain: chain.clone(), attributes, payload, protected, sha256 }
     }
 
     #[must_use]
@@ -178,11 +182,6 @@ impl Prepared {
         self.attributes.algorithm
     }
 
-    #[must_use]
-    pub fn target(&self) -> &Target {
-        &self.target
-    }
-
     /// What the KMS signs: SHA-256 of the JWS signing input or of COSE's `Sig_structure`, 32 bytes.
     #[must_use]
     pub fn sha256(&self) -> &[u8; 32] {
@@ -193,7 +192,7 @@ impl Prepared {
     ///
     /// # Errors
     /// If an ECDSA signature is no such value; one that a witness made always is.
-    pub fn assemble(&self, signature: &RawSignature) -> Result<Artifact, Error> {
+    pub fn assemble(&self, signature: &RawSignature) -> Result<Referrer, Error> {
         let signature = match self.attributes.algorithm {
             Algorithm::EcdsaSha256 => numbers::from_der(signature.as_ref())?.to_vec(),
             Algorithm::RsaPssSha256 | Algorithm::RsaPkcs1Sha256 => signature.as_ref().to_vec(),
@@ -202,46 +201,36 @@ impl Prepared {
             Envelope::Jws => jws::assemble(&self.protected, &self.payload, &signature, &self.chain),
             Envelope::Cose => cose::assemble(&self.protected, &self.payload, &signature, &self.chain),
         };
-        Ok(Artifact {
-            envelope: self.envelope,
-            content: content.into(),
-            target: self.target.clone(),
-            thumbprints: self.chain.thumbprints().map(str::to_owned).collect(),
-            signing_time: self.attributes.signing_time,
-        })
+        let thumbprints: Vec<_> = self.chain.thumbprints().collect();
+        let annotations = [
+            (THUMBPRINTS, serde_json::to_string(&thumbprints).expect("strings always serialise")),
+            (CREATED_ANNOTATION, self.attributes.signing_time.to_string()),
+            (HINT_ANNOTATION, hint(self.chain.public_key())),
+        ];
+        let annotations = annotations.map(|(name, value)| (name.to_owned(), value)).into();
+        Ok(Referrer::new(ARTIFACT_TYPE, self.envelope.media_type(), content.into(), &self.subject, annotations))
     }
 }
 
-/// A signature to be stored: the envelope as a blob, beside the constant config, and a manifest that refers to the image.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Artifact {
-    envelope: Envelope,
-    content: Bytes,
-    target: Target,
-    thumbprints: Vec<String>,
-    signing_time: Timestamp,
+/// What an envelope says, as every format's judge takes it.
+///
+/// # Errors
+/// A clause that says why no verifier would take it as a signature.
+pub fn read(envelope: Envelope, content: &[u8]) -> Result<super::Claim, String> {
+    let claim = Claim::read(envelope, content).map_err(|error| match &error {
+        Error::Certificate(why) => format!("{error}: {why}"),
+        _ => error.to_string(),
+    })?;
+    Ok(super::Claim {
+        signed_sha256: claim.sha256,
+        signature: claim.signature.clone(),
+        digests: vec![claim.target.digest.clone()],
+        reference: None,
+        notation: Some(Box::new(claim)),
+    })
 }
 
-impl Artifact {
-    /// The layer's blob.
-    #[must_use]
-    pub fn content(&self) -> &Bytes {
-        &self.content
-    }
-
-    #[must_use]
-    pub fn envelope(&self) -> Envelope {
-        self.envelope
-    }
-
-    /// The manifest, an [`crate::oci::media_type::OCI_MANIFEST`] with the config [`super::cosign::EMPTY_CONFIG`].
-    #[must_use]
-    pub fn manifest(&self, layout: Layout) -> Bytes {
-        manifest::write(self, layout)
-    }
-}
-
-/// What an envelope says. None of it is to be believed before [`Claim::is_signed_by`] says by whom.
+/// What an envelope says. None of it is to be believed before the signature over it is verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
     target: Target,
@@ -303,16 +292,11 @@ impl Claim {
         &self.chain
     }
 
-    /// Whether this key made the signature. The caller has it from elsewhere than the envelope.
-    pub fn is_signed_by(&self, key: &PublicKey) -> Result<(), VerifyError> {
-        key.verify(self.attributes.algorithm, &self.sha256, &self.signature)
-    }
-
-    /// The algorithm, the SHA-256 that was signed, and the signature as a key answers it: what [`crate::witness::Signed::is`]
-    /// compares.
+    /// When it stops to count, if its certificates are all that it is held against: they end, or it does.
     #[must_use]
-    pub fn raw(&self) -> (Algorithm, &[u8; 32], &[u8]) {
-        (self.attributes.algorithm, &self.sha256, &self.signature)
+    pub fn until(&self) -> Timestamp {
+        let end = self.chain.not_after();
+        self.expiry().map_or(end, |expiry| expiry.min(end))
     }
 }
 

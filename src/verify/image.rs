@@ -15,6 +15,7 @@ use crate::{
         Claim, Format,
         bundle::hint,
         cosign::{MAX_PAYLOAD, SignatureManifest},
+        notation::Target,
     },
 };
 
@@ -86,14 +87,12 @@ pub async fn examine(
 ) -> Result<Examination, registry::Error> {
     let repository = &reference.repository;
     let mut examination = Examination { reference: reference.clone(), digest: None, signatures: vec![], unreadable: None };
-    let digest = match (&reference.digest, &reference.tag) {
-        (Some(digest), _) => registry.manifest(repository, &Address::Digest(digest.clone())).await?.map(|_| digest.clone()),
-        (None, Some(tag)) => registry.resolve(repository, tag).await?,
-        (None, None) => registry.resolve(repository, &Tag::latest()).await?,
-    };
-    let Some(digest) = digest else { return Ok(examination) };
-    examination.digest = Some(digest.clone());
-    let court = Court { registry, wanted: Wanted { digest, reference: reference.clone() }, trusts, now };
+    let tag = || Address::Tag(reference.tag.clone().unwrap_or_else(Tag::latest));
+    let address = reference.digest.clone().map_or_else(tag, Address::Digest);
+    let Some(manifest) = registry.manifest(repository, &address).await? else { return Ok(examination) };
+    examination.digest = Some(manifest.digest().clone());
+    let manifest = Target::new(manifest.media_type(), manifest.digest(), manifest.content().len() as u64);
+    let court = Court { registry, wanted: Wanted { manifest, reference: reference.clone() }, trusts, now };
     let (under_tag, referrers) = tokio::try_join!(court.under_tag(), court.referrers())?;
     for Found { signatures, unreadable } in [under_tag, referrers] {
         examination.signatures.extend(signatures);
@@ -121,7 +120,7 @@ impl Court<'_> {
     /// Those under the `.sig` tag.
     async fn under_tag(&self) -> Result<Found, registry::Error> {
         let repository = &self.wanted.reference.repository;
-        let Some(tag) = Tag::cosign_signatures(&self.wanted.digest) else { return Ok(Found::default()) };
+        let Some(tag) = Tag::cosign_signatures(&self.wanted.manifest.digest) else { return Ok(Found::default()) };
         let Some(manifest) = self.registry.manifest(repository, &Address::Tag(tag)).await? else {
             return Ok(Found::default());
         };
@@ -136,8 +135,9 @@ impl Court<'_> {
         let mut signatures = vec![];
         for layer in manifest.layers() {
             // The payload of a signature that nobody trusted made is not worth a request, and any other is worth one.
-            let signer = layer.payload_sha256().and_then(|sha256| self.signer(Format::Cosign, &sha256, layer.signature()));
-            let claim = if signer.is_none() {
+            let signers = layer.payload_sha256().map(|sha256| self.signers(Format::Cosign, &sha256, layer.signature()));
+            let signers = signers.unwrap_or_default();
+            let claim = if signers.is_empty() {
                 Err(Rejection::UnknownKey)
             } else {
                 if !fetched.contains_key(layer.payload()) {
@@ -147,22 +147,28 @@ impl Court<'_> {
                 let payload = fetched[layer.payload()].as_ref().ok_or(Rejection::NoPayload);
                 payload.and_then(|payload| layer.claim(payload).map_err(Rejection::Malformed))
             };
-            signatures.push(Examined { format: Format::Cosign, time: None, verdict: self.judge(signer, claim) });
+            signatures.push(Examined { format: Format::Cosign, time: None, verdict: self.judge(&signers, claim) });
         }
         Ok(Found { signatures, unreadable: None })
     }
 
     /// Those that are referrers.
     async fn referrers(&self) -> Result<Found, registry::Error> {
-        let Wanted { digest, reference } = &self.wanted;
+        let Wanted { manifest: Target { digest, .. }, reference } = &self.wanted;
         let listed = match self.registry.referrers(&reference.repository, digest).await {
             Err(error @ registry::Error::NoIndex { .. }) => {
                 return Ok(Found { unreadable: Some(error.to_string()), ..Found::default() });
             }
             listed => listed?,
         };
-        let hints: Vec<_> =
-            self.trusts.iter().flat_map(|trust| trust.keys.standings(self.now)).map(|(key, _)| hint(key)).collect();
+        let hints: Vec<_> = self
+            .trusts
+            .iter()
+            .flat_map(|trust| {
+                let keys = trust.keys.standings(self.now).map(|(key, _)| hint(key));
+                keys.chain(trust.certificates.iter().map(|chain| chain.thumbprint().to_owned()))
+            })
+            .collect();
         let mut candidates = Stored::candidates(&listed, &hints);
         let all = candidates.len();
         candidates.truncate(MOST_REFERRERS);
@@ -172,27 +178,24 @@ impl Court<'_> {
             candidates.into_iter().map(|entry| read_referrer(self.registry, &reference.repository, digest, entry)).collect();
         let stored: Vec<_> = stream::iter(read).buffered(READS_AT_ONCE).try_collect().await?;
         let signatures = stored.into_iter().flatten().map(|Stored { format, time, claim }| {
-            let signer = claim.as_ref().ok().and_then(|claim| self.signer(format, &claim.signed_sha256, &claim.signature));
-            Examined { format, time, verdict: self.judge(signer, claim) }
+            let signers = claim.as_ref().map(|claim| self.signers(format, &claim.signed_sha256, &claim.signature));
+            let signers = signers.unwrap_or_default();
+            Examined { format, time, verdict: self.judge(&signers, claim) }
         });
         Ok(Found { signatures: signatures.collect(), unreadable })
     }
 
-    fn signer(&self, format: Format, sha256: &[u8; 32], signature: &[u8]) -> Option<Signer<'_>> {
-        super::signer(format, sha256, signature, self.trusts, self.now)
+    fn signers(&self, format: Format, sha256: &[u8; 32], signature: &[u8]) -> Vec<Signer<'_>> {
+        super::signers(format, sha256, signature, self.trusts, self.now)
     }
 
-    fn judge(&self, signer: Option<Signer<'_>>, claim: Result<Claim, Rejection>) -> Judgement {
+    fn judge(&self, signers: &[Signer<'_>], claim: Result<Claim, Rejection>) -> Judgement {
         let reference = claim.as_ref().ok().and_then(|claim| claim.reference.clone());
-        let verdict = match (&signer, claim) {
-            (Some(signer), Ok(claim)) => super::judge(signer, &claim, &self.wanted),
-            (None, Ok(_)) => Err(Rejection::UnknownKey),
-            (_, Err(rejection)) => Err(rejection),
-        };
+        let verdict = claim.and_then(|claim| super::judge(signers, &claim, &self.wanted, self.now));
         match verdict {
             Ok(verified) => Judgement::Verified(verified),
             Err(reason) => Judgement::Rejected {
-                witness: signer.map(|signer| signer.witness.to_owned()),
+                witness: signers.first().map(|signer| signer.trust.witness.to_owned()),
                 reference,
                 message: reason.to_string(),
                 reason,

@@ -10,7 +10,7 @@ use crate::{
     oci::{Descriptor, Digest, Repository},
     registry::{self, Address, Referrers, Registry},
     signature::{
-        Claim, Format, bundle,
+        Claim, Format, bundle, notation,
         referrer::{CREATED_ANNOTATION, ReferrerManifest},
     },
 };
@@ -26,13 +26,19 @@ pub(crate) struct Stored {
 
 impl Stored {
     /// The types of artifacts that are signatures.
-    const ARTIFACT_TYPES: &[&str] = &[bundle::MEDIA_TYPE];
+    const ARTIFACT_TYPES: &[&str] = &[bundle::MEDIA_TYPE, notation::ARTIFACT_TYPE];
 
-    /// Those of the listed referrers that may be signatures; first those that say that one of these keys made them.
+    /// Those of the listed referrers that may be signatures; first those that say that one of these made them: keys, as bundles
+    /// name them, and certificates, by thumbprint.
     pub(crate) fn candidates<'a>(listed: &'a Referrers, hints: &[String]) -> Vec<&'a Descriptor> {
         let candidates = listed.candidates(Self::ARTIFACT_TYPES);
         let mut candidates: Vec<_> = candidates.filter(|entry| !Self::is_ruled_out(&entry.annotations)).collect();
-        candidates.sort_by_key(|entry| !entry.annotations.get(bundle::HINT_ANNOTATION).is_some_and(|hint| hints.contains(hint)));
+        let is_named = |entry: &&Descriptor| {
+            let key = entry.annotations.get(bundle::HINT_ANNOTATION).cloned();
+            let leaf = notation::thumbprints(&entry.annotations).and_then(|all| all.into_iter().next());
+            [key, leaf].iter().flatten().any(|named| hints.contains(named))
+        };
+        candidates.sort_by_cached_key(|entry| !is_named(entry));
         candidates
     }
 
@@ -59,18 +65,29 @@ pub(crate) async fn read_referrer(
         Err(registry::Error::Unsupported { .. } | registry::Error::Oversized { .. }) => None,
         found => found?,
     };
-    let Some(manifest) = found else { return Ok(None) };
-    let Ok(manifest) = ReferrerManifest::read(manifest.media_type(), manifest.content()) else { return Ok(None) };
+    let Some(found) = found else { return Ok(None) };
+    let Ok(manifest) = ReferrerManifest::read(found.media_type(), found.content()) else { return Ok(None) };
     if manifest.subject != *subject || Stored::is_ruled_out(&manifest.annotations) {
         return Ok(None);
     }
     let (format, limit, read): (Format, u64, Reader) = match manifest.blob.media_type.as_str() {
         bundle::MEDIA_TYPE => (Format::Bundle, bundle::MAX_BUNDLE, bundle::read),
-        _ => return Ok(None),
+        other => match notation::Envelope::of_media_type(other) {
+            // It has rules of its own for what says the artifact's type.
+            Some(_) if notation::SignatureManifest::read(found.media_type(), found.content()).is_err() => return Ok(None),
+            Some(notation::Envelope::Jws) => {
+                (Format::Notation, notation::MAX_ENVELOPE, |blob| notation::read(notation::Envelope::Jws, blob))
+            }
+            Some(notation::Envelope::Cose) => {
+                (Format::NotationCose, notation::MAX_ENVELOPE, |blob| notation::read(notation::Envelope::Cose, blob))
+            }
+            None => return Ok(None),
+        },
     };
     let blob = blob(registry, repository, &manifest.blob, limit).await?;
     let claim = blob.ok_or(Rejection::NoPayload).and_then(|blob| read(&blob).map_err(Rejection::Malformed));
-    let time = manifest.annotations.get(CREATED_ANNOTATION).and_then(|created| created.parse().ok());
+    let signed = claim.as_ref().ok().and_then(|claim| claim.notation.as_ref()).map(|envelope| envelope.signing_time());
+    let time = signed.or_else(|| manifest.annotations.get(CREATED_ANNOTATION).and_then(|created| created.parse().ok()));
     Ok(Some(Stored { format, time, claim }))
 }
 

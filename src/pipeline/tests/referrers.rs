@@ -13,7 +13,7 @@ fn bundles() -> Vec<Rule> {
 }
 
 fn both() -> Vec<Rule> {
-    vec![Rule { formats: Format::ALL.to_vec(), ..rule("team", "release") }]
+    vec![Rule { formats: vec![Format::Cosign, Format::Bundle], ..rule("team", "release") }]
 }
 
 fn fallback(digest: &Digest) -> String {
@@ -309,7 +309,7 @@ async fn all_that_is_found_is_told_with_its_format() {
     house.push(Some("1.0"), &digest).await;
     house.settle(&house.pipeline(both())).await;
     let keys = house.witnesses["release"].trusted_keys();
-    let trusts = [crate::verify::Trust { witness: "release", keys }];
+    let trusts = [crate::verify::Trust { witness: "release", keys, certificates: &[] }];
     let (client, now) = (house.registry.client(), Clock::system().now());
     for (asked, counting) in [(tagged("1.0"), 2), (pinned(&digest), 2), (tagged("1.0").replace("1.0", "2.0"), 1)] {
         house.registry.store().put("team/app", Some("2.0"), media_type::OCI_MANIFEST, &image("told"));
@@ -359,7 +359,7 @@ async fn ours_is_found_among_any_number_of_referrers_and_no_more_than_a_bound_ar
     assert_eq!(house.requests().len(), 5);
 
     let keys = house.witnesses["release"].trusted_keys();
-    let trusts = [crate::verify::Trust { witness: "release", keys }];
+    let trusts = [crate::verify::Trust { witness: "release", keys, certificates: &[] }];
     let reference: Reference = pinned(&digest).parse().unwrap();
     let examination = crate::verify::examine(&house.registry.client(), &reference, &trusts, Clock::system().now()).await.unwrap();
     assert!(examination.is_attested());

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use futures::future::try_join_all;
+use jiff::Timestamp;
 use tracing::debug;
 
 use super::{
@@ -18,8 +19,9 @@ use crate::{
         plan::{Target, Wanted},
     },
     registry::{self, Referrers, ReferrersIndex, Registry},
-    signature::{Claim, EMPTY_CONFIG, Format, bundle, referrer::Referrer},
+    signature::{Claim, EMPTY_CONFIG, Format, bundle, notation, referrer::Referrer},
     verify::{self, Stored},
+    witness::Witness,
 };
 
 /// No more referrers are read in search of our own, which are among the first unless somebody hides them.
@@ -32,6 +34,8 @@ pub(super) struct ReferrerStore<'a> {
     registry: &'a Registry,
     repository: &'a Repository,
     subject: &'a Digest,
+    manifest: notation::Target,
+    now: Timestamp,
     /// Whether the registry listed them itself.
     by_api: bool,
     /// What has been read of them: None of those that are no signatures.
@@ -39,14 +43,18 @@ pub(super) struct ReferrerStore<'a> {
 }
 
 impl<'a> ReferrerStore<'a> {
-    pub(super) fn new(registry: &'a Registry, target: &'a Target) -> Self {
-        let subject = &target.subject;
-        Self { registry, repository: subject.repository(), subject: subject.digest(), by_api: false, read: HashMap::new() }
+    pub(super) fn new(registry: &'a Registry, target: &'a Target, now: Timestamp) -> Self {
+        let (repository, subject) = (target.subject.repository(), target.subject.digest());
+        let manifest = notation::Target::of(&target.subject);
+        Self { registry, repository, subject, manifest, now, by_api: false, read: HashMap::new() }
     }
 
     /// Which of these are among the listed, valid.
     async fn find(&mut self, listed: &Referrers, wanted: &[Numbered<'_>]) -> Result<HashSet<usize>, Error> {
-        let hints: Vec<_> = wanted.iter().map(|(_, wanted)| bundle::hint(wanted.witness.public_key())).collect();
+        let key = |witness: &Witness| bundle::hint(witness.public_key());
+        let certificate = |witness: &Witness| witness.certificates().first().map(|chain| chain.thumbprint().to_owned());
+        let hints: Vec<_> =
+            wanted.iter().flat_map(|(_, wanted)| [Some(key(&wanted.witness)), certificate(&wanted.witness)]).flatten().collect();
         let mut found = HashSet::new();
         for entry in Stored::candidates(listed, &hints).into_iter().take(MOST_READ) {
             if found.len() == wanted.len() {
@@ -58,11 +66,25 @@ impl<'a> ReferrerStore<'a> {
                 self.read.insert(entry.digest.clone(), said);
             }
             if let Some((format, claim)) = &self.read[&entry.digest] {
-                let same = |wanted: &Wanted| wanted.prepared.format() == *format && is_the_same(claim, self.subject, wanted);
+                let same = |wanted: &Wanted| wanted.prepared.format() == *format && self.is_the_same(claim, wanted);
                 found.extend(wanted.iter().filter(|(_, wanted)| same(wanted)).map(|(index, _)| *index));
             }
         }
         Ok(found)
+    }
+
+    /// Whether a claim is a valid signature of the wanted one's witness that approves the same digest: in notation's formats,
+    /// under the certificate that the wanted one would name, and not for a time that has passed.
+    fn is_the_same(&self, claim: &Claim, wanted: &Wanted) -> bool {
+        let Wanted { witness, algorithm, .. } = wanted;
+        let key = witness.public_key();
+        let names_ours = |envelope: &notation::Claim| {
+            let certificate = &witness.certificates()[..witness.certificates().len().min(1)];
+            verify::notation::check(envelope, witness.name(), key, certificate, &self.manifest, self.now).is_ok()
+        };
+        claim.digests.contains(self.subject)
+            && claim.notation.as_deref().is_none_or(names_ours)
+            && key.verify(*algorithm, &claim.signed_sha256, &claim.signature).is_ok()
     }
 
     /// Stores the blobs and the manifests.
@@ -108,7 +130,7 @@ impl Store for ReferrerStore<'_> {
     fn keeps(format: Format) -> bool {
         match format {
             Format::Cosign => false,
-            Format::Bundle => true,
+            Format::Bundle | Format::Notation | Format::NotationCose => true,
         }
     }
 
@@ -188,12 +210,6 @@ impl Entries<'_, '_> {
         let tag = Tag::referrers(self.store.subject);
         Error::ReferrersTag { repository: self.store.repository.clone(), tag, source }
     }
-}
-
-/// Whether a claim is a valid signature of the wanted one's witness that approves the same digest.
-fn is_the_same(claim: &Claim, subject: &Digest, wanted: &Wanted) -> bool {
-    let key = wanted.witness.public_key();
-    claim.digests.contains(subject) && key.verify(wanted.algorithm, &claim.signed_sha256, &claim.signature).is_ok()
 }
 
 fn artifacts<'a>(ready: &'a [Ready<'_>]) -> impl Iterator<Item = (&'a Ready<'a>, &'a Referrer)> {

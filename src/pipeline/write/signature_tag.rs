@@ -69,7 +69,7 @@ impl Store for SignatureTag<'_> {
     fn keeps(format: Format) -> bool {
         match format {
             Format::Cosign => true,
-            Format::Bundle => false,
+            Format::Bundle | Format::Notation | Format::NotationCose => false,
         }
     }
 
@@ -163,6 +163,6 @@ fn is_there(manifest: &SignatureManifest, wanted: &Wanted) -> bool {
 fn payload(prepared: &Prepared) -> Option<&Bytes> {
     match prepared {
         Prepared::Cosign(prepared) => Some(prepared.payload()),
-        Prepared::Bundle(_) => None,
+        Prepared::Bundle(_) | Prepared::Notation(_) => None,
     }
 }

@@ -1,15 +1,13 @@
-//! The manifest that makes an envelope a referrer of its image.
+//! The manifest that makes an envelope a referrer of its image, as notation's readers take it. Ours is a [`super::Referrer`].
 
 use std::collections::BTreeMap;
 
-use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
-use super::{Artifact, Envelope, Error, MAX_ENVELOPE};
+use super::{Envelope, Error, MAX_ENVELOPE};
 use crate::{
     oci::{Descriptor, Digest, media_type},
     registry::Manifest,
-    signature::EMPTY_CONFIG,
 };
 
 /// By this, referrers are known to be notation's signatures.
@@ -17,56 +15,17 @@ pub const ARTIFACT_TYPE: &str = "application/vnd.cncf.notary.signature";
 /// The annotation that names the certificates: a JSON list of [`crate::certificate::Chain::thumbprints`], as text.
 pub const THUMBPRINTS: &str = "io.cncf.notary.x509chain.thumbprint#S256";
 
-const EMPTY: &str = "application/vnd.oci.empty.v1+json";
-const CREATED: &str = "org.opencontainers.image.created";
-
-/// How a manifest says what it is. Readers take both.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
-    /// By `artifactType`, as OCI image-spec 1.1 has it.
-    ArtifactType,
-    /// By the config's media type, as notation 1 writes it: for registries that refuse the other.
-    ConfigType,
-}
-
-#[derive(Serialize, Deserialize)]
+/// As OCI image-spec 1.1 has it, or as notation 1 writes it: with the type in the config, and no `artifactType`.
+#[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Document {
-    schema_version: u8,
-    media_type: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     artifact_type: Option<String>,
     config: Descriptor,
     layers: Vec<Descriptor>,
     subject: Descriptor,
     #[serde(default)]
     annotations: BTreeMap<String, String>,
-}
-
-pub(super) fn write(artifact: &Artifact, layout: Layout) -> Bytes {
-    let descriptor = |media_type: &str, digest: Digest, size: u64| Descriptor {
-        media_type: media_type.to_owned(),
-        digest,
-        size,
-        artifact_type: None,
-        platform: None,
-        annotations: BTreeMap::new(),
-    };
-    let (artifact_type, config) = match layout {
-        Layout::ArtifactType => (Some(ARTIFACT_TYPE.to_owned()), EMPTY),
-        Layout::ConfigType => (None, ARTIFACT_TYPE),
-    };
-    let thumbprints = serde_json::to_string(&artifact.thumbprints).expect("strings always serialise");
-    let document = Document {
-        schema_version: 2,
-        media_type: media_type::OCI_MANIFEST.to_owned(),
-        artifact_type,
-        config: descriptor(config, Digest::of(EMPTY_CONFIG), EMPTY_CONFIG.len() as u64),
-        layers: vec![descriptor(artifact.envelope.media_type(), Digest::of(&artifact.content), artifact.content.len() as u64)],
-        subject: descriptor(&artifact.target.media_type, artifact.target.digest.clone(), artifact.target.size),
-        annotations: [(THUMBPRINTS.to_owned(), thumbprints), (CREATED.to_owned(), artifact.signing_time.to_string())].into(),
-    };
-    serde_json::to_vec(&document).expect("strings and numbers always serialise").into()
 }
 
 /// What a manifest that claims to be a notation signature says.
@@ -96,7 +55,7 @@ impl SignatureManifest {
         let document: Document =
             serde_json::from_slice(content).map_err(|error| Error::Malformed("its manifest", error.to_string()))?;
         match (document.artifact_type.as_deref(), document.config.media_type.as_str()) {
-            (Some(ARTIFACT_TYPE), EMPTY) | (None, ARTIFACT_TYPE) => {}
+            (Some(ARTIFACT_TYPE), media_type::OCI_EMPTY) | (None, ARTIFACT_TYPE) => {}
             _ => return Err(Error::Broken("its manifest is not that of a notation signature")),
         }
         let [layer] = document.layers.as_slice() else {

@@ -3,9 +3,14 @@ use crate::{
     certificate::{SubjectName, make},
     clock::Clock,
     kms::{KeySpec, generate},
-    signature::notation::Prepared,
+    signature::{
+        self, Artifact,
+        notation::{Envelope, Prepared},
+        referrer::Referrer,
+    },
     subject::Subject,
-    witness::{TrustedKeySettings, TrustedKeys, WitnessSettings},
+    verify::{Trust, Verified, Wanted, fresh, signature},
+    witness::{TrustedKeySettings, TrustedKeys, Witness, WitnessSettings},
 };
 
 const NOW: &str = "2026-11-21T09:00:00Z";
@@ -55,11 +60,27 @@ fn judged(
     certificates: &[Chain],
     wanted: &Target,
     now: Timestamp,
-) -> Result<Approval, &'static str> {
+) -> Result<Verified, &'static str> {
     let (envelope, file) =
         if folder.contains("jws") { (Envelope::Jws, "envelope.json") } else { (Envelope::Cose, "envelope.cbor") };
-    let witnesses = [Certified { trust: Trust { witness: "release", keys }, certificates }];
-    signature(envelope, &vector(folder, file), wanted, &witnesses, now).map_err(|rejection| rejection.name())
+    judge(envelope, &vector(folder, file), keys, certificates, wanted, now).map_err(|rejection| rejection.name())
+}
+
+fn judge(
+    envelope: Envelope,
+    content: &[u8],
+    keys: &TrustedKeys,
+    certificates: &[Chain],
+    wanted: &Target,
+    now: Timestamp,
+) -> Result<Verified, Rejection> {
+    let claim = signature::notation::read(envelope, content).map_err(Rejection::Malformed)?;
+    let wanted = asked(wanted);
+    signature(envelope.into(), &claim, &wanted, &[Trust { witness: "release", keys, certificates }], now)
+}
+
+fn asked(manifest: &Target) -> Wanted {
+    Wanted { manifest: manifest.clone(), reference: REFERENCE.parse().unwrap() }
 }
 
 const GOOD: [(&str, &str); 5] = [
@@ -73,13 +94,15 @@ const GOOD: [(&str, &str); 5] = [
 #[test]
 fn the_vectors_that_notation_accepts_are_accepted_and_the_other_is_refused() {
     let wanted = Target::of(&subject());
-    for (folder, key) in GOOD {
-        let (keys, certificate) = (keys(key, None, None), certificate(key));
-        for certificates in [&[certificate.clone()][..], &[]] {
+    for (folder, key_name) in GOOD {
+        let (keys, certificate) = (keys(key_name, None, None), certificate(key_name));
+        let foreign = self::certificate(if key_name == "p256" { "rsa2048" } else { "p256" });
+        // Those of another key say nothing of this one's.
+        for certificates in [&[certificate.clone()][..], &[], &[foreign.clone()], &[foreign, certificate.clone()]] {
             let approval =
                 judged(folder, &keys, certificates, &wanted, at(NOW)).unwrap_or_else(|name| panic!("{folder}: {name}"));
-            assert_eq!((approval.witness(), approval.thumbprint()), ("release", certificate.thumbprint()));
-            assert_eq!(approval.signing_time(), at("2025-01-02T03:04:05Z"));
+            assert_eq!((approval.witness(), approval.reference()), ("release", None));
+            assert_eq!(approval.until(), Some(certificate.not_after()));
         }
     }
     let rsa = keys("rsa2048", None, None);
@@ -96,7 +119,6 @@ fn a_signature_counts_for_its_manifest_its_key_and_its_certificate_alone() {
         let (own, stranger) = (keys(key, None, None), keys(foreign, None, None));
         for (keys, certificates, wanted, now, expected) in [
             (&stranger, vec![], &wanted, NOW, "unknown_key"),
-            (&own, vec![certificate(foreign)], &wanted, NOW, "other_certificate"),
             (&own, vec![], &other, NOW, "other_digest"),
             (&own, vec![], &sized, NOW, "malformed"),
             (&own, vec![], &typed, NOW, "malformed"),
@@ -132,28 +154,33 @@ async fn what_a_witness_signs_counts_until_it_expires() {
     for spec in [KeySpec::Rsa2048, KeySpec::EcP256] {
         let witness = witness(folder.path(), spec).await;
         let chain = make(&witness, &SubjectName::unnamed(), at(NOW)).await.unwrap();
+        let witness = witness.certified(vec![chain.clone()]);
         for envelope in Envelope::ALL {
             let day = std::time::Duration::from_secs(86_400);
             let prepared = Prepared::new(envelope, &subject(), &chain, at(NOW), Some(day));
             let signed = witness.sign(prepared.algorithm(), prepared.sha256()).await.unwrap();
             let artifact = prepared.assemble(signed.raw()).unwrap();
-            let approval = fresh(envelope, artifact.content(), &wanted, &witness, &chain, &signed, at(NOW)).unwrap();
-            let trust = Trust { witness: "release", keys: witness.trusted_keys() };
-            let witnesses = [Certified { trust, certificates: std::slice::from_ref(&chain) }];
-            let judge = |content: &[u8], now| signature(envelope, content, &wanted, &witnesses, at(now));
-            assert_eq!(judge(artifact.content(), NOW).unwrap(), approval);
-            assert!(judge(artifact.content(), "2026-11-22T08:59:59Z").is_ok());
-            assert_eq!(judge(artifact.content(), "2026-11-22T09:00:00Z").unwrap_err().name(), "signature_expired");
+            let fresh = |signed| {
+                let artifact = Artifact::Notation(envelope, artifact.clone());
+                fresh(artifact, &asked(&wanted), &witness, prepared.algorithm(), signed, at(NOW)).map(drop)
+            };
+            fresh(&signed).unwrap();
+            let judge = |artifact: &Referrer, now| {
+                let certificates = std::slice::from_ref(&chain);
+                super::tests::judge(envelope, artifact.blob(), witness.trusted_keys(), certificates, &wanted, at(now))
+            };
+            assert_eq!(judge(&artifact, NOW).unwrap().until(), Some(at("2026-11-22T09:00:00Z")));
+            assert!(judge(&artifact, "2026-11-22T08:59:59Z").is_ok());
+            assert_eq!(judge(&artifact, "2026-11-22T09:00:00Z").unwrap_err().name(), "signature_expired");
 
             // Another signature by the same key, and this one under another certificate for the same key.
             let again = witness.sign(prepared.algorithm(), &[7; 32]).await.unwrap();
             let forged = prepared.assemble(again.raw()).unwrap();
-            assert_eq!(judge(forged.content(), NOW).unwrap_err(), Rejection::UnknownKey);
-            let unproven = fresh(envelope, artifact.content(), &wanted, &witness, &chain, &again, at(NOW));
-            assert_eq!(unproven.unwrap_err(), Rejection::UnknownKey);
+            assert_eq!(judge(&forged, NOW).unwrap_err(), Rejection::UnknownKey);
+            assert_eq!(fresh(&again).unwrap_err(), Rejection::UnknownKey);
             let renewed = make(&witness, &SubjectName::unnamed(), at(NOW)).await.unwrap();
             let swapped = Prepared::new(envelope, &subject(), &renewed, at(NOW), Some(day)).assemble(signed.raw()).unwrap();
-            assert_eq!(judge(swapped.content(), NOW).unwrap_err().name(), "other_certificate");
+            assert_eq!(judge(&swapped, NOW).unwrap_err().name(), "other_certificate");
         }
     }
 }

@@ -1,0 +1,225 @@
+//! Notation's signatures as the daemon writes them, beside `.sig` tags, bundles and notation's own, in a registry that lists
+//! referrers itself and in one that does not.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use integration_tests::daemon;
+use integration_tests::house::{House, Keys, Plan, TOKEN};
+use integration_tests::image::Image;
+use integration_tests::process::eventually;
+use integration_tests::registry::Options;
+use integration_tests::verifier::{Cosign, Notation, Ruling};
+use reqwest::StatusCode;
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whether the registry lists referrers itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// ferro-oci-server.
+    Api,
+    /// docker-registry.
+    FallbackTag,
+}
+
+/// A rule; RSA keys sign by the first of these algorithms that these formats take.
+fn rule(name: &str, scope: &str, keys: Keys, formats: &[&str]) -> String {
+    let algorithm = match keys {
+        Keys::Rsa2048 if formats.contains(&"notation") || formats.contains(&"notation-cose") => "RSA_PSS_SHA_256",
+        _ => keys.algorithm(),
+    };
+    format!(
+        "[[rule]]\nname = \"{name}\"\nscope = \"{scope}\"\nwitness = \"release\"\nalgorithm = \"{algorithm}\"\n\
+         formats = {formats:?}\n"
+    )
+}
+
+fn plan(kind: Kind, keys: Keys) -> Plan {
+    let rules = rule("usual", "team", keys, &["cosign", "bundle"])
+        + &rule("jws", "team/jws", keys, &["notation"])
+        + &rule("cose", "team/cose", keys, &["notation-cose"]);
+    let registry = Options { referrers_api: kind == Kind::Api, ..Options::default() };
+    Plan { keys, registry, rules: Some(rules), ..Plan::default() }
+}
+
+/// Pushes the image under this tag and lets countersign know, whichever the registry is.
+async fn push(house: &House, kind: Kind, image: &Image, repository: &str, tag: &str) -> Result<()> {
+    house.push(image, repository, &[tag]).await?;
+    if kind == Kind::Api {
+        let event = House::event(&house.registry.host(), repository, Some(tag), &image.manifest.digest);
+        assert_eq!(house.notify(Some(TOKEN), &event).await?, StatusCode::ACCEPTED);
+    }
+    Ok(())
+}
+
+type Found = (String, String, String);
+
+/// (format, verdict, witness) of each signature in an answer of `countersign verify`, sorted.
+fn listed(answer: &Value) -> Result<Vec<Found>> {
+    let text = |value: &Value| value.as_str().unwrap_or("nobody").to_owned();
+    let signatures = answer[0]["signatures"].as_array().with_context(|| format!("no signatures in {answer}"))?;
+    let found = signatures.iter().map(|one| (text(&one["format"]), text(&one["verdict"]), text(&one["witness"])));
+    let mut found: Vec<_> = found.collect();
+    found.sort();
+    Ok(found)
+}
+
+async fn found(house: &House, reference: &str) -> Result<Vec<Found>> {
+    listed(&house.run(&["verify", reference, "--output", "json"]).await?.json()?)
+}
+
+fn ours(format: &str) -> Found {
+    (format.into(), "verified".into(), "release".into())
+}
+
+/// Waits until countersign's signatures in these formats are there.
+async fn wait_for(house: &House, reference: &str, formats: &[&str]) -> Result<()> {
+    eventually("all formats are written", LIMIT, async || {
+        let found = found(house, reference).await?;
+        Ok(formats.iter().all(|format| found.contains(&ours(format))).then_some(()))
+    })
+    .await
+}
+
+/// Stock notation with what `countersign witness certificate` says that its user needs.
+async fn judge(house: &House, repository: &str) -> Result<Notation> {
+    let answer = house.run(&["witness", "certificate", "release", "--output", "json"]).await?.expect_code(0)?.json()?;
+    let text = |member: &str| answer[member].as_str().with_context(|| format!("no {member} in {answer}"));
+    Notation::trusting(text("certificate")?, text("trusted_identity")?, &format!("{}/{repository}", house.registry.host()))
+}
+
+fn accepts(ruling: &Ruling, context: &str) {
+    assert!(ruling.accepted, "{context}: {}", ruling.words);
+}
+
+async fn every_judge_accepts(kind: Kind, keys: Keys) -> Result<()> {
+    let house = House::start(plan(kind, keys)).await?;
+    for (repository, format) in [("team/jws", "notation"), ("team/cose", "notation-cose")] {
+        let context = format!("{kind:?} {keys:?} {format}");
+        let image = Image::index(repository)?;
+        push(&house, kind, &image, repository, "1.0").await?;
+        let (tagged, pinned) = (house.reference(repository, "1.0"), house.reference(repository, &image.manifest.digest));
+        wait_for(&house, &tagged, &["bundle", "cosign", format]).await?;
+        let (notation, key) = (judge(&house, repository).await?, house.public_key_path());
+        for reference in [&tagged, &pinned] {
+            accepts(&notation.verify(reference).await?, &context);
+            for cosign in [Cosign::V2, Cosign::V3] {
+                accepts(&cosign.verify(&key, reference).await?, &context);
+            }
+            assert_eq!(found(&house, reference).await?, [ours("bundle"), ours("cosign"), ours(format)], "{context}");
+        }
+        // A platform is not signed for those who resolve the tag.
+        let platform = house.reference(repository, &image.child("amd64").digest);
+        assert_eq!(found(&house, &platform).await?, [ours("cosign")], "{context}");
+        let stranger = Notation::signing(&format!("{}/{repository}", house.registry.host())).await?;
+        let ruling = stranger.verify(&tagged).await?;
+        assert!(!ruling.accepted && ruling.words.contains("trusted certificate"), "{context}: {}", ruling.words);
+
+        // Where there is no ledger, the key decides alone: on the command line as in admission.
+        let folder = house.config_path().with_file_name("elsewhere");
+        fs::create_dir_all(&folder)?;
+        let policy = format!(
+            "\n[[policy]]\nname = \"team\"\nwitnesses = [\"release\"]\nnamespaces = [\"default\"]\nenabled = true\n\
+             formats = [\"{format}\"]\n"
+        );
+        let config = house.config().replacen("/state\"", "/nowhere\"", 1) + &policy;
+        let path = house.config_path().with_file_name("without.toml");
+        fs::write(&path, config)?;
+        let pod = folder.join("pod.yaml");
+        let yaml = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: app}}\nspec: {{containers: [{{name: app, image: \"{pinned}\"}}]}}\n"
+        );
+        fs::write(&pod, yaml)?;
+        let (path, pod) = (path.to_str().context("no text")?, pod.to_str().context("no text")?);
+        let answer = daemon::run(&["verify", &pinned, "--output", "json", "--config", path], &[]).await?.expect_code(0)?;
+        assert_eq!(listed(&answer.json()?)?, [ours("bundle"), ours("cosign"), ours(format)], "{context}");
+        daemon::run(&["verify", "-f", pod, "--config", path], &[]).await?.expect_code(0)?;
+        let other = if format == "notation" { "notation-cose" } else { "notation" };
+        fs::write(
+            path,
+            fs::read_to_string(path)?.replace(&policy, &policy.replace(&format!("\"{format}\""), &format!("\"{other}\""))),
+        )?;
+        daemon::run(&["verify", "-f", pod, "--config", path], &[]).await?.expect_code(1)?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn every_judge_accepts_with_the_fallback_tag() -> Result<()> {
+    every_judge_accepts(Kind::FallbackTag, Keys::P256).await?;
+    every_judge_accepts(Kind::FallbackTag, Keys::Rsa2048).await
+}
+
+#[tokio::test]
+async fn every_judge_accepts_with_the_referrers_api() -> Result<()> {
+    every_judge_accepts(Kind::Api, Keys::P256).await?;
+    every_judge_accepts(Kind::Api, Keys::Rsa2048).await
+}
+
+/// notation before us, after us, and both verify; ours is not made again for it.
+async fn signatures_of_notations_stand_beside_ours(kind: Kind) -> Result<()> {
+    let house = House::start(plan(kind, Keys::Rsa2048)).await?;
+    for (name, notation_first) in [("after", false), ("before", true)] {
+        let image = Image::oci(name)?;
+        let repository = format!("team/jws/{name}");
+        let pinned = house.reference(&repository, &image.manifest.digest);
+        let theirs = Notation::signing(&format!("{}/{repository}", house.registry.host())).await?;
+        if notation_first {
+            house.push(&image, &repository, &[]).await?;
+            theirs.sign(&pinned, kind == Kind::FallbackTag).await?;
+        }
+        push(&house, kind, &image, &repository, "1.0").await?;
+        wait_for(&house, &house.reference(&repository, "1.0"), &["bundle", "cosign", "notation"]).await?;
+        if !notation_first {
+            theirs.sign(&pinned, kind == Kind::FallbackTag).await?;
+        }
+        push(&house, kind, &image, &repository, "1.0").await?;
+        push(&house, kind, &image, &repository, "2.0").await?;
+        wait_for(&house, &house.reference(&repository, "2.0"), &["bundle", "cosign", "notation"]).await?;
+        let context = format!("{kind:?}, notation {name}");
+        let judge = judge(&house, &repository).await?;
+        for notation in [&judge, &theirs] {
+            accepts(&notation.verify(&pinned).await?, &context);
+            let list = notation.list(&pinned).await?;
+            assert_eq!(list.words.matches("sha256:").count(), 1 + 2, "{context}: {}", list.words);
+        }
+        accepts(&Cosign::V3.verify(&house.public_key_path(), &pinned).await?, &context);
+        let found = found(&house, &pinned).await?;
+        let notations: Vec<_> = found.into_iter().filter(|(format, ..)| format == "notation").collect();
+        assert_eq!(notations, [("notation".into(), "rejected".into(), "nobody".into()), ours("notation")], "{context}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn signatures_of_notations_stand_beside_ours_with_the_fallback_tag() -> Result<()> {
+    signatures_of_notations_stand_beside_ours(Kind::FallbackTag).await
+}
+
+#[tokio::test]
+async fn signatures_of_notations_stand_beside_ours_with_the_referrers_api() -> Result<()> {
+    signatures_of_notations_stand_beside_ours(Kind::Api).await
+}
+
+#[tokio::test]
+async fn a_notation_signature_costs_as_many_requests_as_the_readme_says() -> Result<()> {
+    let registry = Options { count_requests: true, ..Options::default() };
+    let rules = Some(rule("jws", "team", Keys::P256, &["notation"]));
+    let house = House::start(Plan { registry, rules, ..Plan::default() }).await?;
+    let count = || anyhow::Ok(house.registry.count_requests("countersign/")?.values().sum::<usize>());
+    let mut before = count()?;
+    // What a repository needs once (the config), and the registry (whether it has the API), comes with the first.
+    for (name, tag, expected) in [("first", "1", 8 + 2 + 1), ("second", "2", 8), ("second", "2", 4)] {
+        let image = Image::oci(name)?;
+        house.push(&image, "team/app", &[tag]).await?;
+        house.registry.wait_delivered(LIMIT).await?;
+        house.wait_settled(1, LIMIT).await?;
+        let now = count()?;
+        assert_eq!(now - before, expected, "{name}: {:?}", house.registry.requests()?);
+        before = now;
+    }
+    Ok(())
+}
