@@ -5,7 +5,7 @@
 
 mod plan;
 mod report;
-mod write;
+pub(crate) mod write;
 
 use std::{
     collections::HashMap,
@@ -31,10 +31,10 @@ use crate::{
     witness::Witness,
 };
 
+pub(crate) use self::report::in_words;
 pub use self::report::{Error, Fatal, Report};
 use self::{
     plan::Plan,
-    report::in_words,
     write::{Desk, Turns, Written},
 };
 

@@ -229,7 +229,7 @@ fn judge(signer: &Signer<'_>, claim: &Claim, wanted: &Wanted) -> Result<Verified
 /// - `host/repo:tag` approves that tag, and the digest in that repository.
 /// - `host/repo` (cosign's own) approves everything in that repository.
 /// - `anything@digest` (signature type `simple`) approves the digest wherever it is: that is what the type is for.
-fn approves(reference: &str, wanted: &Wanted) -> bool {
+pub(crate) fn approves(reference: &str, wanted: &Wanted) -> bool {
     let Ok(signed) = reference.parse::<Reference>() else { return false };
     match (&signed.tag, &signed.digest) {
         (None, Some(digest)) => *digest == wanted.digest,
