@@ -153,8 +153,7 @@ impl Error {
 /// signatures is told of these.
 pub async fn copy(source: Place<'_>, destination: Place<'_>, dry_run: bool) -> Result<Copies, Error> {
     let nowhere = || Error::NoSource(source.reference.clone());
-    let not_copied =
-        || Error::NotCopied { source_name: source.reference.clone(), destination: destination.reference.clone() };
+    let not_copied = || Error::NotCopied { source_name: source.reference.clone(), destination: destination.reference.clone() };
     let digest = source.resolve().await?.ok_or_else(nowhere)?;
     let children = match subject::locate(source.registry, source.repository(), None, &digest).await? {
         Located::Image(image) => image.children,
@@ -176,11 +175,9 @@ pub async fn copy(source: Place<'_>, destination: Place<'_>, dry_run: bool) -> R
     };
     let there: HashSet<&Digest> = there.children.iter().map(subject::Subject::digest).chain([&digest]).collect();
     let subjects = [&digest].into_iter().chain(children.iter().map(subject::Subject::digest));
-    let routes: Vec<_> = subjects
-        .map(|subject| Route { source, destination, subject, has_subject: there.contains(subject), dry_run })
-        .collect();
-    let copied: Vec<Vec<Copied>> =
-        stream::iter(routes.iter().map(Route::copy)).buffered(DIGESTS_AT_ONCE).try_collect().await?;
+    let routes: Vec<_> =
+        subjects.map(|subject| Route { source, destination, subject, has_subject: there.contains(subject), dry_run }).collect();
+    let copied: Vec<Vec<Copied>> = stream::iter(routes.iter().map(Route::copy)).buffered(DIGESTS_AT_ONCE).try_collect().await?;
     Ok(Copies {
         source: source.reference.clone(),
         destination: destination.reference.clone(),
@@ -221,4 +218,11 @@ impl Route<'_> {
             (false, true) => self.dry_run.then_some(State::Missing),
         }
     }
+}
+
+/// What was to be copied was, or failed by this.
+fn settle(copied: &mut [Copied], written: Result<(), pipeline::Error>) {
+    let Err(error) = written else { return };
+    let open = copied.iter_mut().filter(|copied| copied.state == State::Copied);
+    open.for_each(|copied| copied.state = State::failed(&error));
 }

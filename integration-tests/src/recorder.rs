@@ -113,7 +113,9 @@ async fn forward(desk: &Desk, request: Request) -> Result<Response> {
         && desk.http.head(&url).header(ACCEPT, headers[CONTENT_TYPE].clone()).send().await?.status().is_success()
     {
         // In ECR's words.
-        let message = format!("The image tag '{tag}' already exists in the repository and cannot be overwritten because the tag is immutable.");
+        let message = format!(
+            "The image tag '{tag}' already exists in the repository and cannot be overwritten because the tag is immutable."
+        );
         let body = json!({"errors": [{"code": "TAG_INVALID", "message": message}]}).to_string();
         return Ok((StatusCode::BAD_REQUEST, body).into_response());
     }

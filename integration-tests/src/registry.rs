@@ -45,6 +45,7 @@ impl Notify {
 }
 
 #[derive(Debug, Clone, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 pub struct Options {
     pub notify: Option<Notify>,
     /// Logs each request, for [`Registry::requests`].

@@ -1,4 +1,4 @@
-//! The judges: stock cosign 2, stock cosign 3, stock notation, stock skopeo and stock podman, as their users run them.
+//! The judges: stock cosign 2, stock cosign 3, stock notation and stock skopeo, as their users run them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -131,40 +131,6 @@ impl Skopeo {
         command.args(["copy", "--src-tls-verify=false", &format!("docker://{reference}")]);
         command.arg(format!("dir:{}", copied.path().display()));
         rule(command).await
-    }
-}
-
-/// `podman pull` under the same policy as [`Skopeo`], into a storage of its own.
-#[derive(Debug)]
-pub struct Podman(Skopeo);
-
-impl Podman {
-    /// Accepts images of `host` that `public_key` signed.
-    pub fn requiring(public_key: &Path, host: &str) -> Result<Self> {
-        let skopeo = Skopeo::requiring(public_key, host)?;
-        // Where podman looks for it; there is no option for this.
-        let config = skopeo.folder.path().join(".config/containers");
-        fs::create_dir_all(&config)?;
-        fs::rename(skopeo.folder.path().join("registries.d"), config.join("registries.d"))?;
-        Ok(Self(skopeo))
-    }
-
-    /// Pulls for linux/amd64.
-    pub async fn pull(&self, reference: &str) -> Result<Ruling> {
-        let folder = self.0.folder.path();
-        let mut command = Command::new(tool("bin/podman")?);
-        command.env("HOME", folder).env("TMPDIR", folder).arg("--root").arg(folder.join("images"));
-        command.arg("--runroot").arg(folder.join("run")).args(["--storage-driver", "vfs", "pull", "--tls-verify=false"]);
-        command.args(["--os", "linux", "--arch", "amd64", "--signature-policy"]).arg(folder.join("policy.json"));
-        command.arg(format!("docker://{reference}"));
-        rule(command).await
-    }
-
-    /// `4.3`
-    pub async fn version() -> Result<String> {
-        let words = run(Command::new(tool("bin/podman")?).arg("--version")).await?.words;
-        let version = words.split_whitespace().last().with_context(|| format!("no version: {words}"))?;
-        Ok(version.split('.').take(2).collect::<Vec<_>>().join("."))
     }
 }
 

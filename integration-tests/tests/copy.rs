@@ -191,7 +191,8 @@ async fn skopeo_accepts_a_copied_signature_of_a_digest_where_the_policy_matches_
     let there = pair.at_mirror("team/app", "1.0");
     pair.states(&source, &there, &[]).await?;
     // What mirrors' policies say: the name that was signed is the one before it was mirrored.
-    let remap = serde_json::json!({"type": "remapIdentity", "prefix": pair.mirror.host(), "signedPrefix": pair.house.registry.host()});
+    let remap =
+        serde_json::json!({"type": "remapIdentity", "prefix": pair.mirror.host(), "signedPrefix": pair.house.registry.host()});
     let key = pair.house.public_key_path();
     let ruling = Skopeo::with_identity(&key, &pair.mirror.host(), Some(&remap))?.copy(&there).await?;
     assert!(ruling.accepted, "{}", ruling.words);

@@ -1,7 +1,7 @@
 //! Which verifier reads which of our signatures, run for real: the table in the README is what this test saw.
 //!
 //! `BLESS=1 cargo test -p integration-tests --test matrix` writes the table anew. A further verifier is a line in `Verifier::ALL` and
-//! an arm in `Judges::ask`; a further format, or several written together, is a line in `WRITTEN`.
+//! an arm in `Signed::ask`; a further format, or several written together, is a line in `WRITTEN`.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
-use integration_tests::house::{House, Keys, Plan, TOKEN};
+use integration_tests::house::{House, Keys, Plan, TOKEN, rule_of_all_formats};
 use integration_tests::image::Image;
 use integration_tests::process::{eventually, tool};
 use integration_tests::registry::Options;
-use integration_tests::verifier::{Cosign, Podman, Ruling, Skopeo};
+use integration_tests::verifier::{Cosign, Ruling, Skopeo};
 use reqwest::StatusCode;
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -42,20 +42,18 @@ enum Verifier {
     Cosign2,
     Cosign3,
     Skopeo,
-    Podman,
 }
 
 impl Verifier {
-    const ALL: &[Self] = &[Self::Countersign, Self::Cosign2, Self::Cosign3, Self::Skopeo, Self::Podman];
+    const ALL: &[Self] = &[Self::Countersign, Self::Cosign2, Self::Cosign3, Self::Skopeo];
 
     /// With the version that is run.
-    async fn name(self) -> Result<String> {
+    fn name(self) -> Result<String> {
         Ok(match self {
             Self::Countersign => "countersign".to_owned(),
             Self::Cosign2 => format!("cosign {}", installed("cosign-2")?),
             Self::Cosign3 => format!("cosign {}", installed("cosign-3")?),
             Self::Skopeo => format!("skopeo {}", installed("skopeo")?),
-            Self::Podman => format!("podman {}", Podman::version().await?),
         })
     }
 }
@@ -93,9 +91,9 @@ struct Signed {
 impl Signed {
     async fn start(setting @ (referrers_api, keys): (bool, Keys)) -> Result<Self> {
         let registry = Options { referrers_api, ..Options::default() };
-        let rules = WRITTEN.iter().map(|Written { name, formats }| {
-            format!("{}formats = {formats:?}\n\n", integration_tests::house::rule_of_all_formats(name, name, keys))
-        });
+        let rules = WRITTEN
+            .iter()
+            .map(|Written { name, formats }| format!("{}formats = {formats:?}\n\n", rule_of_all_formats(name, name, keys)));
         let rules = Some(rules.collect());
         let house = House::start(Plan { keys, registry, rules, ..Plan::default() }).await?;
         let signed = Self { house, setting, image: Image::oci("matrix")?, index: Image::index("matrix")? };
@@ -146,7 +144,6 @@ impl Signed {
             Verifier::Cosign2 => Cosign::V2.verify(&key, reference).await,
             Verifier::Cosign3 => Cosign::V3.verify(&key, reference).await,
             Verifier::Skopeo => Skopeo::requiring(&key, &host)?.architecture("amd64").copy(reference).await,
-            Verifier::Podman => Podman::requiring(&key, &host)?.pull(reference).await,
         }
     }
 
@@ -166,10 +163,11 @@ impl Signed {
 /// Why it was refused, in the verifier's own words: the line that says so, shortened.
 fn refusal(words: &str) -> String {
     const MOST: usize = 160;
-    let is_reason = |line: &&str| ["Error: ", "level=fatal", "it has no signatures", "does not count"].iter().any(|mark| line.contains(mark));
+    let is_reason =
+        |line: &&str| ["Error: ", "level=fatal", "it has no signatures", "does not count"].iter().any(|mark| line.contains(mark));
     let line = words.lines().find(is_reason).or_else(|| words.lines().next_back()).unwrap_or_default().trim();
     let line = line.split_once("msg=").map_or(line, |(_, message)| message.trim_matches('"'));
-    let line = line.trim_start_matches("Error: ");
+    let line = line.trim_start_matches("Error: ").trim_start_matches("copying system image from manifest list: ");
     match line.char_indices().nth(MOST) {
         Some((end, _)) => format!("{}…", &line[..end]),
         None => line.to_owned(),
@@ -189,7 +187,9 @@ struct Line {
 async fn run() -> Result<Vec<Line>> {
     let mut lines: Vec<Line> = Verifier::ALL
         .iter()
-        .flat_map(|verifier| WRITTEN.iter().map(|written| Line { verifier: *verifier, written, cells: vec![vec![]; ASKED.len()] }))
+        .flat_map(|verifier| {
+            WRITTEN.iter().map(|written| Line { verifier: *verifier, written, cells: vec![vec![]; ASKED.len()] })
+        })
         .collect();
     for setting in SETTINGS {
         let signed = Signed::start(setting).await?;
@@ -218,7 +218,7 @@ async fn run() -> Result<Vec<Line>> {
 }
 
 /// The table and its notes.
-async fn render(lines: &[Line]) -> Result<String> {
+fn render(lines: &[Line]) -> Result<String> {
     let mut notes: Vec<String> = vec![];
     let mut note = |why: &str| {
         let at = notes.iter().position(|known| known == why).unwrap_or_else(|| {
@@ -229,7 +229,7 @@ async fn render(lines: &[Line]) -> Result<String> {
     };
     let mut table = format!("| verifier | written | {} |\n|{}\n", ASKED.join(" | "), " --- |".repeat(ASKED.len() + 2));
     for Line { verifier, written, cells } in lines {
-        write!(table, "| {} | `{}` |", verifier.name().await?, written.formats.join("`, `"))?;
+        write!(table, "| {} | `{}` |", verifier.name()?, written.formats.join("`, `"))?;
         for runs in cells {
             let mut word = |cell: &Cell| cell.as_deref().map_or_else(|| "yes".to_owned(), &mut note);
             let words: Vec<String> = runs.iter().map(&mut word).collect();
@@ -251,7 +251,7 @@ async fn render(lines: &[Line]) -> Result<String> {
 
 #[tokio::test]
 async fn the_readme_shows_what_every_verifier_says_of_every_format() -> Result<()> {
-    let table = render(&run().await?).await?;
+    let table = render(&run().await?)?;
     let path: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("README.md");
     let readme = fs::read_to_string(&path)?;
     let (before, rest) = readme.split_once(BEGIN).context("the README has no matrix")?;

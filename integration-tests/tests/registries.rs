@@ -25,10 +25,8 @@ async fn what_is_pushed_before_maintenance_is_signed_when_the_registry_takes_wri
     house.push(&image, "team/app", &["1.0"]).await?;
     house.registry.set_read_only(true).await?;
     notify(&house, &image, "1.0").await?;
-    eventually("the log says why", LIMIT, async || {
-        Ok(house.daemon.logged().contains("the registry is read-only").then_some(()))
-    })
-    .await?;
+    eventually("the log says why", LIMIT, async || Ok(house.daemon.logged().contains("the registry is read-only").then_some(())))
+        .await?;
     let metrics = house.daemon.metrics().await?;
     assert_eq!((metrics.queued(), metrics.ended("dead")), (1, 0), "{metrics:?}");
 

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{Copied, Error, Kind, Route, State};
+use super::{Copied, Error, Kind, Route, State, settle};
 use crate::{
     oci::{Digest, media_type},
     pipeline::{
@@ -49,7 +49,7 @@ impl Route<'_> {
         if !missing.is_empty() {
             let mut layers = Layers { store: &destination, missing: &missing, config: ListingConfig::default() };
             let added = tag::add(self.destination.registry, self.destination.repository(), destination.tag(), &mut layers);
-            self.settle(&mut copied, added.await);
+            settle(&mut copied, added.await);
         }
         Ok(copied)
     }
@@ -60,13 +60,6 @@ impl Route<'_> {
             Err(registry::Error::Oversized { .. }) => Ok(None),
             payload => payload,
         }
-    }
-
-    /// What was to be copied was, or failed by this.
-    pub(super) fn settle(&self, copied: &mut [Copied], written: Result<(), pipeline::Error>) {
-        let Err(error) = written else { return };
-        let open = copied.iter_mut().filter(|copied| copied.state == State::Copied);
-        open.for_each(|copied| copied.state = State::failed(&error));
     }
 }
 

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use futures::future::try_join_all;
 
-use super::{Copied, Error, Kind, Route, State};
+use super::{Copied, Error, Kind, Route, State, settle};
 use crate::{
     attachment,
     oci::{Descriptor, Digest, Tag, media_type},
@@ -53,7 +53,7 @@ impl Route<'_> {
         }
         if !missing.is_empty() {
             let written = self.write(&missing, there.is_by_api()).await;
-            self.settle(&mut copied, written);
+            settle(&mut copied, written);
         }
         Ok(copied)
     }

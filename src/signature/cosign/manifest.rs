@@ -98,8 +98,8 @@ impl SignatureManifest {
 
     /// The same, each with all that its writer noted beside it.
     pub fn entries(&self) -> impl Iterator<Item = Entry> {
-        let entry = |text: &Box<RawValue>| Some(Entry { layer: Layer::from_descriptor(text)?, descriptor: text.clone() });
-        self.document.entries().iter().filter_map(entry)
+        let entry = |text: &RawValue| Some(Entry { layer: Layer::from_descriptor(text)?, descriptor: text.to_owned() });
+        self.document.entries().iter().filter_map(move |text| entry(text))
     }
 
     /// Adds signatures that are not in it yet. All that others wrote stays, unknown members included.
