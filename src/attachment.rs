@@ -1,6 +1,8 @@
 //! Media types by which a signature, attestation or SBOM is told from an image. A list of what to leave alone, not of what
 //! to sign: Helm charts and other artifacts are signed like images.
 
+use crate::signature::notation;
+
 /// Whether a manifest with a config of this type (or of this `artifactType`) belongs to another manifest.
 pub fn is_config(media_type: &str) -> bool {
     is_bundle(media_type)
@@ -9,7 +11,7 @@ pub fn is_config(media_type: &str) -> bool {
             "application/vnd.dev.cosign.artifact.sig.v1+json"
                 | "application/vnd.dev.cosign.artifact.att.v1+json"
                 | "application/vnd.dev.cosign.artifact.sbom.v1+json"
-                | "application/vnd.cncf.notary.signature"
+                | notation::ARTIFACT_TYPE
                 | "application/vnd.in-toto+json"
         )
 }
@@ -32,6 +34,12 @@ pub fn is_layer(media_type: &str) -> bool {
         )
 }
 
-fn is_bundle(media_type: &str) -> bool {
+/// Whether a referrer of this type is a signature, or a bundle, of which some are attestations instead.
+pub fn is_signature(artifact_type: &str) -> bool {
+    is_bundle(artifact_type) || artifact_type == notation::ARTIFACT_TYPE
+}
+
+/// Whichever the version of the bundle.
+pub fn is_bundle(media_type: &str) -> bool {
     media_type.starts_with("application/vnd.dev.sigstore.bundle")
 }

@@ -3,6 +3,7 @@
 pub mod admission;
 pub mod check;
 mod client;
+pub mod copy_signatures;
 pub mod explain;
 pub mod health;
 pub mod key;
@@ -84,6 +85,16 @@ pub enum Command {
     /// With --filename it judges manifests as the admission webhook would, by the policies of the configuration: YAML with
     /// several documents, lists, or JSON. 0 if all would be admitted.
     Verify(VerifyArgs),
+    /// Take an image's signatures along to where the image has been copied to, another registry or repository.
+    ///
+    /// Everybody's signatures of the image, and of each platform of an index: what is under the `.sig` tag, and the bundles and
+    /// notation signatures that refer to it. None is changed, and what the destination has stays. The image must be there
+    /// under the same digest. A signature of a digest alone (`signature_type = "simple"`, a bundle) counts there; one that names
+    /// a tag approves that name only, as each line says.
+    ///
+    /// Exit codes: 0 all that there is to copy is there; 1 the image is not, or a registry refuses; 2 usage; 3 a registry could
+    /// not be reached.
+    CopySignatures(CopySignaturesArgs),
     /// Pin the tags in manifests to the digests that the policies approve, and print them; comments and all else stay.
     Resolve(ResolveArgs),
     /// Run the admission webhook of a Kubernetes cluster: only images run that meet the policies of their namespace.
@@ -191,6 +202,19 @@ pub struct VerifyArgs {
     pub with_kms: bool,
     #[command(flatten)]
     pub manifests: ManifestArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct CopySignaturesArgs {
+    /// The image whose signatures are copied: `host/repository:tag` or `host/repository@sha256:…`.
+    #[arg(value_name = "SRC")]
+    pub source: String,
+    /// The same image elsewhere.
+    #[arg(value_name = "DST")]
+    pub destination: String,
+    /// Only say what would be copied.
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Args)]

@@ -19,6 +19,7 @@ pub mod certificate;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod copy;
 pub mod event;
 pub mod http;
 pub mod intake;

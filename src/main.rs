@@ -76,6 +76,7 @@ async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Resolve(args) => cli::manifest::resolve(&config, &clock, &args.manifests).await,
         Command::Verify(args) => cli::verify::run(&config, &clock, args, output).await,
+        Command::CopySignatures(args) => cli::copy_signatures::run(&config, args, output).await,
         Command::Sign(args) => {
             let client = app::client(&config, &clock, !args.dry_run).await?;
             cli::sign::run(&config, &client, &clock, args, output).await

@@ -6,7 +6,7 @@
 mod plan;
 mod report;
 mod seats;
-mod write;
+pub(crate) mod write;
 
 use std::{
     collections::HashMap,
@@ -32,10 +32,10 @@ use crate::{
     witness::Witness,
 };
 
+pub(crate) use self::report::in_words;
 pub use self::report::{Error, Fatal, Report};
 use self::{
     plan::Plan,
-    report::in_words,
     seats::Seats,
     write::{Desk, Turns, Written},
 };

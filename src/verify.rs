@@ -259,7 +259,9 @@ fn judge_one(signer: &Signer<'_>, claim: &Claim, wanted: &Wanted, now: Timestamp
         notation::check(envelope, witness, signer.key, certificates, &wanted.manifest, now)?;
     }
     // Last, because some policies take a signature of the digest under any name: all else about it has to be right.
-    if let Some(reference) = claim.reference.as_ref().filter(|reference| !approves(reference, wanted)) {
+    if let Some(reference) =
+        claim.reference.as_ref().filter(|reference| !approves(reference, &wanted.manifest.digest, &wanted.reference))
+    {
         return Err(Rejection::OtherReference(reference.clone()));
     }
     Ok(Verified {
@@ -276,15 +278,15 @@ fn judge_one(signer: &Signer<'_>, claim: &Claim, wanted: &Wanted, now: Timestamp
 /// - `host/repo:tag` approves that tag, and the digest in that repository.
 /// - `host/repo` (cosign's own) approves everything in that repository.
 /// - `anything@digest` (signature type `simple`) approves the digest wherever it is: that is what the type is for.
-fn approves(reference: &str, wanted: &Wanted) -> bool {
+pub(crate) fn approves(reference: &str, digest_wanted: &Digest, name: &Reference) -> bool {
     let Ok(signed) = reference.parse::<Reference>() else { return false };
     match (&signed.tag, &signed.digest) {
-        (None, Some(digest)) => *digest == wanted.manifest.digest,
+        (None, Some(digest)) => digest == digest_wanted,
         (tag, digest) => {
-            signed.registry == wanted.reference.registry
-                && signed.repository == wanted.reference.repository
-                && digest.as_ref().is_none_or(|digest| *digest == wanted.manifest.digest)
-                && (tag.is_none() || wanted.reference.tag.is_none() || *tag == wanted.reference.tag)
+            signed.registry == name.registry
+                && signed.repository == name.repository
+                && digest.as_ref().is_none_or(|digest| digest == digest_wanted)
+                && (tag.is_none() || name.tag.is_none() || *tag == name.tag)
         }
     }
 }
@@ -425,11 +427,11 @@ mod tests {
 
     #[test]
     fn a_simple_signature_counts_wherever_the_digest_is() {
-        let wanted = |reference: &str| Wanted { manifest: manifest(), reference: reference.parse().unwrap() };
+        let approves = |signed: &str, name: &str| super::approves(signed, &IMAGE.parse().unwrap(), &name.parse().unwrap());
         let simple = format!("registry.example.com/team/app@{IMAGE}");
-        assert!(approves(&simple, &wanted("mirror.example.com/copy:any")));
+        assert!(approves(&simple, "mirror.example.com/copy:any"));
         let other = format!("registry.example.com/team/app@sha256:{}", "0".repeat(64));
-        assert!(!approves(&other, &wanted("registry.example.com/team/app:1.0")));
+        assert!(!approves(&other, "registry.example.com/team/app:1.0"));
     }
 
     #[test]

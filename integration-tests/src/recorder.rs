@@ -1,5 +1,7 @@
-//! An HTTP proxy that writes down what passes through it, so that a test can say who wrote what, and having read what.
+//! An HTTP proxy that writes down what passes through it, so that a test can say who wrote what, and having read what; and that can
+//! make a registry's tags immutable, which docker-registry has no setting for.
 
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
@@ -8,8 +10,9 @@ use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use reqwest::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
+use reqwest::header::{ACCEPT, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING};
 use reqwest::{Method, StatusCode};
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
@@ -29,6 +32,7 @@ pub struct Exchange {
 pub struct Recorder {
     port: u16,
     exchanges: Arc<Mutex<Vec<Exchange>>>,
+    tags: Arc<AtomicU8>,
     _server: JoinSet<()>,
 }
 
@@ -37,6 +41,17 @@ struct Desk {
     target: String,
     http: reqwest::Client,
     exchanges: Arc<Mutex<Vec<Exchange>>>,
+    tags: Arc<AtomicU8>,
+}
+
+/// Which tags can be written again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Mutable {
+    All,
+    /// `sha256-*` alone, as countersign asks for it.
+    Signatures,
+    None,
 }
 
 impl Recorder {
@@ -45,20 +60,38 @@ impl Recorder {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("bind the recorder")?;
         let port = listener.local_addr()?.port();
         let exchanges = Arc::default();
-        let desk = Desk { target: target.to_owned(), http: http_client()?, exchanges: Arc::clone(&exchanges) };
+        let tags = Arc::new(AtomicU8::new(Mutable::All as u8));
+        let desk =
+            Desk { target: target.to_owned(), http: http_client()?, exchanges: Arc::clone(&exchanges), tags: Arc::clone(&tags) };
         let router = Router::new().fallback(pass).with_state(desk);
         let mut server = JoinSet::new();
         server.spawn(async move { axum::serve(listener, router).await.expect("serving ends with its task only") });
-        Ok(Self { port, exchanges, _server: server })
+        Ok(Self { port, exchanges, tags, _server: server })
     }
 
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }
 
+    /// From now on, only these tags can be written again.
+    pub fn set_mutable(&self, tags: Mutable) {
+        self.tags.store(tags as u8, Ordering::SeqCst);
+    }
+
     /// What has passed, in the order in which it was answered.
     pub fn exchanges(&self) -> Vec<Exchange> {
         self.exchanges.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Desk {
+    fn is_immutable(&self, tag: &str) -> bool {
+        let mutable = self.tags.load(Ordering::SeqCst);
+        let is_mutable = match tag {
+            _ if tag.contains(':') || mutable == Mutable::All as u8 => true,
+            _ => mutable == Mutable::Signatures as u8 && tag.starts_with("sha256-"),
+        };
+        !is_mutable
     }
 }
 
@@ -75,6 +108,17 @@ async fn forward(desk: &Desk, request: Request) -> Result<Response> {
     headers.remove(TRANSFER_ENCODING);
     headers.remove(CONTENT_LENGTH);
     let url = format!("http://{}{}", desk.target, head.uri);
+    if let (&Method::PUT, Some((_, tag))) = (&head.method, head.uri.path().split_once("/manifests/"))
+        && desk.is_immutable(tag)
+        && desk.http.head(&url).header(ACCEPT, headers[CONTENT_TYPE].clone()).send().await?.status().is_success()
+    {
+        // In ECR's words.
+        let message = format!(
+            "The image tag '{tag}' already exists in the repository and cannot be overwritten because the tag is immutable."
+        );
+        let body = json!({"errors": [{"code": "TAG_INVALID", "message": message}]}).to_string();
+        return Ok((StatusCode::BAD_REQUEST, body).into_response());
+    }
     let answer = desk.http.request(head.method.clone(), url).headers(headers).body(sent.clone()).send().await?;
     let (status, headers) = (answer.status(), answer.headers().clone());
     let received = answer.bytes().await?;

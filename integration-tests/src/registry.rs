@@ -45,6 +45,7 @@ impl Notify {
 }
 
 #[derive(Debug, Clone, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 pub struct Options {
     pub notify: Option<Notify>,
     /// Logs each request, for [`Registry::requests`].
@@ -54,6 +55,8 @@ pub struct Options {
     /// ferro-oci-server instead of docker-registry: it has the referrers API, keeps everything in its memory, and neither asks
     /// for a login nor tells anybody of pushes nor logs requests.
     pub referrers_api: bool,
+    /// Takes no writes; see [`Registry::set_read_only`].
+    pub read_only: bool,
 }
 
 /// The one user of a registry that asks for a login: name and password.
@@ -136,6 +139,14 @@ impl Registry {
         Ok(())
     }
 
+    /// Starts it again, with writes refused or taken.
+    pub async fn set_read_only(&mut self, read_only: bool) -> Result<()> {
+        self.options.read_only = read_only;
+        self.write_config()?;
+        self.kill()?;
+        self.start_again().await
+    }
+
     fn docker_registry(&self) -> Result<(&'static str, Command)> {
         let mut command = Command::new(tool("bin/docker-registry")?);
         command.arg("serve").arg(self.folder.path().join("config.yml"));
@@ -206,9 +217,10 @@ impl Registry {
         let mut config = format!(
             "version: 0.1\n\
              log: {{level: {level}, accesslog: {{disabled: {unlogged}}}}}\n\
-             storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n  maintenance: {{uploadpurging: {{enabled: false}}}}\n\
+             storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n  maintenance: {{uploadpurging: {{enabled: false}}, readonly: {{enabled: {}}}}}\n\
              http: {{addr: '{}', secret: test, debug: {{addr: '127.0.0.1:{}'}}}}\n",
             folder.join("data").display(),
+            self.options.read_only,
             self.host(),
             self.debug_port,
         );

@@ -192,7 +192,7 @@ impl Report {
 }
 
 /// An error with its causes and its cure, on one line.
-pub(super) fn in_words(error: &Error) -> String {
+pub(crate) fn in_words(error: &Error) -> String {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {

@@ -7,9 +7,9 @@
 //! in this process take turns by digest, everything slow comes before the last look, and after the write another look tells
 //! whether it held; if not, all is done again.
 
-mod referrers;
-mod signature_tag;
-mod tag;
+pub(crate) mod referrers;
+pub(crate) mod signature_tag;
+pub(crate) mod tag;
 
 use std::{
     collections::{HashMap, HashSet},

@@ -173,12 +173,22 @@ impl Registry {
                 }
                 Error::BlobUnknown { at, reported }
             }
+            Error::Rejected { at, reported } | Error::Denied { at, reported, .. } if says_read_only(&reported) => {
+                Error::ReadOnly { at, reported }
+            }
             Error::Rejected { at, reported } | Error::Denied { at, reported, .. } if says_immutable(call, &reported) => {
                 Error::ImmutableTag { at, reported }
             }
             error => error,
         }
     }
+}
+
+/// Whether a write was refused because none is taken. distribution has no code for that: it does not know the method. Harbor says
+/// `DENIED`, and in words that it is in read only mode.
+fn says_read_only(reported: &Reported) -> bool {
+    let message = reported.message().to_ascii_lowercase();
+    reported.status() == StatusCode::METHOD_NOT_ALLOWED || message.contains("read only") || message.contains("read-only")
 }
 
 /// Whether a refused write of a tag was refused for its immutability. There is no code for that: ECR says `TAG_INVALID`,

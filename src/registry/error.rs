@@ -40,6 +40,9 @@ pub enum Error {
     /// The tag exists and the registry does not let it be written again.
     #[error("{at}: the registry does not let this tag be changed ({reported})")]
     ImmutableTag { at: At, reported: Reported },
+    /// The registry takes no writes at all: it is in maintenance, or the replica of another.
+    #[error("{at}: the registry is read-only ({reported})")]
+    ReadOnly { at: At, reported: Reported },
     /// Any other 4xx by which a registry refuses.
     #[error("{at}: the registry refuses ({reported})")]
     Rejected { at: At, reported: Reported },
@@ -91,6 +94,8 @@ impl Classify for Error {
             // signed or written on their word, and a registry that keeps lying runs into the queue's patience.
             Self::Unreachable { .. }
             | Self::BlobUnknown { .. }
+            // Maintenance ends.
+            | Self::ReadOnly { .. }
             | Self::Unexpected { .. }
             | Self::DigestMismatch { .. }
             | Self::Malformed { .. } => Verdict::TRANSIENT,

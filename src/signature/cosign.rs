@@ -19,7 +19,7 @@ use crate::{
     oci::{Digest, Reference},
     subject::Subject,
 };
-pub use manifest::{Error, SignatureManifest};
+pub use manifest::{Entry, Error, SignatureManifest};
 
 /// The media type of a layer that is a payload.
 pub const LAYER_MEDIA_TYPE: &str = "application/vnd.dev.cosign.simplesigning.v1+json";

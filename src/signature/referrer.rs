@@ -87,6 +87,7 @@ pub struct ReferrerManifest {
     /// Its own, or else its config's.
     pub artifact_type: String,
     pub blob: Descriptor,
+    pub config: Descriptor,
     pub subject: Digest,
     pub annotations: BTreeMap<String, String>,
 }
@@ -99,15 +100,10 @@ impl ReferrerManifest {
         #[serde(rename_all = "camelCase")]
         struct Read {
             artifact_type: Option<String>,
-            config: Config,
+            config: Descriptor,
             layers: Vec<Descriptor>,
             subject: Option<Subject>,
             annotations: Option<BTreeMap<String, String>>,
-        }
-        #[derive(Deserialize)]
-        #[serde(rename_all = "camelCase")]
-        struct Config {
-            media_type: String,
         }
         #[derive(Deserialize)]
         struct Subject {
@@ -120,8 +116,9 @@ impl ReferrerManifest {
         let count = read.layers.len();
         let [blob] = <[Descriptor; 1]>::try_from(read.layers).map_err(|_| format!("it has {count} blobs, not one"))?;
         Ok(Self {
-            artifact_type: read.artifact_type.filter(|named| !named.is_empty()).unwrap_or(read.config.media_type),
+            artifact_type: read.artifact_type.filter(|named| !named.is_empty()).unwrap_or_else(|| read.config.media_type.clone()),
             blob,
+            config: read.config,
             subject: read.subject.ok_or("it has no subject")?.digest,
             annotations: read.annotations.unwrap_or_default(),
         })

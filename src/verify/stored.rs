@@ -43,7 +43,7 @@ impl Stored {
     }
 
     /// Whether its annotations say that an artifact is something else than a signature.
-    fn is_ruled_out(annotations: &BTreeMap<String, String>) -> bool {
+    pub(crate) fn is_ruled_out(annotations: &BTreeMap<String, String>) -> bool {
         annotations.get(bundle::PREDICATE_ANNOTATION).is_some_and(|predicate| predicate != bundle::PREDICATE_TYPE)
     }
 }

@@ -93,37 +93,53 @@ impl<'a> ReferrerStore<'a> {
     }
 
     async fn put_one(&self, referrer: &Referrer) -> Result<(), Error> {
-        for round in 0.. {
-            let blobs = [referrer.blob().clone(), Bytes::from_static(EMPTY_CONFIG)];
-            try_join_all(blobs.map(|blob| self.registry.ensure_blob(self.repository, blob))).await?;
-            let (address, content) = (referrer.digest().clone().into(), referrer.manifest().clone());
-            match self.registry.put_manifest(self.repository, &address, media_type::OCI_MANIFEST, content).await {
-                // Another upload of the same blob was under way; the registry knows it by the next round.
-                Err(error @ registry::Error::BlobUnknown { .. }) if round < TRIES => {
-                    debug!(error = &error as &dyn std::error::Error, round, "manifest refused for a blob, uploading again");
-                    pause(round).await;
-                }
-                done => return Ok(done?),
-            }
-        }
-        unreachable!("the last round returns")
+        let blobs = [referrer.blob().clone(), Bytes::from_static(EMPTY_CONFIG)];
+        store(self.registry, self.repository, &blobs, referrer.digest(), referrer.manifest()).await
     }
+}
 
-    /// Looks until the registry lists them itself. False if it turns out to have no API.
-    async fn are_listed(&self, ready: &[Ready<'_>]) -> Result<bool, Error> {
-        for round in 0..TRIES {
-            let listed = self.registry.referrers(self.repository, self.subject).await?;
-            if !listed.is_by_api() {
-                return Ok(false);
+/// Stores the blobs, and then the OCI manifest that needs them.
+pub(crate) async fn store(
+    registry: &Registry,
+    repository: &Repository,
+    blobs: &[Bytes],
+    digest: &Digest,
+    manifest: &Bytes,
+) -> Result<(), Error> {
+    let address = digest.clone().into();
+    for round in 0.. {
+        try_join_all(blobs.iter().map(|blob| registry.ensure_blob(repository, blob.clone()))).await?;
+        match registry.put_manifest(repository, &address, media_type::OCI_MANIFEST, manifest.clone()).await {
+            // Another upload of the same blob was under way; the registry knows it by the next round.
+            Err(error @ registry::Error::BlobUnknown { .. }) if round < TRIES => {
+                debug!(error = &error as &dyn std::error::Error, round, "manifest refused for a blob, uploading again");
+                pause(round).await;
             }
-            let is_listed = |digest: &Digest| listed.entries().iter().any(|entry| entry.digest == *digest);
-            if artifacts(ready).all(|(_, referrer)| is_listed(referrer.digest())) {
-                return Ok(true);
-            }
-            pause(round).await;
+            done => return Ok(done?),
         }
-        Err(Error::Unlisted { subject: self.subject.clone() })
     }
+    unreachable!("the last round returns")
+}
+
+/// Looks until the registry itself lists all of these. False if it turns out to have no API.
+pub(crate) async fn are_listed(
+    registry: &Registry,
+    repository: &Repository,
+    subject: &Digest,
+    referrers: &[&Digest],
+) -> Result<bool, Error> {
+    for round in 0..TRIES {
+        let listed = registry.referrers(repository, subject).await?;
+        if !listed.is_by_api() {
+            return Ok(false);
+        }
+        let is_listed = |digest: &Digest| listed.entries().iter().any(|entry| entry.digest == *digest);
+        if referrers.iter().all(|digest| is_listed(digest)) {
+            return Ok(true);
+        }
+        pause(round).await;
+    }
+    Err(Error::Unlisted { subject: subject.clone() })
 }
 
 impl Store for ReferrerStore<'_> {
@@ -146,7 +162,8 @@ impl Store for ReferrerStore<'_> {
 
     async fn write(&mut self, ready: &[Ready<'_>]) -> Result<HashSet<usize>, Error> {
         self.put(artifacts(ready).map(|(_, referrer)| referrer)).await?;
-        if self.by_api && self.are_listed(ready).await? {
+        let written: Vec<_> = artifacts(ready).map(|(_, referrer)| referrer.digest()).collect();
+        if self.by_api && are_listed(self.registry, self.repository, self.subject, &written).await? {
             return Ok(ready.iter().map(|one| one.index).collect());
         }
         let (registry, repository, tag) = (self.registry, self.repository, Tag::referrers(self.subject));

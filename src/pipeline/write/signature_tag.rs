@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// The signatures under the `.sig` tag of one digest.
-pub(super) struct SignatureTag<'a> {
+pub(crate) struct SignatureTag<'a> {
     registry: &'a Registry,
     repository: &'a Repository,
     tag: Tag,
@@ -31,11 +31,20 @@ pub(super) struct SignatureTag<'a> {
 
 impl<'a> SignatureTag<'a> {
     pub(super) fn new(registry: &'a Registry, target: &'a Target) -> Self {
-        let tag = Tag::cosign_signatures(target.subject.digest()).expect("only SHA-256 digests are planned for");
-        Self { registry, repository: target.subject.repository(), tag }
+        let subject = &target.subject;
+        Self::of(registry, subject.repository(), subject.digest()).expect("only SHA-256 digests are planned for")
     }
 
-    async fn read(&self) -> Result<Option<(Digest, SignatureManifest)>, Error> {
+    /// None for a digest that has no such tag.
+    pub(crate) fn of(registry: &'a Registry, repository: &'a Repository, digest: &Digest) -> Option<Self> {
+        Some(Self { registry, repository, tag: Tag::cosign_signatures(digest)? })
+    }
+
+    pub(crate) fn tag(&self) -> &Tag {
+        &self.tag
+    }
+
+    pub(crate) async fn read(&self) -> Result<Option<(Digest, SignatureManifest)>, Error> {
         let Some(found) = self.registry.manifest(self.repository, &Address::Tag(self.tag.clone())).await? else {
             return Ok(None);
         };
@@ -44,7 +53,7 @@ impl<'a> SignatureTag<'a> {
     }
 
     /// Makes sure that the repository has these and the constant config.
-    async fn upload(&self, payloads: impl Iterator<Item = Bytes>) -> Result<(), registry::Error> {
+    pub(crate) async fn upload(&self, payloads: impl Iterator<Item = Bytes>) -> Result<(), registry::Error> {
         let blobs = payloads.chain([EMPTY_CONFIG.into()]);
         try_join_all(blobs.map(|blob| self.registry.ensure_blob(self.repository, blob))).await.map(drop)
     }
@@ -60,7 +69,7 @@ impl<'a> SignatureTag<'a> {
         Ok(Some(content))
     }
 
-    fn unreadable(&self, source: cosign::Error) -> Error {
+    pub(crate) fn unreadable(&self, source: cosign::Error) -> Error {
         Error::SignatureTag { repository: self.repository.clone(), tag: self.tag.clone(), source }
     }
 }
@@ -83,7 +92,7 @@ impl Store for SignatureTag<'_> {
     }
 
     async fn write(&mut self, ready: &[Ready<'_>]) -> Result<HashSet<usize>, Error> {
-        let mut layers = Layers { store: self, ready, config: None, merged: vec![], ours: HashSet::new() };
+        let mut layers = Layers { store: self, ready, config: ListingConfig::default(), merged: vec![], ours: HashSet::new() };
         tag::add(self.registry, self.repository, &self.tag, &mut layers).await?;
         Ok(layers.ours)
     }
@@ -93,8 +102,7 @@ impl Store for SignatureTag<'_> {
 struct Layers<'a> {
     store: &'a SignatureTag<'a>,
     ready: &'a [Ready<'a>],
-    /// The config that lists these layers, after the one that it was made of.
-    config: Option<(Digest, Vec<Layer>, Option<Vec<u8>>)>,
+    config: ListingConfig,
     /// What the last merge added, and what was written of it.
     merged: Vec<usize>,
     ours: HashSet<usize>,
@@ -122,19 +130,8 @@ impl Addition for Layers<'_> {
         if merged.is_empty() {
             return Ok(Merged::Complete);
         }
-        if let Some(own) = manifest.own_config() {
-            match &self.config {
-                Some((of, lists, content)) if *of == own && *lists == layers => {
-                    if let Some(content) = content {
-                        manifest.set_config(content);
-                    }
-                }
-                _ => {
-                    let content = self.store.extend_config(&own, &layers).await?;
-                    self.config = Some((own, layers, content));
-                    return Ok(Merged::LookAgain);
-                }
-            }
+        if !self.config.extend(self.store, &mut manifest, &layers).await? {
+            return Ok(Merged::LookAgain);
         }
         self.merged = merged;
         manifest.add(layers).map_err(|error| self.store.unreadable(error))?;
@@ -147,6 +144,36 @@ impl Addition for Layers<'_> {
 
     fn is_in(&self, content: &SignatureManifest) -> bool {
         self.ready.iter().all(|one| is_there(content, one.wanted))
+    }
+}
+
+/// The config that lists some layers too, after the one that it was made of.
+#[derive(Default)]
+pub(crate) struct ListingConfig(Option<(Digest, Vec<Layer>, Option<Vec<u8>>)>);
+
+impl ListingConfig {
+    /// Has the manifest's config list these layers, if it is one that lists layers. False if it had to be uploaded first, which
+    /// takes a while: then the manifest is to be looked at again.
+    pub(crate) async fn extend(
+        &mut self,
+        store: &SignatureTag<'_>,
+        manifest: &mut SignatureManifest,
+        layers: &[Layer],
+    ) -> Result<bool, Error> {
+        let Some(own) = manifest.own_config() else { return Ok(true) };
+        match &self.0 {
+            Some((of, lists, content)) if *of == own && *lists == layers => {
+                if let Some(content) = content {
+                    manifest.set_config(content);
+                }
+                Ok(true)
+            }
+            _ => {
+                let content = store.extend_config(&own, layers).await?;
+                self.0 = Some((own, layers.to_vec(), content));
+                Ok(false)
+            }
+        }
     }
 }
 

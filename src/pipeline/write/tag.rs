@@ -14,7 +14,7 @@ use crate::{
 const ROUNDS: u32 = 8;
 
 /// What is to be added to the content of a tag.
-pub(super) trait Addition {
+pub(crate) trait Addition {
     /// What stands under the tag.
     type Content;
     /// Of what is written.
@@ -36,7 +36,7 @@ pub(super) trait Addition {
     fn is_in(&self, content: &Self::Content) -> bool;
 }
 
-pub(super) enum Merged {
+pub(crate) enum Merged {
     /// Nothing is to be added any more.
     Complete,
     /// This took a while: look again, so that the look and the write stay close together.
@@ -45,7 +45,7 @@ pub(super) enum Merged {
 }
 
 /// Makes the addition, until a look afterwards finds it there.
-pub(super) async fn add<A: Addition>(
+pub(crate) async fn add<A: Addition>(
     registry: &Registry,
     repository: &Repository,
     tag: &Tag,
@@ -83,7 +83,7 @@ pub(super) async fn add<A: Addition>(
 }
 
 /// Grows with the round, and differs between writers, so that they do not meet again.
-pub(super) async fn pause(round: u32) {
+pub(crate) async fn pause(round: u32) {
     let longest = 20u64 << round.min(6);
     tokio::time::sleep(Duration::from_millis(fastrand::u64(longest / 2..=longest))).await;
 }

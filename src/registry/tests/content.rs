@@ -167,6 +167,15 @@ async fn refused_writes_say_whether_to_come_again() {
         let Verdict::Refuse { cure } = error.verdict() else { panic!("{error:?}") };
         assert!(cure.contains("immutability"));
     }
+    for answer in [
+        || status(405),
+        || refuse(405, "UNSUPPORTED", "The operation is unsupported."),
+        || refuse(403, "DENIED", "The system is in read only mode. Any modification is prohibited."),
+    ] {
+        let error = put(answer).await;
+        assert!(matches!(error, Error::ReadOnly { .. }), "{error:?}");
+        assert_eq!(error.verdict(), Verdict::TRANSIENT);
+    }
     let error = put(|| refuse(403, "DENIED", "quota\n\u{1b}[31m exceeded")).await;
     assert!(matches!(error, Error::Denied { .. }), "{error:?}");
     assert!(error.to_string().contains(r"quota\n\u{1b}[31m exceeded"), "{error}");

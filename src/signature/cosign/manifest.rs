@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json, value::RawValue};
 
 use super::{LAYER_MEDIA_TYPE, Layer, SIGNATURE_ANNOTATION};
@@ -42,6 +42,20 @@ pub struct SignatureManifest {
     document: Document,
     /// Those of its layers that are signatures.
     layers: Vec<Layer>,
+}
+
+/// A signature as it stands in a manifest, with all that its writer noted in its descriptor: cosign keeps a certificate or a
+/// log's receipt there.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    layer: Layer,
+    descriptor: Box<RawValue>,
+}
+
+impl Entry {
+    pub fn layer(&self) -> &Layer {
+        &self.layer
+    }
 }
 
 impl SignatureManifest {
@@ -82,21 +96,34 @@ impl SignatureManifest {
         self.layers.contains(layer)
     }
 
+    /// The same, each with all that its writer noted beside it.
+    pub fn entries(&self) -> impl Iterator<Item = Entry> {
+        let entry = |text: &RawValue| Some(Entry { layer: Layer::from_descriptor(text)?, descriptor: text.to_owned() });
+        self.document.entries().iter().filter_map(move |text| entry(text))
+    }
+
     /// Adds signatures that are not in it yet. All that others wrote stays, unknown members included.
     pub fn add(&mut self, layers: impl IntoIterator<Item = Layer>) -> Result<(), Error> {
+        layers.into_iter().try_for_each(|layer| self.add_one(&layer, &layer.to_descriptor()))
+    }
+
+    /// The same with signatures of another such manifest, as they stand there.
+    pub fn add_entries<'a>(&mut self, entries: impl IntoIterator<Item = &'a Entry>) -> Result<(), Error> {
+        entries.into_iter().try_for_each(|entry| self.add_one(&entry.layer, &entry.descriptor))
+    }
+
+    fn add_one(&mut self, layer: &Layer, descriptor: &impl Serialize) -> Result<(), Error> {
         // containers/image takes OCI manifests only, so one that another tool wrote with Docker's type is rewritten.
         self.document.set("mediaType", &media_type::OCI_MANIFEST);
-        for layer in layers {
-            if self.contains(&layer) {
-                continue;
-            }
-            let count = self.document.entries().len();
-            if count >= MAX_LAYERS {
-                return Err(Error::Full(count));
-            }
-            self.document.push(&layer.to_descriptor());
-            self.layers.push(layer);
+        if self.contains(layer) {
+            return Ok(());
         }
+        let count = self.document.entries().len();
+        if count >= MAX_LAYERS {
+            return Err(Error::Full(count));
+        }
+        self.document.push(descriptor);
+        self.layers.push(layer.clone());
         Ok(())
     }
 

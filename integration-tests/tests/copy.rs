@@ -1,0 +1,236 @@
+//! `countersign copy-signatures`, between registries that list referrers themselves and such that do not.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::daemon::Output;
+use integration_tests::house::{House, Keys, Plan, TOKEN, rule_of_all_formats};
+use integration_tests::image::{Image, Manifest};
+use integration_tests::process::eventually;
+use integration_tests::registry::{LOGIN, Options, Registry};
+use integration_tests::signature::tag_of;
+use integration_tests::verifier::{Cosign, KeyPair, Skopeo};
+use reqwest::StatusCode;
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// An installation that signs `team` as `default` and `global` as `simple`, and a mirror that its configuration names too.
+struct Pair {
+    house: House,
+    mirror: Registry,
+}
+
+impl Pair {
+    async fn start(source: Options, mirror: Options) -> Result<Self> {
+        let simple = rule_of_all_formats("global", "global", Keys::P256) + "signature_type = \"simple\"\n";
+        let rules = rule_of_all_formats("team", "team", Keys::P256) + "\n" + &simple;
+        let house = House::build(Plan { rules: Some(rules), registry: source, ..Plan::default() }).await?;
+        let login = mirror.login;
+        let mirror = Registry::start_with(mirror).await?;
+        let mut config = house.config();
+        // A key is looked up in the table before it: this one comes first.
+        let mut table = format!("[[registry]]\nname = \"{}\"\nurl = \"{}\"\n", mirror.host(), mirror.url());
+        if login {
+            writeln!(table, "username = \"{}\"\npassword = \"{}\"", LOGIN.0, LOGIN.1)?;
+        }
+        config = config.replacen("[[source]]", &format!("{table}\n[[source]]"), 1);
+        // With two registries, a rule says whose images it signs.
+        let host = house.registry.host();
+        house.write_config(&config.replace("[[rule]]\n", &format!("[[rule]]\nregistry = \"{host}\"\n")))?;
+        let mut pair = Self { house, mirror };
+        pair.house.daemon.start().await?;
+        Ok(pair)
+    }
+
+    /// Pushes the image, and waits until both formats are there.
+    async fn push_signed(&self, image: &Image, repository: &str) -> Result<String> {
+        self.house.push(image, repository, &["1.0"]).await?;
+        let event = House::event(&self.house.registry.host(), repository, Some("1.0"), &image.manifest.digest);
+        ensure!(self.house.notify(Some(TOKEN), &event).await? == StatusCode::ACCEPTED);
+        let reference = self.house.reference(repository, "1.0");
+        eventually("both formats are written", LIMIT, async || {
+            let verified = self.found(&reference).await?.into_iter().filter(|(_, verdict)| verdict == "verified").count();
+            Ok((verified >= 2).then_some(()))
+        })
+        .await?;
+        Ok(reference)
+    }
+
+    fn at_mirror(&self, repository: &str, tag: &str) -> String {
+        format!("{}/{repository}:{tag}", self.mirror.host())
+    }
+
+    async fn copy(&self, source: &str, destination: &str, further: &[&str]) -> Result<Output> {
+        let mut arguments = vec!["copy-signatures", source, destination, "--output", "json"];
+        arguments.extend(further);
+        self.house.run(&arguments).await
+    }
+
+    /// How many signatures `countersign copy-signatures` says have come to which state.
+    async fn states(&self, source: &str, destination: &str, further: &[&str]) -> Result<BTreeMap<String, usize>> {
+        let answer = self.copy(source, destination, further).await?.expect_code(0)?.json()?;
+        let mut states = BTreeMap::new();
+        for signature in answer["signatures"].as_array().with_context(|| format!("no signatures in {answer}"))? {
+            *states.entry(text(&signature["state"])).or_default() += 1;
+        }
+        Ok(states)
+    }
+
+    /// What `countersign verify` finds: (format, verdict or why not) of each signature by a known key, sorted.
+    async fn found(&self, reference: &str) -> Result<Vec<(String, String)>> {
+        let answer = self.house.run(&["verify", reference, "--output", "json"]).await?.json()?[0].clone();
+        let signatures = answer["signatures"].as_array().with_context(|| format!("no signatures in {answer}"))?;
+        let ours = signatures.iter().filter(|one| one["witness"] == "release");
+        let verdict = |one: &Value| text(if one["verdict"] == "verified" { &one["verdict"] } else { &one["reason"] });
+        let mut found: Vec<_> = ours.map(|one| (text(&one["format"]), verdict(one))).collect();
+        found.sort();
+        Ok(found)
+    }
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or("nothing").to_owned()
+}
+
+fn states<const N: usize>(expected: [(&str, usize); N]) -> BTreeMap<String, usize> {
+    expected.into_iter().map(|(state, count)| (state.to_owned(), count)).collect()
+}
+
+fn said(what: &str, how: &str) -> (String, String) {
+    (what.to_owned(), how.to_owned())
+}
+
+async fn everybodys_signatures_are_copied(source: Options, mirror: Options) -> Result<()> {
+    let pair = Pair::start(source, mirror).await?;
+    let (theirs, already) = (KeyPair::generate().await?, KeyPair::generate().await?);
+    let image = Image::index("mirrored")?;
+    for (repository, cosign_counts) in [("team/app", false), ("global/app", true)] {
+        let source = pair.push_signed(&image, repository).await?;
+        Cosign::V2.sign(&theirs, &source).await?;
+        Cosign::sign_bundle(&theirs, &source).await?;
+        let destination = pair.at_mirror(repository, "stable");
+        let client = pair.mirror.client()?;
+        client.push(&image, repository, &["stable"]).await?;
+        Cosign::V2.sign(&already, &destination).await?;
+        Cosign::sign_bundle(&already, &destination).await?;
+
+        // Of each: the index as `.sig` and bundle, its two platforms as `.sig`, and cosign's two.
+        let digest = &image.manifest.digest;
+        let before = client.manifest(repository, &tag_of(digest)).await?;
+        assert_eq!(pair.states(&source, &destination, &["--dry-run"]).await?, states([("missing", 6)]));
+        assert_eq!(client.manifest(repository, &tag_of(digest)).await?, before, "a dry run writes nothing");
+        assert_eq!(pair.states(&source, &destination, &[]).await?, states([("copied", 6)]));
+        let after = client.manifest(repository, &tag_of(digest)).await?;
+        assert_eq!(pair.states(&source, &destination, &[]).await?, states([("present", 6)]));
+        assert_eq!(client.manifest(repository, &tag_of(digest)).await?, after, "a second copy writes nothing");
+
+        for (whose, key) in [("ours", pair.house.public_key_path()), ("theirs", theirs.public()), ("already", already.public())] {
+            for cosign in [Cosign::V2, Cosign::V3] {
+                let ruling = cosign.verify(&key, &destination).await?;
+                assert!(ruling.accepted, "{cosign:?} refuses {whose} at {destination}: {}", ruling.words);
+            }
+        }
+        // A signature of the digest alone counts under every name; one of a name, under that name; a bundle names nothing.
+        let cosign = if cosign_counts { "verified" } else { "other_reference" };
+        assert_eq!(pair.found(&destination).await?, [said("bundle", "verified"), said("cosign", cosign)]);
+        let child = format!("{}/{repository}@{}", pair.mirror.host(), image.child("amd64").digest);
+        assert_eq!(pair.found(&child).await?, [said("cosign", cosign)]);
+        let text = pair.house.run(&["copy-signatures", &source, &destination]).await?.expect_code(0)?.stdout;
+        assert_eq!(text.contains(&format!("approves {source} only")), !cosign_counts, "{text}");
+
+        // What cosign wrote is at the mirror byte for byte.
+        let (here, there) = (layers(&pair.house.client, repository, digest).await?, layers(&client, repository, digest).await?);
+        assert!(here.iter().all(|layer| there.contains(layer)), "{here:?}\n{there:?}");
+        assert_eq!(there.len(), here.len() + 1);
+    }
+    Ok(())
+}
+
+async fn layers(client: &integration_tests::registry::Client, repository: &str, digest: &str) -> Result<Vec<Value>> {
+    let manifest: Manifest = client.manifest(repository, &tag_of(digest)).await?.context("no signatures")?;
+    let manifest: Value = serde_json::from_slice(&manifest.bytes)?;
+    Ok(manifest["layers"].as_array().context("no layers")?.clone())
+}
+
+#[tokio::test]
+async fn everybodys_signatures_are_copied_to_a_registry_that_lists_referrers() -> Result<()> {
+    everybodys_signatures_are_copied(Options::default(), Options { referrers_api: true, ..Options::default() }).await
+}
+
+#[tokio::test]
+async fn everybodys_signatures_are_copied_to_a_registry_that_does_not() -> Result<()> {
+    everybodys_signatures_are_copied(Options { referrers_api: true, ..Options::default() }, Options::default()).await
+}
+
+#[tokio::test]
+async fn signatures_are_copied_with_the_logins_of_the_configuration_and_to_another_repository() -> Result<()> {
+    let login = Options { login: true, ..Options::default() };
+    let pair = Pair::start(login.clone(), login).await?;
+    let image = Image::oci("logins")?;
+    let source = pair.push_signed(&image, "global/app").await?;
+    pair.mirror.client()?.push(&image, "far/away", &["1.0"]).await?;
+    let there = pair.at_mirror("far/away", "1.0");
+    assert_eq!(pair.states(&source, &there, &[]).await?, states([("copied", 2)]));
+    assert_eq!(pair.found(&there).await?, [said("bundle", "verified"), said("cosign", "verified")]);
+    pair.house.push(&image, "back/again", &["2.0"]).await?;
+    let back = pair.house.reference("back/again", "2.0");
+    assert_eq!(pair.states(&there, &back, &[]).await?, states([("copied", 2)]));
+    pair.house.run(&["verify", &back]).await?.expect_code(0)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn skopeo_accepts_a_copied_signature_of_a_digest_where_the_policy_matches_the_name() -> Result<()> {
+    let pair = Pair::start(Options::default(), Options::default()).await?;
+    let image = Image::oci("skopeo")?;
+    let source = pair.push_signed(&image, "team/app").await?;
+    pair.mirror.client()?.push(&image, "team/app", &["1.0"]).await?;
+    let there = pair.at_mirror("team/app", "1.0");
+    pair.states(&source, &there, &[]).await?;
+    // What mirrors' policies say: the name that was signed is the one before it was mirrored.
+    let remap =
+        serde_json::json!({"type": "remapIdentity", "prefix": pair.mirror.host(), "signedPrefix": pair.house.registry.host()});
+    let key = pair.house.public_key_path();
+    let ruling = Skopeo::with_identity(&key, &pair.mirror.host(), Some(&remap))?.copy(&there).await?;
+    assert!(ruling.accepted, "{}", ruling.words);
+    assert!(!Skopeo::requiring(&key, &pair.mirror.host())?.copy(&there).await?.accepted);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_cannot_be_copied_is_said_with_the_cure_and_an_exit_code() -> Result<()> {
+    let mut pair = Pair::start(Options::default(), Options::default()).await?;
+    let (image, other) = (Image::oci("one")?, Image::oci("another")?);
+    let source = pair.push_signed(&image, "team/app").await?;
+    let there = pair.at_mirror("team/app", "1.0");
+
+    let absent = pair.copy(&source, &there, &[]).await?.expect_code(1)?.json()?;
+    assert!(text(&absent["error"]).contains("skopeo copy --all --preserve-digests"), "{absent}");
+    pair.mirror.client()?.push(&other, "team/app", &["1.0"]).await?;
+    let differs = pair.copy(&source, &there, &[]).await?.expect_code(1)?.json()?;
+    assert!(text(&differs["error"]).contains(&other.manifest.digest), "{differs}");
+    let signatures = pair.house.reference("team/app", &tag_of(&image.manifest.digest));
+    pair.copy(&signatures, &there, &[]).await?.expect_code(1)?;
+    pair.copy(&pair.house.reference("team/app", "9"), &there, &[]).await?.expect_code(1)?;
+    pair.copy(&source, &pair.house.reference("team/app", "2.0"), &[]).await?.expect_code(2)?;
+    pair.copy(&source, "elsewhere.example.com/team/app:1.0", &[]).await?.expect_code(2)?;
+
+    // Something else stands where the signatures go: it stays, and what goes elsewhere is copied.
+    let client = pair.mirror.client()?;
+    let index = Image::index("in the way")?;
+    client.push(&image, "team/app", &["1.0"]).await?;
+    client.push(&index, "team/app", &[&tag_of(&image.manifest.digest)]).await?;
+    let in_the_way = pair.copy(&source, &there, &[]).await?.expect_code(1)?.json()?;
+    let signatures = in_the_way["signatures"].as_array().context("no signatures")?;
+    let mut became: Vec<_> = signatures.iter().map(|one| (text(&one["format"]), text(&one["state"]))).collect();
+    became.sort();
+    assert_eq!(became, [said("bundle", "copied"), said("cosign", "failed")], "{in_the_way}");
+    let kept = client.manifest("team/app", &tag_of(&image.manifest.digest)).await?.context("it is gone")?;
+    assert_eq!(kept.digest, index.manifest.digest);
+    pair.mirror.kill()?;
+    pair.copy(&source, &there, &[]).await?.expect_code(3)?;
+    Ok(())
+}
