@@ -137,8 +137,10 @@ pub(crate) static TABLE: Table = Table {
     ],
 };
 
-static KEY_URI: Grammar =
-    Grammar { noun: "a key's URI in quotes", pattern: Some("^((file|awskms|alibabakms|gcpkms|azurekms|hashivault|openbao)://|pkcs11:)") };
+static KEY_URI: Grammar = Grammar {
+    noun: "a key's URI in quotes",
+    pattern: Some("^((file|awskms|alibabakms|gcpkms|azurekms|hashivault|openbao)://|pkcs11:)"),
+};
 
 static SUBJECT: Grammar = Grammar { noun: "a distinguished name in quotes", pattern: Some("=") };
 
