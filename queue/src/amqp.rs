@@ -38,7 +38,6 @@ use std::{
 };
 
 use async_trait::async_trait;
-use futures::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio_util::{
@@ -210,15 +209,15 @@ impl Queue for Amqp {
             return Ok(());
         }
         let session = self.core.session()?;
-        let now = self.core.now();
-        let pushes = messages.into_iter().map(async |message| {
+        let (now, mut envelopes) = (self.core.now(), Vec::with_capacity(messages.len()));
+        for message in messages {
             if message.id.len() + message.key.0.len() + message.content_type.len() > HEADERS {
                 let what = "id, key and content type of a message have more than 16 KiB".to_owned();
                 return Err(Error::Unavailable { what, source: None });
             }
-            unanswered::push(&self.core, &session, Envelope::new(message, now)).await
-        });
-        join_all(pushes).await.into_iter().collect()
+            envelopes.push(Envelope::new(message, now));
+        }
+        unanswered::push(&self.core, &session, envelopes).await
     }
 
     async fn pull(&self) -> Result<Option<Delivery>, Error> {

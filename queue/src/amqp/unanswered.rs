@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{StreamExt as _, TryStreamExt as _, future::join_all, stream};
 use jiff::Timestamp;
 use lapin::Confirmation;
 use rusqlite::{Connection, params};
@@ -31,6 +31,8 @@ use crate::{Error, Message, PartitionKey};
 const REMEMBERED: usize = 10_000;
 /// How long the broker may take to be done with what came by an earlier connection.
 const MARGIN: Duration = Duration::from_secs(3);
+/// The longest pause while they cannot be sent again.
+const LONGEST: Duration = Duration::from_secs(60);
 /// Sent again at once.
 const AT_ONCE: usize = 64;
 
@@ -115,70 +117,81 @@ impl Unanswered {
     }
 }
 
-/// Has a message kept, and counted. What becomes of it is found out even if the caller goes away.
-pub(super) async fn push(core: &Arc<Core>, session: &Arc<Session>, envelope: Envelope) -> Result<(), Error> {
+/// Has messages kept, and counted. What becomes of them is found out even if the caller goes away.
+pub(super) async fn push(core: &Arc<Core>, session: &Arc<Session>, envelopes: Vec<Envelope>) -> Result<(), Error> {
     // What would have to wait is not sent.
     session.takes()?;
-    send(core, session, envelope).await
+    send(core, session, envelopes).await
 }
 
-async fn send(core: &Arc<Core>, session: &Arc<Session>, envelope: Envelope) -> Result<(), Error> {
-    let (exchange, route) = (core.topology.accept(), core.topology.layout().route(&envelope.message.key));
-    let envelope = Arc::new(envelope);
-    let number = core.unanswered.begin(&envelope, session);
-    let (tell, told) = oneshot::channel();
-    core.tracker.spawn({
-        let (core, session, exchange, route) = (Arc::clone(core), Arc::clone(session), exchange.clone(), route.clone());
-        async move {
-            let sent = core.past.pushed.sending(&session);
-            let sending = session.send(&exchange, &route, sent.stamp(envelope.properties()), &envelope.message.body);
-            let answer = tokio::select! {
-                biased;
-                answer = sending => answer,
-                () = session.failed() => return,
+async fn send(core: &Arc<Core>, session: &Arc<Session>, envelopes: Vec<Envelope>) -> Result<(), Error> {
+    let exchange = core.topology.accept();
+    let (mut sending, mut keeping) = (Vec::with_capacity(envelopes.len()), Vec::with_capacity(envelopes.len()));
+    for envelope in envelopes {
+        let route = core.topology.layout().route(&envelope.message.key);
+        let (tell, told) = oneshot::channel();
+        sending.push(send_one(Arc::clone(core), Arc::clone(session), route.clone(), envelope, tell));
+        let exchange = &exchange;
+        keeping.push(async move {
+            let answer = async {
+                match told.await {
+                    Ok(answer) => answer,
+                    // The session is over.
+                    Err(_) => std::future::pending().await,
+                }
             };
-            if matches!(answer, Ok(Confirmation::Ack(None))) {
-                core.past.pushed.confirmed(sent);
-                core.unanswered.forget(number);
-            } else {
-                core.unanswered.not_taken(number);
-            }
-            // They may have gone away.
-            let _ = tell.send(answer);
-        }
-    });
-    let answer = async {
-        match told.await {
-            Ok(answer) => answer,
-            // The session is over.
-            Err(_) => std::future::pending().await,
-        }
+            session.kept(exchange, &route, answer).await
+        });
+    }
+    core.tracker.spawn(join_all(sending));
+    join_all(keeping).await.into_iter().collect()
+}
+
+async fn send_one(
+    core: Arc<Core>,
+    session: Arc<Session>,
+    route: String,
+    envelope: Envelope,
+    tell: oneshot::Sender<lapin::Result<Confirmation>>,
+) {
+    let envelope = Arc::new(envelope);
+    let number = core.unanswered.begin(&envelope, &session);
+    let (exchange, sent) = (core.topology.accept(), core.past.pushed.sending(&session));
+    let sending = session.send(&exchange, &route, sent.stamp(envelope.properties()), &envelope.message.body);
+    let answer = tokio::select! {
+        biased;
+        answer = sending => answer,
+        () = session.failed() => return,
     };
-    session.kept(&exchange, &route, answer).await
+    if matches!(answer, Ok(Confirmation::Ack(None))) {
+        core.past.pushed.confirmed(sent);
+        core.unanswered.forget(number);
+    } else {
+        core.unanswered.not_taken(number);
+    }
+    // They may have gone away.
+    let _ = tell.send(answer);
 }
 
 /// Sees to what is left, for ever.
 pub(super) async fn watch(core: &Arc<Core>, session: &Arc<Session>) {
     sleep(MARGIN).await;
+    let mut pause = BEAT;
     loop {
         let left = core.unanswered.left(Some(session));
-        if !left.is_empty() {
-            match send_again(core, session, left).await {
-                Ok(many) => {
-                    core.unanswered.keep(Some(session)).await;
-                    tracing::info!(many, "what the broker had not answered when its connection broke is there now");
-                }
-                Err(error) => tracing::debug!(
-                    error = &error as &dyn std::error::Error,
-                    "what the broker has not answered is seen to again soon"
-                ),
-            }
+        if left.is_empty() {
+            pause = BEAT;
+        } else if let Err(error) = send_again(core, session, left).await {
+            let error = &error as &dyn std::error::Error;
+            tracing::debug!(error, "what the broker has not answered is seen to again later");
+            // Looking costs more each time.
+            pause = LONGEST.min(2 * pause);
         }
-        sleep(BEAT).await;
+        sleep(pause).await;
     }
 }
 
-async fn send_again(core: &Arc<Core>, session: &Arc<Session>, left: HashMap<u64, Arc<Envelope>>) -> Result<usize, Error> {
+async fn send_again(core: &Arc<Core>, session: &Arc<Session>, left: HashMap<u64, Arc<Envelope>>) -> Result<(), Error> {
     session.takes()?;
     let first = left.values().map(|envelope| envelope.pushed_at).min().unwrap_or(Timestamp::MAX);
     let counted: HashSet<String> = core.past.ids_since(core, session, first).await?;
@@ -192,10 +205,12 @@ async fn send_again(core: &Arc<Core>, session: &Arc<Session>, left: HashMap<u64,
         }
         // From here on this is another push. The past is in the order of time.
         core.unanswered.forget(number);
-        send(core, session, Envelope { pushed_at: core.now(), ..copy }).await
+        send(core, session, vec![Envelope { pushed_at: core.now(), ..copy }]).await
     });
     stream::iter(sending).buffer_unordered(AT_ONCE).try_collect::<Vec<()>>().await?;
-    Ok(many)
+    tracing::info!(many, "what the broker had not answered is with it now");
+    core.unanswered.keep(Some(session)).await;
+    Ok(())
 }
 
 async fn on_file<T: Send + 'static>(
