@@ -480,6 +480,8 @@ async fn open_queue(config: &Config, clock: &Clock, tracker: &TaskTracker, consu
                 partitions: amqp.partitions,
                 history: config.queue.history,
                 consume,
+                // Commands do not wait for a broker to come back.
+                unanswered: consume.then(|| amqp.path.join("unanswered.db")),
                 window: u16::try_from(config.queue.in_flight).unwrap_or(u16::MAX).max(128),
                 ..amqp::Options::new(move || access(&brokers.url, &brokers.tls), replica_name(), now)
             };

@@ -26,17 +26,18 @@ mod stats;
 mod stream;
 mod supervisor;
 mod topology;
+mod unanswered;
 mod wire;
 
 use std::{
     collections::HashMap,
     fmt,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
 use async_trait::async_trait;
-use futures::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio_util::{
@@ -58,6 +59,7 @@ use self::{
     settle::{Chore, Hand, Settlement},
     stream::Counter,
     topology::Topology,
+    unanswered::Unanswered,
 };
 use crate::{DeadLetter, Delivery, Error, Kept, Message, Queue, Stats};
 
@@ -82,6 +84,9 @@ pub struct Options {
     pub history: Duration,
     /// The name of this process, for the others: unique among them.
     pub replica: String,
+    /// A file of this process's own (it may not be there yet), for what the broker has not answered when it went away. Without
+    /// one, the totals may be wrong by as much if the process ends before the broker is back.
+    pub unanswered: Option<PathBuf>,
     /// What time it is: stamps pushes and burials.
     pub now: Arc<dyn Fn() -> Timestamp + Send + Sync>,
 }
@@ -102,6 +107,7 @@ impl Options {
             window: 128,
             history: Duration::from_secs(7 * 24 * 3600),
             replica: replica.into(),
+            unanswered: None,
             now: Arc::new(now),
         }
     }
@@ -137,12 +143,14 @@ struct Core {
     session: watch::Sender<Option<Arc<Session>>>,
     /// Why there is none.
     trouble: Mutex<Option<String>>,
+    tracker: TaskTracker,
     /// For the supervisor to do.
     chores: mpsc::UnboundedSender<Chore>,
     /// What was decided of messages whose connection broke before the broker heard it, by their ids.
     unwritten: Mutex<HashMap<String, Settlement>>,
     graveyard: Graveyard,
     past: Past,
+    unanswered: Unanswered,
     discarded: Counter,
     moves: Moves,
     /// When what this replica handed back was pushed, for as long as it waits.
@@ -160,16 +168,19 @@ impl Amqp {
         let stop = CancellationToken::new();
         let (chores, inbox) = mpsc::unbounded_channel();
         let topology = Topology::new(&options.prefix, options.partitions);
+        let unanswered = Unanswered::open(options.unanswered.clone()).await;
         let core = Arc::new(Core {
             inbox: Inbox::new(options.window.into()),
             options,
             topology,
             session: watch::Sender::new(None),
             trouble: Mutex::default(),
+            tracker: tracker.clone(),
             chores,
             unwritten: Mutex::default(),
             graveyard: Graveyard::default(),
             past: Past::default(),
+            unanswered,
             discarded: Counter::default(),
             moves: Moves::default(),
             waiting: Mutex::default(),
@@ -198,25 +209,15 @@ impl Queue for Amqp {
             return Ok(());
         }
         let session = self.core.session()?;
-        let (now, layout) = (self.core.now(), self.core.topology.layout());
-        let exchange = self.core.topology.accept();
-        let pushes = messages.into_iter().map(|message| {
-            let route = layout.route(&message.key);
-            let envelope = Envelope::new(message, now);
-            let (session, exchange, pushed) = (&session, &exchange, &self.core.past.pushed);
-            async move {
-                let message = &envelope.message;
-                if message.id.len() + message.key.0.len() + message.content_type.len() > HEADERS {
-                    let what = "id, key and content type of a message have more than 16 KiB".to_owned();
-                    return Err(Error::Unavailable { what, source: None });
-                }
-                let sent = pushed.sending(session);
-                session.publish(exchange, &route, sent.stamp(envelope.properties()), &message.body).await?;
-                pushed.confirmed(sent);
-                Ok(())
+        let (now, mut envelopes) = (self.core.now(), Vec::with_capacity(messages.len()));
+        for message in messages {
+            if message.id.len() + message.key.0.len() + message.content_type.len() > HEADERS {
+                let what = "id, key and content type of a message have more than 16 KiB".to_owned();
+                return Err(Error::Unavailable { what, source: None });
             }
-        });
-        join_all(pushes).await.into_iter().collect()
+            envelopes.push(Envelope::new(message, now));
+        }
+        unanswered::push(&self.core, &session, envelopes).await
     }
 
     async fn pull(&self) -> Result<Option<Delivery>, Error> {

@@ -1,5 +1,8 @@
 //! What the contract does not ask of every queue: a broker that goes away, comes back, is full, says nothing, and replicas.
 
+mod amqp {
+    mod unanswered;
+}
 mod broker;
 
 use std::{

@@ -4,6 +4,7 @@
 //! arrival, and that is the order of time but for what the replicas' clocks differ by.
 
 use std::{
+    collections::HashSet,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -23,6 +24,8 @@ const PAGE: usize = 1000;
 const PAGE_BYTES: usize = 8 * 1024 * 1024;
 /// Records that are sent ahead.
 const WINDOW: u16 = 64;
+/// And when many are gone through.
+const AHEAD: u16 = 512;
 /// What the clocks of two replicas may differ by.
 const SKEW: SignedDuration = SignedDuration::from_secs(60);
 
@@ -70,6 +73,23 @@ impl Past {
             }
         }
         Ok(page)
+    }
+
+    /// The ids of what was pushed from then on, or not long before.
+    pub async fn ids_since(&self, core: &Core, session: &Arc<Session>, from: Timestamp) -> Result<HashSet<String>, Error> {
+        let stream = core.topology.history();
+        let end = self.pushed.total(session, &stream).await?.end;
+        let mut ids = HashSet::new();
+        let Some((first, _)) = first_since(core, session, less(from, SKEW), 0, end).await? else { return Ok(ids) };
+        let mut reader = Reader::open(session, &stream, Place::At(first), AHEAD).await?;
+        loop {
+            let record = reader.expect().await?;
+            let number = record.number;
+            ids.insert(record.read(core.now()).message.id);
+            if number + 1 >= end {
+                return Ok(ids);
+            }
+        }
     }
 
     /// How far back [`Past::list`] reaches, with the stream ending before that number. The broker's own numbers count as well:

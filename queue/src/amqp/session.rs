@@ -272,7 +272,17 @@ impl Session {
 
     /// Has a message kept: returns once the broker has confirmed it.
     pub async fn publish(&self, exchange: &str, route: &str, properties: BasicProperties, body: &[u8]) -> Result<(), Error> {
-        match self.confirmed(exchange, route, properties, body).await? {
+        self.kept(exchange, route, self.send(exchange, route, properties, body)).await
+    }
+
+    /// As [`Session::publish`], of what is being sent.
+    pub async fn kept(
+        &self,
+        exchange: &str,
+        route: &str,
+        sending: impl Future<Output = lapin::Result<Confirmation>>,
+    ) -> Result<(), Error> {
+        match self.confirmed(sending).await? {
             Confirmation::Ack(None) => Ok(()),
             Confirmation::Ack(Some(returned)) | Confirmation::Nack(Some(returned)) => {
                 let what = format!("no queue takes messages of {exchange} for \"{route}\": {}", returned.reply_text);
@@ -294,35 +304,39 @@ impl Session {
     /// Whether a queue takes what is published with this routing key. Found out by publishing a message of no meaning.
     pub async fn leads_somewhere(&self, exchange: &str, route: &str) -> Result<bool, Error> {
         let properties = BasicProperties::default().with_delivery_mode(2);
-        Ok(matches!(self.confirmed(exchange, route, properties, b"probe").await?, Confirmation::Ack(None)))
+        let sending = self.send(exchange, route, properties, b"probe");
+        Ok(matches!(self.confirmed(sending).await?, Confirmation::Ack(None)))
     }
 
-    async fn confirmed(
+    /// Publishes, and waits for the broker's word as long as it takes.
+    pub async fn send(
         &self,
         exchange: &str,
         route: &str,
         properties: BasicProperties,
         body: &[u8],
-    ) -> Result<Confirmation, Error> {
+    ) -> lapin::Result<Confirmation> {
         let options = BasicPublishOptions {
             // What no queue takes comes back to us, and is not lost.
             mandatory: true,
             // RabbitMQ knows it no more.
             immediate: false,
         };
-        let confirmed = async {
-            let confirm = self.publish.basic_publish(exchange.into(), route.into(), options, body, properties).await?;
-            confirm.await
-        };
+        self.publish.basic_publish(exchange.into(), route.into(), options, body, properties).await?.await
+    }
+
+    async fn confirmed(&self, sending: impl Future<Output = lapin::Result<Confirmation>>) -> Result<Confirmation, Error> {
         let mut blocked = self.blocked.subscribe();
         tokio::select! {
             biased;
-            Ok(reason) = blocked.wait_for(Option::is_some) => {
-                let what = format!("the broker takes no messages: {}", reason.as_deref().unwrap_or_default());
-                Err(Error::Unavailable { what, source: None })
-            }
-            confirmation = self.asked(confirmed) => confirmation,
+            Ok(reason) = blocked.wait_for(Option::is_some) => Err(takes_none(reason.as_deref())),
+            confirmation = self.asked(sending) => confirmation,
         }
+    }
+
+    /// An error while the broker takes no messages.
+    pub fn takes(&self) -> Result<(), Error> {
+        self.blocked().map_or(Ok(()), |reason| Err(takes_none(Some(&reason))))
     }
 
     /// Sends what may be lost.
@@ -461,6 +475,11 @@ async fn watch_events(session: Arc<Session>, mut events: futures::stream::BoxStr
 
 fn tag(source: usize) -> String {
     format!("countersign-{source}")
+}
+
+fn takes_none(reason: Option<&str>) -> Error {
+    let what = format!("the broker takes no messages: {}", reason.unwrap_or_default());
+    Error::Unavailable { what, source: None }
 }
 
 pub(super) fn unavailable(what: impl Into<String>, source: lapin::Error) -> Error {

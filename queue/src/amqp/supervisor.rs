@@ -21,7 +21,7 @@ use super::{
     layouts, lock,
     session::{Session, Source},
     settle::Chore,
-    shares, stats,
+    shares, stats, unanswered,
 };
 use crate::Error;
 
@@ -62,6 +62,7 @@ pub(super) async fn run(
                 is_known = true;
                 let over = live(&core, &session, &mut chores, &mut running, &stop).await;
                 core.session.send_replace(None);
+                core.unanswered.keep(None).await;
                 session.end().await;
                 drop(core.inbox.take_all());
                 core.inbox.lose_sources();
@@ -146,7 +147,8 @@ async fn live(
     let reports = stats::listen(core, session);
     let others = layouts::watch(core, session);
     let sharing = shares::watch(core, session);
-    tokio::pin!(receive, reports, others, sharing);
+    let unanswered = unanswered::watch(core, session);
+    tokio::pin!(receive, reports, others, sharing, unanswered);
     let mut receiving = true;
     let finished = async {
         stop.cancelled().await;
@@ -168,6 +170,7 @@ async fn live(
             () = &mut reports => {}
             () = &mut others => {}
             () = &mut sharing => {}
+            () = &mut unanswered => {}
             () = &mut finished => {
                 if !session.is_closing() {
                     close(core, session).await;

@@ -176,6 +176,8 @@ impl Wire {
     ) -> io::Result<Compat<Self>> {
         let tcp = TcpStream::connect((host.trim_matches(['[', ']']), port)).await?;
         tcp.set_nodelay(true)?;
+        // What the broker has not got when we give it up, it must not get later: it is sent again by then.
+        tcp.set_zero_linger()?;
         let stream: Box<dyn Duplex> = match tls {
             None => Box::new(tcp),
             Some(config) => {
