@@ -205,7 +205,7 @@ impl Route<'_> {
     }
 
     fn copied(&self, format: Kind, reference: Option<String>, state: State) -> Copied {
-        let approves = |signed: &String| verify::approves(signed, &self.subject, &self.destination.reference);
+        let approves = |signed: &String| verify::approves(signed, self.subject, self.destination.reference);
         let approves_destination = reference.as_ref().is_none_or(approves);
         Copied { digest: self.subject.clone(), format, reference, approves_destination, state }
     }

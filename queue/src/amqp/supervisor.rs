@@ -60,7 +60,7 @@ pub(super) async fn run(
                     tracing::info!("connected to the broker");
                 }
                 is_known = true;
-                let over = live(&core, &session, &mut chores, &mut running, &stop).await;
+                let over = Box::pin(live(&core, &session, &mut chores, &mut running, &stop)).await;
                 core.session.send_replace(None);
                 core.unanswered.keep(None).await;
                 session.end().await;

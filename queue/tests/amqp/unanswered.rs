@@ -95,7 +95,9 @@ async fn what_the_broker_has_not_answered_when_it_is_killed_is_counted_if_it_com
         let page = queue.history(Timestamp::MIN, Timestamp::MAX, after.as_deref(), 1000).await.unwrap();
         let Some(last) = page.last() else { break };
         after = Some(last.cursor.clone());
-        page.into_iter().for_each(|kept| *recorded.entry(kept.message.id).or_default() += 1);
+        for kept in page {
+            *recorded.entry(kept.message.id).or_default() += 1;
+        }
     }
     let came = taking.0.lock().unwrap().clone();
     let mut kinds: BTreeMap<_, u32> = BTreeMap::new();

@@ -98,7 +98,9 @@ fn the_vectors_that_notation_accepts_are_accepted_and_the_other_is_refused() {
         let (keys, certificate) = (keys(key_name, None, None), certificate(key_name));
         let foreign = self::certificate(if key_name == "p256" { "rsa2048" } else { "p256" });
         // Those of another key say nothing of this one's.
-        for certificates in [&[certificate.clone()][..], &[], &[foreign.clone()], &[foreign, certificate.clone()]] {
+        for certificates in
+            [&[certificate.clone()][..], &[], std::slice::from_ref(&foreign), &[foreign.clone(), certificate.clone()]]
+        {
             let approval =
                 judged(folder, &keys, certificates, &wanted, at(NOW)).unwrap_or_else(|name| panic!("{folder}: {name}"));
             assert_eq!((approval.witness(), approval.reference()), ("release", None));

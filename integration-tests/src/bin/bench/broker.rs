@@ -135,8 +135,8 @@ impl Bare {
             let (receiver, writes, left) = (Arc::clone(&receiver), Arc::clone(writes), Arc::clone(&left));
             working.spawn(async move {
                 while left.load(Ordering::Relaxed) > 0 {
-                    let received = tokio::time::timeout(Duration::from_millis(50), async { receiver.lock().await.recv().await });
-                    let Ok(Some(delivery)) = received.await else { continue };
+                    let next = tokio::time::timeout(Duration::from_millis(50), async { receiver.lock().await.recv().await });
+                    let Ok(Some(delivery)) = next.await else { continue };
                     let number = delivery.properties.message_id().as_ref().context("a message without a number")?;
                     writes.one(number.as_str().parse()?, &mut wire).await?;
                     delivery.acker.ack(BasicAckOptions::default()).await?;

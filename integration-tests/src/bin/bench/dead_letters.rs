@@ -90,6 +90,7 @@ async fn watched(stage: &Stage, arguments: &[&str]) -> Result<(Duration, (f64, f
     let pid = child.id().context("it ended at once")?;
     let over = Arc::new(AtomicBool::new(false));
     let ended = Arc::clone(&over);
+    #[expect(clippy::disallowed_methods, reason = "it is waited for below")]
     let watching = tokio::spawn(async move {
         let (mut most, mut own) = (before, 0.0_f64);
         while !ended.load(Ordering::Relaxed) {
