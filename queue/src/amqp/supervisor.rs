@@ -27,7 +27,7 @@ use crate::Error;
 
 /// The wait after the first failure; it doubles with each further one.
 const FIRST: Duration = Duration::from_millis(200);
-const LONGEST: Duration = Duration::from_secs(10);
+const LONGEST: Duration = Duration::from_secs(5);
 /// A connection that held for so long was a good one.
 const GOOD: Duration = Duration::from_secs(30);
 
