@@ -147,8 +147,8 @@ async fn live(
     let reports = stats::listen(core, session);
     let others = layouts::watch(core, session);
     let sharing = shares::watch(core, session);
-    let unanswered = unanswered::watch(core, session);
-    tokio::pin!(receive, reports, others, sharing, unanswered);
+    let mut unanswered = Box::pin(unanswered::watch(core, session));
+    tokio::pin!(receive, reports, others, sharing);
     let mut receiving = true;
     let finished = async {
         stop.cancelled().await;
