@@ -3,14 +3,14 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: help demo test story partition cluster-test check build image image-test bench fuzz tools
+.PHONY: help demo test rabbitmq4 story partition cluster-test check build image image-test bench fuzz tools
 
 INSTALL := integration-tests/tools/install.sh
 # Where the tests find countersign; another build of it can be named: make test COUNTERSIGN_BIN=/usr/bin/countersign
 export COUNTERSIGN_BIN ?= $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/debug/countersign
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target words; do printf '  make %-12s %s\n' "$$target" "$$words"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target words; do printf '  make %-12s %s\n' "$$target" "$$words"; done
 
 demo: ## a registry, a key and countersign on this machine: push an image, see it signed and verified (KEEP=1: leave it running)
 	@$(INSTALL) docker-registry cosign3 skopeo
@@ -21,13 +21,16 @@ test: ## every test, the ones beside real registries, verifiers and KMSs include
 	@$(INSTALL) docker-registry ferro-oci-server cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint helm
 	cargo build --workspace
 	cargo test --workspace --no-fail-fast
-	@echo "NOT RUN by this: make partition (root and network namespaces), make story (20,000 events), make image-test (root), make cluster-test (a kube-apiserver built from source)"
+	@echo "NOT RUN by this: make rabbitmq4 (the queue on RabbitMQ 4), make partition (root and network namespaces), make story (20,000 events), make image-test (root), make cluster-test (a kube-apiserver built from source)"
 
-story: ## 20,000 events, three replicas and their broker killed at random, with the optimised binary (STORY_EVENTS=… STORY_SEED=…)
+rabbitmq4: ## the queue's tests on RabbitMQ 4 (four minutes)
+	@$(INSTALL) rabbitmq4
+	RABBITMQ=4 cargo test --package countersign-queue --no-fail-fast --test contract --test amqp --test amqp_tls
+
+story: ## 20,000 events, three replicas and their broker killed at random (five minutes; STORY_EVENTS=… STORY_SEED=…)
 	@$(INSTALL) docker-registry postgresql rabbitmq
-	cargo build --release --package countersign
-	STORY_EVENTS=$(or $(STORY_EVENTS),20000) COUNTERSIGN_BIN=$(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/release/countersign \
-	    cargo test --package integration-tests --test replicas -- --nocapture kill_9
+	cargo build --workspace
+	STORY_EVENTS=$(or $(STORY_EVENTS),20000) cargo test --package integration-tests --test replicas -- --nocapture kill_9
 
 partition: ## a minute without the broker for one of three replicas, each in a network namespace of its own (two minutes, root)
 	@$(INSTALL) docker-registry postgresql rabbitmq namespaces

@@ -1,7 +1,7 @@
 //! Takes an image's signatures along to where the image has been copied to: whosever they are, and as they are.
 //!
 //! Nothing is verified and nothing is changed, because a signature that is not known here may be known there. What is there
-//! already stays: signatures are added as those that are made here are, by [`crate::pipeline::write`].
+//! already stays: signatures are added as those that are made here are, by `crate::pipeline::write`.
 
 mod layers;
 mod referrers;

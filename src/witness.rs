@@ -291,7 +291,7 @@ impl Witness {
 
     /// Signs a SHA-256 digest (the caller has hashed), and verifies what came back before returning it.
     ///
-    /// Waits its turn first if the witness has a rate, if the KMS has throttled it lately, or if [`UNDER_WAY`] calls are under way.
+    /// Waits its turn first if the witness has a rate, if the KMS has throttled it lately, or if as many calls as may be at once are under way.
     /// While the KMS is away it says so at once ([`kms::Error::Away`]). Dropping the future gives the turn up. An answer that cannot be
     /// right is asked for once more; all else goes to the caller at once, as its verdict says. Nothing is ever asked twice at the
     /// same time, to see which is faster: each signature costs money.

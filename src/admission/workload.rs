@@ -24,7 +24,7 @@ pub struct Kinds(HashMap<GroupKind, Vec<Vec<String>>>);
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Workload {
     pub images: Vec<Image>,
-    /// Each different value of [`BREAKGLASS`], of the object and of its templates.
+    /// Each different value of the breakglass annotation, of the object and of its templates.
     pub breakglass: Vec<String>,
     /// Whether it is a template that pods are made from, and not itself one.
     pub is_template: bool,

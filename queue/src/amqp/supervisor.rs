@@ -27,7 +27,7 @@ use crate::Error;
 
 /// The wait after the first failure; it doubles with each further one.
 const FIRST: Duration = Duration::from_millis(200);
-const LONGEST: Duration = Duration::from_secs(10);
+const LONGEST: Duration = Duration::from_secs(5);
 /// A connection that held for so long was a good one.
 const GOOD: Duration = Duration::from_secs(30);
 
@@ -147,8 +147,8 @@ async fn live(
     let reports = stats::listen(core, session);
     let others = layouts::watch(core, session);
     let sharing = shares::watch(core, session);
-    let unanswered = unanswered::watch(core, session);
-    tokio::pin!(receive, reports, others, sharing, unanswered);
+    let mut unanswered = Box::pin(unanswered::watch(core, session));
+    tokio::pin!(receive, reports, others, sharing);
     let mut receiving = true;
     let finished = async {
         stop.cancelled().await;
