@@ -196,7 +196,8 @@ pub trait Queue: Send + Sync + fmt::Debug {
 
     async fn stats(&self) -> Result<Stats, Error>;
 
-    /// Dead letters, oldest burial first, at most `limit` (a backend may give fewer; only an empty list is the end), beginning
+    /// Dead letters, oldest burial first (from a busy broker only as a rule), at most `limit` (a backend may give fewer; only an
+    /// empty list is the end), beginning
     /// after the one with id `after`; from the start if that is no dead letter any more, so that paging while others replay and
     /// discard may repeat, but loses none.
     async fn dead_letters(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>, Error>;
