@@ -192,7 +192,7 @@ async fn credentials_that_end_while_signing_are_read_anew_and_cost_no_event_a_tr
     assert_eq!((metrics.ended("signed"), metrics.ended("dead")), (10, 0));
     assert_eq!(metrics.count("countersign_kms_signs_total", &[("result", "ok")]), 10);
     assert_eq!(metrics.count("countersign_kms_signs_total", &[]), 10);
-    ensure!(house.daemon.logged().contains("reading them anew"));
+    ensure!(house.daemon.logged().contains("fetching them anew"));
     for secret in [first.secret_access_key, second.secret_access_key] {
         ensure!(!house.daemon.logged().contains(&secret), "the log holds a secret");
     }
