@@ -4,15 +4,15 @@
 use countersign::{
     certificate::Chain,
     oci::media_type,
-    signature::notation::{Claim, Envelope, SignatureManifest},
+    signature::notation::{self, Claim, Envelope, SignatureManifest},
 };
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     for envelope in Envelope::ALL {
         if let Ok(claim) = Claim::read(envelope, data) {
-            // Nobody else's key made it, and asking does no harm.
-            let _ = claim.is_signed_by(claim.chain().public_key());
+            // As whoever judges it reads it.
+            assert!(notation::read(envelope, data).is_ok());
             assert!(claim.expiry().is_none_or(|expiry| expiry > claim.signing_time()));
         }
     }
