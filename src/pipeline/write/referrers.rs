@@ -107,18 +107,19 @@ pub(crate) async fn store(
     manifest: &Bytes,
 ) -> Result<(), Error> {
     let address = digest.clone().into();
-    for round in 0.. {
+    let mut round = 0;
+    loop {
         try_join_all(blobs.iter().map(|blob| registry.ensure_blob(repository, blob.clone()))).await?;
         match registry.put_manifest(repository, &address, media_type::OCI_MANIFEST, manifest.clone()).await {
             // Another upload of the same blob was under way; the registry knows it by the next round.
             Err(error @ registry::Error::BlobUnknown { .. }) if round < TRIES => {
                 debug!(error = &error as &dyn std::error::Error, round, "manifest refused for a blob, uploading again");
                 pause(round).await;
+                round += 1;
             }
             done => return Ok(done?),
         }
     }
-    unreachable!("the last round returns")
 }
 
 /// Looks until the registry itself lists all of these. False if it turns out to have no API.
