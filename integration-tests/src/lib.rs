@@ -4,7 +4,8 @@
 //! - [`registry`] starts Debian's docker-registry, or ferro-oci-server, and talks to it; [`image`] builds what is pushed there.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`fleet`] is several replicas of it on one broker and one database, and [`namespace`] a network between them that can be cut.
-//! - [`verifier`] asks the judges, stock cosign, stock notation and stock skopeo; [`signature`] reads what is stored, and counts.
+//! - [`verifier`] asks the judges, stock cosign, stock notation and stock skopeo; [`signature`] reads what is stored, and counts; [`formats`] is
+//!   about all formats, in registries with and without the referrers API.
 //! - [`webhook`] is `countersign admission`, called as a cluster calls it; [`kubernetes`] is a cluster that does, with kubectl.
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
 //! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers; [`alibaba`], [`azure`] and [`google`] are fakes of those clouds'
@@ -20,6 +21,7 @@ pub mod azure;
 pub mod daemon;
 pub mod fake;
 pub mod fleet;
+pub mod formats;
 pub mod gate;
 pub mod google;
 pub mod house;

@@ -1,10 +1,11 @@
 //! An HTTP proxy that writes down what passes through it, so that a test can say who wrote what, and having read what; and that can
 //! make a registry's tags immutable, which docker-registry has no setting for.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
@@ -12,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use reqwest::header::{ACCEPT, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING};
 use reqwest::{Method, StatusCode};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
@@ -81,6 +82,33 @@ impl Recorder {
     /// What has passed, in the order in which it was answered.
     pub fn exchanges(&self) -> Vec<Exchange> {
         self.exchanges.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Checks that each manifest written under this path has in this list (`layers`, `manifests`) whatever the one had that was
+    /// read last before; annotations included.
+    pub fn ensure_what_was_found_was_kept(&self, path: &str, list: &str) -> Result<()> {
+        let entries = |manifest: &[u8]| -> Result<BTreeSet<String>> {
+            let manifest: Value = serde_json::from_slice(manifest)?;
+            let entries = manifest[list].as_array().with_context(|| format!("a manifest without {list}"))?;
+            Ok(entries.iter().map(Value::to_string).collect())
+        };
+        let mut found = BTreeSet::new();
+        let mut writes = 0;
+        for exchange in self.exchanges().iter().filter(|exchange| exchange.path == path) {
+            match (&exchange.method, exchange.status) {
+                (&Method::GET, StatusCode::OK) => found = entries(&exchange.received)?,
+                (&Method::GET, StatusCode::NOT_FOUND) => found.clear(),
+                (&Method::PUT, StatusCode::CREATED) => {
+                    let written = entries(&exchange.sent)?;
+                    ensure!(written.is_superset(&found), "countersign dropped {:?}", found.difference(&written));
+                    writes += 1;
+                    found = written;
+                }
+                _ => {}
+            }
+        }
+        ensure!(writes > 0, "countersign wrote nothing to {path}");
+        Ok(())
     }
 }
 

@@ -1,75 +1,32 @@
 //! Bundles, beside `.sig` tags and beside cosign's own, in a registry that lists referrers itself and in one that does not.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use futures::future::try_join_all;
-use integration_tests::house::{House, Keys, Plan, TOKEN, rule_of_all_formats};
+use integration_tests::formats::{Referrers, found, ours, wait_for};
+use integration_tests::house::{House, Keys, Plan, rule_of_all_formats};
 use integration_tests::image::Image;
-use integration_tests::process::eventually;
-use integration_tests::recorder::{Exchange, Recorder};
+use integration_tests::recorder::Recorder;
 use integration_tests::registry::Options;
 use integration_tests::signature::tag_of;
 use integration_tests::verifier::{Cosign, KeyPair, Skopeo};
-use reqwest::{Method, StatusCode};
-use serde_json::{Value, json};
+use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Whether the registry lists referrers itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// ferro-oci-server.
-    Api,
-    /// docker-registry.
-    FallbackTag,
+const BOTH: [&str; 2] = ["bundle", "cosign"];
+
+fn plan(kind: Referrers, keys: Keys) -> Plan {
+    Plan { keys, registry: kind.registry(), rules: Some(rule_of_all_formats("team", "team", keys)), ..Plan::default() }
 }
 
-fn plan(kind: Kind, keys: Keys) -> Plan {
-    let registry = Options { referrers_api: kind == Kind::Api, ..Options::default() };
-    Plan { keys, registry, rules: Some(rule_of_all_formats("team", "team", keys)), ..Plan::default() }
-}
-
-/// Pushes the image under this tag and lets countersign know, whichever the registry is.
-async fn push(house: &House, kind: Kind, image: &Image, repository: &str, tag: &str) -> Result<()> {
-    house.push(image, repository, &[tag]).await?;
-    if kind == Kind::Api {
-        let event = House::event(&house.registry.host(), repository, Some(tag), &image.manifest.digest);
-        assert_eq!(house.notify(Some(TOKEN), &event).await?, StatusCode::ACCEPTED);
-    }
-    Ok(())
-}
-
-/// What `countersign verify` finds: (format, verdict, witness) of each signature, sorted.
-async fn found(house: &House, reference: &str) -> Result<Vec<(String, String, String)>> {
-    let output = house.run(&["verify", reference, "--output", "json"]).await?;
-    let answer = output.json()?[0].clone();
-    let text = |value: &Value| value.as_str().unwrap_or("nobody").to_owned();
-    let signatures = answer["signatures"].as_array().with_context(|| format!("no signatures in {answer}"))?;
-    let mut found: Vec<_> =
-        signatures.iter().map(|one| (text(&one["format"]), text(&one["verdict"]), text(&one["witness"]))).collect();
-    found.sort();
-    Ok(found)
-}
-
-/// Waits until countersign's signatures in both formats are there.
-async fn wait_for_both(house: &House, reference: &str) -> Result<()> {
-    eventually("both formats are written", LIMIT, async || {
-        let found = found(house, reference).await?;
-        let ours = found.iter().filter(|(_, verdict, witness)| verdict == "verified" && witness == "release");
-        let formats: BTreeSet<_> = ours.map(|(format, ..)| format.as_str()).collect();
-        Ok(formats.is_superset(&BTreeSet::from(["bundle", "cosign"])).then_some(()))
-    })
-    .await
-}
-
-async fn every_judge_accepts(kind: Kind, keys: Keys) -> Result<()> {
+async fn every_judge_accepts(kind: Referrers, keys: Keys) -> Result<()> {
     let house = House::start(plan(kind, keys)).await?;
     let image = Image::index("judged")?;
-    push(&house, kind, &image, "team/app", "1.0").await?;
+    kind.push(&house, &image, "team/app", "1.0").await?;
     let (tagged, pinned) = (house.reference("team/app", "1.0"), house.reference("team/app", &image.manifest.digest));
-    wait_for_both(&house, &tagged).await?;
+    wait_for(&house, &tagged, &BOTH).await?;
     let key = house.public_key_path();
     for reference in [&tagged, &pinned] {
         for cosign in [Cosign::V2, Cosign::V3] {
@@ -78,12 +35,11 @@ async fn every_judge_accepts(kind: Kind, keys: Keys) -> Result<()> {
         }
         let ruling = Skopeo::requiring(&key, &house.registry.host())?.architecture("amd64").copy(reference).await?;
         assert!(ruling.accepted, "{kind:?}: skopeo refuses {reference}: {}", ruling.words);
-        let both = ["bundle", "cosign"].map(|format| (format.into(), "verified".into(), "release".into()));
-        assert_eq!(found(&house, reference).await?, both);
+        assert_eq!(found(&house, reference).await?, BOTH.map(ours));
     }
     // A platform's manifest is signed under its tag, and is not bundled.
     let platform = house.reference("team/app", &image.child("amd64").digest);
-    assert_eq!(found(&house, &platform).await?, [("cosign".into(), "verified".into(), "release".into())]);
+    assert_eq!(found(&house, &platform).await?, [ours("cosign")]);
     assert!(Cosign::V3.verify(&key, &platform).await?.accepted);
 
     // The bundle by itself: cosign 3 asks for nothing else, and the others see nothing.
@@ -105,18 +61,18 @@ async fn every_judge_accepts(kind: Kind, keys: Keys) -> Result<()> {
 
 #[tokio::test]
 async fn every_judge_accepts_with_the_fallback_tag() -> Result<()> {
-    every_judge_accepts(Kind::FallbackTag, Keys::P256).await?;
-    every_judge_accepts(Kind::FallbackTag, Keys::Rsa2048).await
+    every_judge_accepts(Referrers::FallbackTag, Keys::P256).await?;
+    every_judge_accepts(Referrers::FallbackTag, Keys::Rsa2048).await
 }
 
 #[tokio::test]
 async fn every_judge_accepts_with_the_referrers_api() -> Result<()> {
-    every_judge_accepts(Kind::Api, Keys::P256).await?;
-    every_judge_accepts(Kind::Api, Keys::Rsa2048).await
+    every_judge_accepts(Referrers::Api, Keys::P256).await?;
+    every_judge_accepts(Referrers::Api, Keys::Rsa2048).await
 }
 
 /// cosign 3 before us, after us, and both verify; ours is not made again for it.
-async fn bundles_of_cosigns_stand_beside_ours(kind: Kind) -> Result<()> {
+async fn bundles_of_cosigns_stand_beside_ours(kind: Referrers) -> Result<()> {
     let house = House::start(plan(kind, Keys::P256)).await?;
     let theirs = KeyPair::generate().await?;
     for (name, cosign_first) in [("after", false), ("before", true)] {
@@ -127,14 +83,14 @@ async fn bundles_of_cosigns_stand_beside_ours(kind: Kind) -> Result<()> {
             house.push(&image, &repository, &[]).await?;
             Cosign::sign_bundle(&theirs, &house.reference(&repository, &image.manifest.digest)).await?;
         }
-        push(&house, kind, &image, &repository, "1.0").await?;
-        wait_for_both(&house, &reference).await?;
+        kind.push(&house, &image, &repository, "1.0").await?;
+        wait_for(&house, &reference, &BOTH).await?;
         if !cosign_first {
             Cosign::sign_bundle(&theirs, &reference).await?;
         }
-        push(&house, kind, &image, &repository, "1.0").await?;
-        push(&house, kind, &image, &repository, "2.0").await?;
-        wait_for_both(&house, &house.reference(&repository, "2.0")).await?;
+        kind.push(&house, &image, &repository, "1.0").await?;
+        kind.push(&house, &image, &repository, "2.0").await?;
+        wait_for(&house, &house.reference(&repository, "2.0"), &BOTH).await?;
         for key in [house.public_key_path(), theirs.public()] {
             let ruling = Cosign::V3.verify(&key, &reference).await?;
             assert!(ruling.accepted, "{kind:?}, cosign {name}: {}", ruling.words);
@@ -149,12 +105,12 @@ async fn bundles_of_cosigns_stand_beside_ours(kind: Kind) -> Result<()> {
 
 #[tokio::test]
 async fn bundles_of_cosigns_stand_beside_ours_with_the_fallback_tag() -> Result<()> {
-    bundles_of_cosigns_stand_beside_ours(Kind::FallbackTag).await
+    bundles_of_cosigns_stand_beside_ours(Referrers::FallbackTag).await
 }
 
 #[tokio::test]
 async fn bundles_of_cosigns_stand_beside_ours_with_the_referrers_api() -> Result<()> {
-    bundles_of_cosigns_stand_beside_ours(Kind::Api).await
+    bundles_of_cosigns_stand_beside_ours(Referrers::Api).await
 }
 
 #[tokio::test]
@@ -163,7 +119,7 @@ async fn what_we_write_comes_back_as_events_and_is_not_signed() -> Result<()> {
     let house = House::start(Plan { rules: Some(rules), ..Plan::default() }).await?;
     let image = Image::oci("no loop")?;
     house.push(&image, "team/app", &["1.0"]).await?;
-    wait_for_both(&house, &house.reference("team/app", "1.0")).await?;
+    wait_for(&house, &house.reference("team/app", "1.0"), &BOTH).await?;
     // Each wave of events may cause writes, and each of those an event: after some rounds of both it would be seen.
     for _ in 0..3 {
         house.registry.wait_delivered(LIMIT).await?;
@@ -184,7 +140,7 @@ async fn what_we_write_comes_back_as_events_and_is_not_signed() -> Result<()> {
 
 #[tokio::test]
 async fn a_signature_in_both_formats_costs_as_many_requests_as_the_readme_says() -> Result<()> {
-    let plan = plan(Kind::FallbackTag, Keys::P256);
+    let plan = plan(Referrers::FallbackTag, Keys::P256);
     let registry = Options { count_requests: true, ..Options::default() };
     let house = House::start(Plan { registry, ..plan }).await?;
     let count = || anyhow::Ok(house.registry.count_requests("countersign/")?.values().sum::<usize>());
@@ -205,7 +161,7 @@ async fn a_signature_in_both_formats_costs_as_many_requests_as_the_readme_says()
 /// As `race.rs` has it for the `.sig` tag: what countersign found or wrote, it keeps; and what it had signed is there in the end.
 #[tokio::test]
 async fn countersign_beside_cosigns_that_write_bundles_loses_nothing_that_it_found_or_wrote() -> Result<()> {
-    let mut house = House::build(plan(Kind::FallbackTag, Keys::P256)).await?;
+    let mut house = House::build(plan(Referrers::FallbackTag, Keys::P256)).await?;
     let recorder = Recorder::start(&house.registry.host()).await?;
     house.route_registry(&recorder.url())?;
     house.daemon.start().await?;
@@ -227,39 +183,11 @@ async fn countersign_beside_cosigns_that_write_bundles_loses_nothing_that_it_fou
 
         // cosign may have written over ours after we were done: the same push again puts that right.
         house.push(&image, &repository, &["1"]).await?;
-        wait_for_both(&house, &house.reference(&repository, "1")).await?;
+        wait_for(&house, &house.reference(&repository, "1"), &BOTH).await?;
         let ruling = Cosign::V3.verify(&house.public_key_path(), &reference).await?;
         assert!(ruling.accepted, "round {round}: {}", ruling.words);
         let path = format!("/v2/{repository}/manifests/{}", tag_of(digest).trim_end_matches(".sig"));
-        assert_what_was_found_was_kept(&recorder.exchanges(), &path)?;
+        recorder.ensure_what_was_found_was_kept(&path, "manifests")?;
     }
     Ok(())
-}
-
-/// Each index that countersign wrote under this path holds all the entries of the one that it read last before.
-fn assert_what_was_found_was_kept(exchanges: &[Exchange], path: &str) -> Result<()> {
-    let mut found = BTreeSet::new();
-    let mut writes = 0;
-    for exchange in exchanges.iter().filter(|exchange| exchange.path == path) {
-        match (&exchange.method, exchange.status) {
-            (&Method::GET, StatusCode::OK) => found = entries(&exchange.received)?,
-            (&Method::GET, StatusCode::NOT_FOUND) => found.clear(),
-            (&Method::PUT, StatusCode::CREATED) => {
-                let written = entries(&exchange.sent)?;
-                assert!(written.is_superset(&found), "countersign dropped {:?}", found.difference(&written));
-                writes += 1;
-                found = written;
-            }
-            _ => {}
-        }
-    }
-    assert!(writes > 0, "countersign wrote nothing to {path}");
-    Ok(())
-}
-
-/// Each entry as the text of its descriptor, annotations included.
-fn entries(index: &[u8]) -> Result<BTreeSet<String>> {
-    let index: Value = serde_json::from_slice(index)?;
-    let entries = index["manifests"].as_array().context("an index without manifests")?;
-    Ok(entries.iter().map(Value::to_string).collect())
 }

@@ -6,24 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use integration_tests::daemon;
-use integration_tests::house::{House, Keys, Plan, TOKEN};
+use integration_tests::formats::{Referrers, found, listed, ours, wait_for};
+use integration_tests::house::{House, Keys, Plan};
 use integration_tests::image::Image;
-use integration_tests::process::eventually;
 use integration_tests::registry::Options;
 use integration_tests::verifier::{Cosign, Notation, Ruling};
-use reqwest::StatusCode;
-use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// Whether the registry lists referrers itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// ferro-oci-server.
-    Api,
-    /// docker-registry.
-    FallbackTag,
-}
 
 /// A rule; RSA keys sign by the first of these algorithms that these formats take.
 fn rule(name: &str, scope: &str, keys: Keys, formats: &[&str]) -> String {
@@ -37,51 +26,11 @@ fn rule(name: &str, scope: &str, keys: Keys, formats: &[&str]) -> String {
     )
 }
 
-fn plan(kind: Kind, keys: Keys) -> Plan {
+fn plan(kind: Referrers, keys: Keys) -> Plan {
     let rules = rule("usual", "team", keys, &["cosign", "bundle"])
         + &rule("jws", "team/jws", keys, &["notation"])
         + &rule("cose", "team/cose", keys, &["notation-cose"]);
-    let registry = Options { referrers_api: kind == Kind::Api, ..Options::default() };
-    Plan { keys, registry, rules: Some(rules), ..Plan::default() }
-}
-
-/// Pushes the image under this tag and lets countersign know, whichever the registry is.
-async fn push(house: &House, kind: Kind, image: &Image, repository: &str, tag: &str) -> Result<()> {
-    house.push(image, repository, &[tag]).await?;
-    if kind == Kind::Api {
-        let event = House::event(&house.registry.host(), repository, Some(tag), &image.manifest.digest);
-        assert_eq!(house.notify(Some(TOKEN), &event).await?, StatusCode::ACCEPTED);
-    }
-    Ok(())
-}
-
-type Found = (String, String, String);
-
-/// (format, verdict, witness) of each signature in an answer of `countersign verify`, sorted.
-fn listed(answer: &Value) -> Result<Vec<Found>> {
-    let text = |value: &Value| value.as_str().unwrap_or("nobody").to_owned();
-    let signatures = answer[0]["signatures"].as_array().with_context(|| format!("no signatures in {answer}"))?;
-    let found = signatures.iter().map(|one| (text(&one["format"]), text(&one["verdict"]), text(&one["witness"])));
-    let mut found: Vec<_> = found.collect();
-    found.sort();
-    Ok(found)
-}
-
-async fn found(house: &House, reference: &str) -> Result<Vec<Found>> {
-    listed(&house.run(&["verify", reference, "--output", "json"]).await?.json()?)
-}
-
-fn ours(format: &str) -> Found {
-    (format.into(), "verified".into(), "release".into())
-}
-
-/// Waits until countersign's signatures in these formats are there.
-async fn wait_for(house: &House, reference: &str, formats: &[&str]) -> Result<()> {
-    eventually("all formats are written", LIMIT, async || {
-        let found = found(house, reference).await?;
-        Ok(formats.iter().all(|format| found.contains(&ours(format))).then_some(()))
-    })
-    .await
+    Plan { keys, registry: kind.registry(), rules: Some(rules), ..Plan::default() }
 }
 
 /// Stock notation with what `countersign witness certificate` says that its user needs.
@@ -95,12 +44,12 @@ fn accepts(ruling: &Ruling, context: &str) {
     assert!(ruling.accepted, "{context}: {}", ruling.words);
 }
 
-async fn every_judge_accepts(kind: Kind, keys: Keys) -> Result<()> {
+async fn every_judge_accepts(kind: Referrers, keys: Keys) -> Result<()> {
     let house = House::start(plan(kind, keys)).await?;
     for (repository, format) in [("team/jws", "notation"), ("team/cose", "notation-cose")] {
         let context = format!("{kind:?} {keys:?} {format}");
         let image = Image::index(repository)?;
-        push(&house, kind, &image, repository, "1.0").await?;
+        kind.push(&house, &image, repository, "1.0").await?;
         let (tagged, pinned) = (house.reference(repository, "1.0"), house.reference(repository, &image.manifest.digest));
         wait_for(&house, &tagged, &["bundle", "cosign", format]).await?;
         let (notation, key) = (judge(&house, repository).await?, house.public_key_path());
@@ -149,18 +98,18 @@ async fn every_judge_accepts(kind: Kind, keys: Keys) -> Result<()> {
 
 #[tokio::test]
 async fn every_judge_accepts_with_the_fallback_tag() -> Result<()> {
-    every_judge_accepts(Kind::FallbackTag, Keys::P256).await?;
-    every_judge_accepts(Kind::FallbackTag, Keys::Rsa2048).await
+    every_judge_accepts(Referrers::FallbackTag, Keys::P256).await?;
+    every_judge_accepts(Referrers::FallbackTag, Keys::Rsa2048).await
 }
 
 #[tokio::test]
 async fn every_judge_accepts_with_the_referrers_api() -> Result<()> {
-    every_judge_accepts(Kind::Api, Keys::P256).await?;
-    every_judge_accepts(Kind::Api, Keys::Rsa2048).await
+    every_judge_accepts(Referrers::Api, Keys::P256).await?;
+    every_judge_accepts(Referrers::Api, Keys::Rsa2048).await
 }
 
 /// notation before us, after us, and both verify; ours is not made again for it.
-async fn signatures_of_notations_stand_beside_ours(kind: Kind) -> Result<()> {
+async fn signatures_of_notations_stand_beside_ours(kind: Referrers) -> Result<()> {
     let house = House::start(plan(kind, Keys::Rsa2048)).await?;
     for (name, notation_first) in [("after", false), ("before", true)] {
         let image = Image::oci(name)?;
@@ -169,15 +118,15 @@ async fn signatures_of_notations_stand_beside_ours(kind: Kind) -> Result<()> {
         let theirs = Notation::signing(&format!("{}/{repository}", house.registry.host())).await?;
         if notation_first {
             house.push(&image, &repository, &[]).await?;
-            theirs.sign(&pinned, kind == Kind::FallbackTag).await?;
+            theirs.sign(&pinned, kind == Referrers::FallbackTag).await?;
         }
-        push(&house, kind, &image, &repository, "1.0").await?;
+        kind.push(&house, &image, &repository, "1.0").await?;
         wait_for(&house, &house.reference(&repository, "1.0"), &["bundle", "cosign", "notation"]).await?;
         if !notation_first {
-            theirs.sign(&pinned, kind == Kind::FallbackTag).await?;
+            theirs.sign(&pinned, kind == Referrers::FallbackTag).await?;
         }
-        push(&house, kind, &image, &repository, "1.0").await?;
-        push(&house, kind, &image, &repository, "2.0").await?;
+        kind.push(&house, &image, &repository, "1.0").await?;
+        kind.push(&house, &image, &repository, "2.0").await?;
         wait_for(&house, &house.reference(&repository, "2.0"), &["bundle", "cosign", "notation"]).await?;
         let context = format!("{kind:?}, notation {name}");
         let judge = judge(&house, &repository).await?;
@@ -196,12 +145,12 @@ async fn signatures_of_notations_stand_beside_ours(kind: Kind) -> Result<()> {
 
 #[tokio::test]
 async fn signatures_of_notations_stand_beside_ours_with_the_fallback_tag() -> Result<()> {
-    signatures_of_notations_stand_beside_ours(Kind::FallbackTag).await
+    signatures_of_notations_stand_beside_ours(Referrers::FallbackTag).await
 }
 
 #[tokio::test]
 async fn signatures_of_notations_stand_beside_ours_with_the_referrers_api() -> Result<()> {
-    signatures_of_notations_stand_beside_ours(Kind::Api).await
+    signatures_of_notations_stand_beside_ours(Referrers::Api).await
 }
 
 #[tokio::test]

@@ -1,18 +1,15 @@
 //! Many signers at one digest. Registries have no conditional write, so cosign may lose what others wrote in between; countersign
 //! never loses what it found or wrote itself.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use futures::future::try_join_all;
 use integration_tests::house::{House, Keys, Plan, TOKEN, rule};
 use integration_tests::image::Image;
-use integration_tests::recorder::{Exchange, Recorder};
+use integration_tests::recorder::Recorder;
 use integration_tests::signature::{PublicKey, signatures, tag_of};
 use integration_tests::verifier::{Cosign, KeyPair};
-use reqwest::{Method, StatusCode};
-use serde_json::Value;
 
 #[tokio::test]
 async fn eight_tags_at_once_are_eight_signatures() -> Result<()> {
@@ -76,7 +73,7 @@ async fn countersign_beside_four_cosigns_loses_nothing_that_it_found_or_wrote() 
             assert!(public_keys.iter().any(|key| signature.is_by(key)), "a signature of nobody's: {signature:?}");
         }
         let path = format!("/v2/{repository}/manifests/{}", tag_of(digest));
-        assert_what_was_found_was_kept(&recorder.exchanges(), &path)?;
+        recorder.ensure_what_was_found_was_kept(&path, "layers")?;
     }
     Ok(())
 }
@@ -100,32 +97,4 @@ async fn an_event_that_is_faster_than_its_tag_signs_the_tag() -> Result<()> {
         house.wait_signed(repository, &new.manifest.digest, &["1.0"]).await?;
     }
     Ok(())
-}
-
-/// Each manifest that countersign wrote under this path holds all the layers of the one that it read last before.
-fn assert_what_was_found_was_kept(exchanges: &[Exchange], path: &str) -> Result<()> {
-    let mut found = BTreeSet::new();
-    let mut writes = 0;
-    for exchange in exchanges.iter().filter(|exchange| exchange.path == path) {
-        match (&exchange.method, exchange.status) {
-            (&Method::GET, StatusCode::OK) => found = layers(&exchange.received)?,
-            (&Method::GET, StatusCode::NOT_FOUND) => found.clear(),
-            (&Method::PUT, StatusCode::CREATED) => {
-                let written = layers(&exchange.sent)?;
-                assert!(written.is_superset(&found), "countersign dropped {:?}", found.difference(&written));
-                writes += 1;
-                found = written;
-            }
-            _ => {}
-        }
-    }
-    assert!(writes > 0, "countersign wrote nothing to {path}");
-    Ok(())
-}
-
-/// Each layer as the text of its descriptor, annotations included.
-fn layers(manifest: &[u8]) -> Result<BTreeSet<String>> {
-    let manifest: Value = serde_json::from_slice(manifest)?;
-    let layers = manifest["layers"].as_array().context("a manifest without layers")?;
-    Ok(layers.iter().map(Value::to_string).collect())
 }
