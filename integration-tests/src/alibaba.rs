@@ -6,7 +6,7 @@ mod acs3;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex},
 };
 
 use axum::{
@@ -19,10 +19,9 @@ use axum::{
 use base64::{Engine, prelude::BASE64_STANDARD};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
 pub use crate::fake::Fault;
-use crate::fake::{Now, Padding, SPECS, decoded, http_date, other_pair, pair};
+use crate::fake::{self, Now, Padding, SPECS, decoded, http_date, other_pair, pair};
 use acs3::{Signing, acs3, hash, query};
 
 /// The id and secret of the access key that it knows.
@@ -36,11 +35,7 @@ pub const OLD: &str = "00000000-7072-4bbc-a582-584b5bd80001";
 pub const NEW: &str = "2ab1a983-7072-4bbc-a582-584b5bd80001";
 const METADATA_TOKEN: &str = "metadata-token==";
 
-#[derive(Clone)]
-pub struct Fake {
-    pub address: String,
-    state: Arc<Mutex<Given>>,
-}
+pub type Fake = fake::Fake<Given>;
 
 /// What a test may look at and change.
 pub struct Given {
@@ -66,10 +61,16 @@ pub struct Given {
     nonces: HashSet<String>,
 }
 
+impl fake::Scripted for Given {
+    fn script(&mut self) -> (&mut VecDeque<Fault>, &mut Vec<String>) {
+        (&mut self.script, &mut self.requests)
+    }
+}
+
 impl Fake {
     /// With the clock that it goes by.
     pub async fn start(clock: Now) -> Self {
-        let state = Arc::new(Mutex::new(Given {
+        Self::serving(Router::new().fallback(serve), |_| Given {
             clock,
             ahead: SignedDuration::ZERO,
             lifetime: SignedDuration::from_hours(1),
@@ -87,21 +88,8 @@ impl Fake {
             serial: 0,
             keys: HashMap::from([(BASE[0].to_owned(), (BASE[1].to_owned(), None))]),
             nonces: HashSet::new(),
-        }));
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let app = Router::new().fallback(serve).with_state(state.clone());
-        #[expect(clippy::disallowed_methods, reason = "it ends with the test's own runtime")]
-        tokio::spawn(async move { axum::serve(listener, app).await });
-        Self { address, state }
-    }
-
-    pub fn given(&self) -> MutexGuard<'_, Given> {
-        self.state.lock().unwrap()
-    }
-
-    pub fn then(&self, faults: impl IntoIterator<Item = Fault>) {
-        self.given().script.extend(faults);
+        })
+        .await
     }
 
     /// The query and the headers of a request for a signature of `key-ec`, signed by [`BASE`] now.
@@ -128,11 +116,6 @@ impl Fake {
             format!("ACS3-HMAC-SHA256 Credential={},SignedHeaders={},Signature={signature}", BASE[0], names.join(";"));
         headers.extend([("authorization", authorization), ("accept", "application/json".to_owned())]);
         (query(&parameters), headers.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
-    }
-
-    /// What was asked for since this was asked last.
-    pub fn requests(&self) -> Vec<String> {
-        std::mem::take(&mut self.given().requests)
     }
 }
 

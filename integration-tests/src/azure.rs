@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex},
 };
 
 use axum::{
@@ -17,10 +17,9 @@ use axum::{
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
 pub use crate::fake::Fault;
-use crate::fake::{Now, Padding, Pair, SPECS, decoded, http_date, other_pair, pair};
+use crate::fake::{self, Now, Padding, Pair, SPECS, decoded, http_date, other_pair, pair};
 
 pub const TENANT: &str = "11111111-2222-3333-4444-555555555555";
 /// The application's id, and its secret.
@@ -31,11 +30,7 @@ pub const IDENTITY_HEADER: &str = "identityHeader1";
 pub const OLD: &str = "00000000000000000000000000000001";
 pub const NEW: &str = "00000000000000000000000000000002";
 
-#[derive(Clone)]
-pub struct Fake {
-    pub address: String,
-    state: Arc<Mutex<Given>>,
-}
+pub type Fake = fake::Fake<Given>;
 
 /// What a test may look at and change.
 pub struct Given {
@@ -63,14 +58,18 @@ pub struct Given {
     tokens: HashMap<String, (&'static str, Timestamp)>,
 }
 
+impl fake::Scripted for Given {
+    fn script(&mut self) -> (&mut VecDeque<Fault>, &mut Vec<String>) {
+        (&mut self.script, &mut self.requests)
+    }
+}
+
 impl Fake {
     /// With the clock that it goes by.
     pub async fn start(clock: Now) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let state = Arc::new(Mutex::new(Given {
+        Self::serving(Router::new().fallback(serve), |address| Given {
             clock,
-            address: address.clone(),
+            address: address.to_owned(),
             lifetime: 3599,
             script: VecDeque::new(),
             requests: Vec::new(),
@@ -86,24 +85,8 @@ impl Fake {
             current: NEW,
             serial: 0,
             tokens: HashMap::new(),
-        }));
-        let app = Router::new().fallback(serve).with_state(state.clone());
-        #[expect(clippy::disallowed_methods, reason = "it ends with the test's own runtime")]
-        tokio::spawn(async move { axum::serve(listener, app).await });
-        Self { address, state }
-    }
-
-    pub fn given(&self) -> MutexGuard<'_, Given> {
-        self.state.lock().unwrap()
-    }
-
-    pub fn then(&self, faults: impl IntoIterator<Item = Fault>) {
-        self.given().script.extend(faults);
-    }
-
-    /// What was asked for since this was asked last.
-    pub fn requests(&self) -> Vec<String> {
-        std::mem::take(&mut self.given().requests)
+        })
+        .await
     }
 
     /// Forgets every token that it has issued.

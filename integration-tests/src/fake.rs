@@ -1,7 +1,7 @@
-//! What the fakes of the clouds' KMSs have in common: real keys, and the ways in which a service fails.
+//! What the fakes of the clouds' KMSs have in common: a server, real keys, and the ways in which a service fails.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, LazyLock};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 
 use aws_lc_rs::digest::{Digest as Hashed, SHA256};
 use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
@@ -11,6 +11,7 @@ use aws_lc_rs::signature::{
     EcdsaKeyPair, EcdsaSigningAlgorithm, KeyPair as _, ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_SHA256,
     RSA_PSS_2048_8192_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair, VerificationAlgorithm,
 };
+use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::http::response::Builder;
 use axum::response::Response;
@@ -18,6 +19,51 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use futures::{StreamExt as _, stream};
 use jiff::{Timestamp, tz::TimeZone};
 use reqwest::Url;
+use tokio::net::TcpListener;
+
+/// A cloud on this machine, and what a test may look at and change of it.
+pub struct Fake<G> {
+    pub address: String,
+    given: Arc<Mutex<G>>,
+}
+
+/// What a test wants of each fake.
+pub trait Scripted {
+    /// What becomes of the next requests, and what was asked for since this was asked last.
+    fn script(&mut self) -> (&mut VecDeque<Fault>, &mut Vec<String>);
+}
+
+impl<G> Clone for Fake<G> {
+    fn clone(&self) -> Self {
+        Self { address: self.address.clone(), given: Arc::clone(&self.given) }
+    }
+}
+
+impl<G: Scripted + Send + 'static> Fake<G> {
+    /// Serves `app`; what is `given` may have the address in it.
+    pub(crate) async fn serving(app: Router<Arc<Mutex<G>>>, given: impl FnOnce(&str) -> G) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let given = Arc::new(Mutex::new(given(&address)));
+        let app = app.with_state(Arc::clone(&given));
+        #[expect(clippy::disallowed_methods, reason = "it ends with the test's own runtime")]
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        Self { address, given }
+    }
+
+    pub fn given(&self) -> MutexGuard<'_, G> {
+        self.given.lock().unwrap()
+    }
+
+    pub fn then(&self, faults: impl IntoIterator<Item = Fault>) {
+        self.given().script().0.extend(faults);
+    }
+
+    /// What was asked for since this was asked last.
+    pub fn requests(&self) -> Vec<String> {
+        std::mem::take(self.given().script().1)
+    }
+}
 
 /// Where a fake's time comes from.
 pub type Now = Arc<dyn Fn() -> Timestamp + Send + Sync>;

@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
-    sync::{Arc, LazyLock, Mutex, MutexGuard},
+    sync::{Arc, LazyLock, Mutex},
 };
 
 use aws_lc_rs::{
@@ -22,10 +22,9 @@ use axum::{
 use base64::{Engine, prelude::BASE64_STANDARD, prelude::BASE64_URL_SAFE_NO_PAD};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
 pub use crate::fake::Fault;
-use crate::fake::{Now, Padding, Pair, decoded, http_date, other_pair, pair, pem};
+use crate::fake::{self, Now, Padding, Pair, decoded, http_date, other_pair, pair, pem};
 
 /// The service account, and the id of its key.
 pub const EMAIL: &str = "countersign@p-1.iam.gserviceaccount.com";
@@ -39,11 +38,7 @@ pub const USER: [&str; 3] = ["client-1", "clientSecret1", "1//refreshToken1"];
 const KMS_SCOPE: &str = "https://www.googleapis.com/auth/cloudkms";
 const CLOUD_SCOPE: &str = "https://www.googleapis.com/auth/cloud-platform";
 
-#[derive(Clone)]
-pub struct Fake {
-    pub address: String,
-    state: Arc<Mutex<Given>>,
-}
+pub type Fake = fake::Fake<Given>;
 
 /// What a test may look at and change.
 pub struct Given {
@@ -75,14 +70,18 @@ struct Token {
 
 static SIGNER: LazyLock<RsaKeyPair> = LazyLock::new(|| RsaKeyPair::generate(KeySize::Rsa2048).expect("a key can be made"));
 
+impl fake::Scripted for Given {
+    fn script(&mut self) -> (&mut VecDeque<Fault>, &mut Vec<String>) {
+        (&mut self.script, &mut self.requests)
+    }
+}
+
 impl Fake {
     /// With the clock that it goes by.
     pub async fn start(clock: Now) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let state = Arc::new(Mutex::new(Given {
+        Self::serving(Router::new().fallback(serve), |address| Given {
             clock,
-            address: address.clone(),
+            address: address.to_owned(),
             ahead: SignedDuration::ZERO,
             lifetime: 3599,
             script: VecDeque::new(),
@@ -94,24 +93,8 @@ impl Fake {
             denied: None,
             serial: 0,
             tokens: HashMap::new(),
-        }));
-        let app = Router::new().fallback(serve).with_state(state.clone());
-        #[expect(clippy::disallowed_methods, reason = "it ends with the test's own runtime")]
-        tokio::spawn(async move { axum::serve(listener, app).await });
-        Self { address, state }
-    }
-
-    pub fn given(&self) -> MutexGuard<'_, Given> {
-        self.state.lock().unwrap()
-    }
-
-    pub fn then(&self, faults: impl IntoIterator<Item = Fault>) {
-        self.given().script.extend(faults);
-    }
-
-    /// What was asked for since this was asked last.
-    pub fn requests(&self) -> Vec<String> {
-        std::mem::take(&mut self.given().requests)
+        })
+        .await
     }
 
     /// Forgets every token that it has issued.
