@@ -2,7 +2,8 @@
 //!
 //! The broker knows what is ready in its queues and what waits; what it has delivered is known to whoever has it. So each
 //! replica tells the others every two seconds what it holds. What one process does is counted exactly as soon as it is done;
-//! what others hold is as old as their last report.
+//! what others hold is as old as their last report. Queues are counted one after the other, in the order that messages take, so
+//! that none is missed: one whose wait ends in between is counted twice.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
