@@ -127,6 +127,11 @@ impl Fault {
     }
 }
 
+/// The headers of a JSON request by who has this token.
+pub(crate) fn with_bearer(token: &str) -> Vec<(String, String)> {
+    vec![("authorization".to_owned(), format!("Bearer {token}")), ("content-type".to_owned(), "application/json".to_owned())]
+}
+
 /// As HTTP writes a time.
 pub fn http_date(time: Timestamp) -> String {
     time.to_zoned(TimeZone::UTC).strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()

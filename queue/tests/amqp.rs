@@ -180,13 +180,20 @@ async fn deleted_queue_is_declared_again() {
         let path = format!("/api/queues/{}/countersign.v1.events.3.{n}", vhost.name);
         vhost.broker.rabbitmq.manage("DELETE", &path, None).await.unwrap();
     }
-    // What is pushed before the broker has told us is lost with the queue.
+    // What is pushed before the broker has told us is lost with the queue, but not to the past.
+    let mut pushed = 0;
     eventually("a message is delivered", LIMIT, async || {
-        let _ = queue.push(vec![message("1", 1)]).await;
+        pushed += usize::from(queue.push(vec![message("1", 1)]).await.is_ok());
         Ok(timeout(Duration::from_millis(200), queue.pull()).await.ok())
     })
     .await
     .unwrap()
+    .unwrap();
+    eventually("the past has them all", LIMIT, async || {
+        let past = queue.history(Timestamp::UNIX_EPOCH, Timestamp::MAX, None, 1000).await?;
+        Ok((past.len() >= pushed && pushed > 0).then_some(()))
+    })
+    .await
     .unwrap();
 }
 

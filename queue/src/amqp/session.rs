@@ -256,7 +256,14 @@ impl Session {
                 }
                 None if sources.left.contains(&number) => {}
                 None => {
-                    let what = format!("the broker ended the consumer of {:?}", sources.all.get(number));
+                    let what = match sources.all.get(number) {
+                        Some(Source::Partition { route }) => format!(
+                            "the broker ended the consumer of partition {route}, as it does when somebody deletes its queue, which is \
+                             declared again: what was in it, and what was pushed meanwhile, is in the past alone, where \
+                             `countersign queue replay --since` finds it"
+                        ),
+                        other => format!("the broker ended the consumer of {other:?}"),
+                    };
                     self.fail(&Error::Unavailable { what, source: None });
                     end = Poll::Ready(());
                 }

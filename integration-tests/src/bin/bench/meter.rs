@@ -18,6 +18,14 @@ pub fn cpu(pid: u32) -> Result<f64> {
     Ok((ticks(11)? + ticks(12)?) / 100.0)
 }
 
+/// The same of a process and those that it has started.
+pub fn cpu_of_family(pid: u32) -> Result<f64> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    // One that has ended meanwhile is none any more.
+    let children = children.split_whitespace().filter_map(|child| cpu(child.parse().ok()?).ok());
+    Ok(cpu(pid)? + children.sum::<f64>())
+}
+
 /// MiB of a line of `/proc/PID/status`: `VmRSS`, or `VmHWM` for the most it ever was.
 pub fn memory(pid: u32, line: &str) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;

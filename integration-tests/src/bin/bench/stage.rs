@@ -163,7 +163,7 @@ impl Stage {
             );
             // A scrape costs both sides something: ask seldom while there is much left, and often towards the end.
             let left = float(wanted - ended) / float(ended - before).max(1.0) * begun.elapsed().as_secs_f64();
-            tokio::time::sleep(Duration::from_secs_f64((left * 0.4).clamp(0.001, 0.05))).await;
+            tokio::time::sleep(Duration::from_secs_f64((left * 0.4).clamp(0.005, 0.5))).await;
         }
     }
 
@@ -186,7 +186,8 @@ impl Stage {
         Ok(daemon::run(&arguments, &self.plan.environment).await?.expect_code(0)?.stdout)
     }
 
-    fn log_end(&self) -> String {
+    /// The last lines of its log.
+    pub fn log_end(&self) -> String {
         let logged = self.daemon.logged();
         let lines: Vec<&str> = logged.lines().collect();
         lines[lines.len().saturating_sub(20)..].join("\n")
