@@ -1,6 +1,7 @@
 //! What the contract does not ask of every queue: a broker that goes away, comes back, is full, says nothing, and replicas.
 
 mod amqp {
+    mod deleted;
     mod unanswered;
 }
 mod broker;
@@ -169,32 +170,6 @@ async fn queue_with_other_arguments_is_named_with_the_argument_and_the_cure() {
         "the queue countersign.v1.dead is on the broker already with another `x-delivery-limit`: move its messages away and \
          delete it, or give this queue another prefix"
     );
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn deleted_queue_is_declared_again() {
-    let vhost = Broker::shared().await.vhost().await;
-    let queue = Amqp::open(vhost.options("replica"), &TaskTracker::new()).await.unwrap();
-    queue.probe().await.unwrap();
-    for n in 0..3 {
-        let path = format!("/api/queues/{}/countersign.v1.events.3.{n}", vhost.name);
-        vhost.broker.rabbitmq.manage("DELETE", &path, None).await.unwrap();
-    }
-    // What is pushed before the broker has told us is lost with the queue, but not to the past.
-    let mut pushed = 0;
-    eventually("a message is delivered", LIMIT, async || {
-        pushed += usize::from(queue.push(vec![message("1", 1)]).await.is_ok());
-        Ok(timeout(Duration::from_millis(200), queue.pull()).await.ok())
-    })
-    .await
-    .unwrap()
-    .unwrap();
-    eventually("the past has them all", LIMIT, async || {
-        let past = queue.history(Timestamp::UNIX_EPOCH, Timestamp::MAX, None, 1000).await?;
-        Ok((past.len() >= pushed && pushed > 0).then_some(()))
-    })
-    .await
-    .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
