@@ -137,6 +137,24 @@ async fn a_tag_that_is_read_while_it_is_written_is_read_all_the_same() {
     tasks.join_all().await;
 }
 
+/// Notation deletes the index that it has replaced: who reads the tag in between is told of a manifest that is not there.
+#[tokio::test]
+async fn a_tag_whose_manifest_is_being_deleted_is_asked_for_again_before_it_counts_as_none() {
+    let server = Server::start(&Auth::None);
+    let registry = client(&server, None);
+    let app = repository("app");
+    let digest = push(&registry, &app, "moved", b"layer").await.unwrap();
+    let absent = || server.requests().iter().filter(|line| line.contains("\" 404 ")).count();
+    assert_eq!(registry.manifest(&app, &tag("never").into()).await.unwrap(), None);
+    assert_eq!(absent(), 1);
+    server.delete_revision(app.as_str(), &digest);
+    assert_eq!(registry.manifest(&app, &tag("moved").into()).await.unwrap(), None);
+    assert!(absent() > 2, "{:#?}", server.requests());
+    let now = push(&registry, &app, "moved", b"another layer").await.unwrap();
+    let read = registry.manifest(&app, &tag("moved").into()).await.unwrap();
+    assert_eq!(read.map(|manifest| manifest.digest().clone()), Some(now));
+}
+
 #[tokio::test]
 async fn a_manifest_whose_blobs_are_missing_asks_for_them_again() {
     let server = Server::start(&Auth::None);
