@@ -5,7 +5,7 @@
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`fleet`] is several replicas of it on one broker and one database, and [`namespace`] a network between them that can be cut.
 //! - [`verifier`] asks the judges, stock cosign, stock notation and stock skopeo; [`signature`] reads what is stored, and counts; [`formats`] is
-//!   about all formats, in registries with and without the referrers API.
+//!   about all formats, in registries with and without the referrers API; [`oras`] lists what is attached to an image, and attaches more.
 //! - [`webhook`] is `countersign admission`, called as a cluster calls it; [`kubernetes`] is a cluster that does, with kubectl.
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
 //! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers; [`alibaba`], [`azure`] and [`google`] are fakes of those clouds'
@@ -31,6 +31,7 @@ pub mod kubernetes;
 pub mod ministack;
 pub mod namespace;
 pub mod openbao;
+pub mod oras;
 pub mod postgres;
 pub mod process;
 pub mod proxy;

@@ -2,17 +2,13 @@
 //! referrers itself and in one that does not.
 
 use std::fs;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use integration_tests::daemon;
-use integration_tests::formats::{Referrers, found, listed, ours, wait_for};
+use integration_tests::formats::{Referrers, found, judge, listed, ours, wait_for};
 use integration_tests::house::{House, Keys, Plan};
 use integration_tests::image::Image;
-use integration_tests::registry::Options;
 use integration_tests::verifier::{Cosign, Notation, Ruling};
-
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// A rule; RSA keys sign by the first of these algorithms that these formats take.
 fn rule(name: &str, scope: &str, keys: Keys, formats: &[&str]) -> String {
@@ -31,13 +27,6 @@ fn plan(kind: Referrers, keys: Keys) -> Plan {
         + &rule("jws", "team/jws", keys, &["notation"])
         + &rule("cose", "team/cose", keys, &["notation-cose"]);
     Plan { keys, registry: kind.registry(), rules: Some(rules), ..Plan::default() }
-}
-
-/// Stock notation with what `countersign witness certificate` says that its user needs.
-async fn judge(house: &House, repository: &str) -> Result<Notation> {
-    let answer = house.run(&["witness", "certificate", "release", "--output", "json"]).await?.expect_code(0)?.json()?;
-    let text = |member: &str| answer[member].as_str().with_context(|| format!("no {member} in {answer}"));
-    Notation::trusting(text("certificate")?, text("trusted_identity")?, &format!("{}/{repository}", house.registry.host()))
 }
 
 fn accepts(ruling: &Ruling, context: &str) {
@@ -151,24 +140,4 @@ async fn signatures_of_notations_stand_beside_ours_with_the_fallback_tag() -> Re
 #[tokio::test]
 async fn signatures_of_notations_stand_beside_ours_with_the_referrers_api() -> Result<()> {
     signatures_of_notations_stand_beside_ours(Referrers::Api).await
-}
-
-#[tokio::test]
-async fn a_notation_signature_costs_as_many_requests_as_the_readme_says() -> Result<()> {
-    let registry = Options { count_requests: true, ..Options::default() };
-    let rules = Some(rule("jws", "team", Keys::P256, &["notation"]));
-    let house = House::start(Plan { registry, rules, ..Plan::default() }).await?;
-    let count = || anyhow::Ok(house.registry.count_requests("countersign/")?.values().sum::<usize>());
-    let mut before = count()?;
-    // What a repository needs once (the config), and the registry (whether it has the API), comes with the first.
-    for (name, tag, expected) in [("first", "1", 8 + 2 + 1), ("second", "2", 8), ("second", "2", 4)] {
-        let image = Image::oci(name)?;
-        house.push(&image, "team/app", &[tag]).await?;
-        house.registry.wait_delivered(LIMIT).await?;
-        house.wait_settled(1, LIMIT).await?;
-        let now = count()?;
-        assert_eq!(now - before, expected, "{name}: {:?}", house.registry.requests()?);
-        before = now;
-    }
-    Ok(())
 }
