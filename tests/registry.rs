@@ -1,8 +1,6 @@
 //! The registry client against the real thing: Debian's `docker-registry`, without authentication, with a password file, and
 //! with a token service of the test's own.
 
-#[path = "registry/issuer.rs"]
-mod issuer;
 #[path = "registry/server.rs"]
 mod server;
 
@@ -14,9 +12,9 @@ use countersign::{
     outcome::{Classify, Verdict},
     registry::{Address, Credentials, Error, Registry, Settings, Timeouts},
 };
+use integration_tests::issuer::Issuer;
 use tokio::task::JoinSet;
 
-use issuer::Issuer;
 use server::{Auth, Server};
 
 const CONFIG: &[u8] = b"{}";
@@ -226,8 +224,8 @@ async fn a_password_is_asked_for_once_and_then_sent_without_being_asked() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_are_asked_for_once_per_repository_and_right() {
-    let issuer = Issuer::start().await;
-    let server = Server::start(&issuer.auth());
+    let issuer = Issuer::start(server::PASSWORD).await.unwrap();
+    let server = Server::start(&Auth::of(&issuer));
     let registry = client(&server, Some(("ann", server::PASSWORD)));
     registry.ping().await.unwrap();
     let app = repository("team/app");
@@ -251,9 +249,9 @@ async fn tokens_are_asked_for_once_per_repository_and_right() {
 
 #[tokio::test]
 async fn an_account_without_the_right_to_push_is_told_so_and_by_name() {
-    let issuer = Issuer::start().await;
-    let server = Server::start(&issuer.auth());
-    let reader = client(&server, Some(("reader", server::PASSWORD)));
+    let issuer = Issuer::start(server::PASSWORD).await.unwrap();
+    let server = Server::start(&Auth::of(&issuer));
+    let reader = client(&server, Some((Issuer::READER, server::PASSWORD)));
     let app = repository("team/app");
     push(&client(&server, Some(("ann", server::PASSWORD))), &app, "1", b"layer").await.unwrap();
     reader.manifest(&app, &tag("1").into()).await.unwrap().unwrap();
@@ -272,9 +270,9 @@ async fn an_account_without_the_right_to_push_is_told_so_and_by_name() {
 
 #[tokio::test]
 async fn a_token_is_renewed_before_it_expires() {
-    let issuer = Issuer::start().await;
+    let issuer = Issuer::start(server::PASSWORD).await.unwrap();
     issuer.expire_after(1);
-    let server = Server::start(&issuer.auth());
+    let server = Server::start(&Auth::of(&issuer));
     let registry = client(&server, Some(("ann", server::PASSWORD)));
     let app = repository("app");
     let began = std::time::Instant::now();

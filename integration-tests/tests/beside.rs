@@ -46,7 +46,7 @@ impl<'a> Scene<'a> {
     async fn set(house: &'a House, kind: Referrers, key: &'a KeyPair, oras: &'a Oras, name: &str) -> Result<Self> {
         let (image, repository) = (Image::oci(name)?, format!("team/{name}"));
         let full = format!("{}/{repository}", house.registry.host());
-        let (notation, judge) = (Notation::signing(&full).await?, judge(house, &repository).await?);
+        let (notation, judge) = (Notation::signing(&full).await?, judge(house).await?);
         house.push(&image, &repository, &[]).await?;
         let pinned = house.reference(&repository, &image.manifest.digest);
         Ok(Self { house, kind, key, oras, notation, judge, image, repository, pinned })

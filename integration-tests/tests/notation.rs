@@ -41,7 +41,7 @@ async fn every_judge_accepts(kind: Referrers, keys: Keys) -> Result<()> {
         kind.push(&house, &image, repository, "1.0").await?;
         let (tagged, pinned) = (house.reference(repository, "1.0"), house.reference(repository, &image.manifest.digest));
         wait_for(&house, &tagged, &["bundle", "cosign", format]).await?;
-        let (notation, key) = (judge(&house, repository).await?, house.public_key_path());
+        let (notation, key) = (judge(&house).await?, house.public_key_path());
         for reference in [&tagged, &pinned] {
             accepts(&notation.verify(reference).await?, &context);
             for cosign in [Cosign::V2, Cosign::V3] {
@@ -118,7 +118,7 @@ async fn signatures_of_notations_stand_beside_ours(kind: Referrers) -> Result<()
         kind.push(&house, &image, &repository, "2.0").await?;
         wait_for(&house, &house.reference(&repository, "2.0"), &["bundle", "cosign", "notation"]).await?;
         let context = format!("{kind:?}, notation {name}");
-        let judge = judge(&house, &repository).await?;
+        let judge = judge(&house).await?;
         for notation in [&judge, &theirs] {
             accepts(&notation.verify(&pinned).await?, &context);
             let list = notation.list(&pinned).await?;

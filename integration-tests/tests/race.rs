@@ -115,7 +115,7 @@ async fn countersign_in_all_formats_beside_cosign_and_notation_loses_nothing_tha
         wait_for(&house, &house.reference(&repository, "1"), &FORMATS).await?;
         let cosign = Cosign::V3.verify(&house.public_key_path(), &reference).await?;
         assert!(cosign.accepted, "round {round}: {}", cosign.words);
-        let notation = judge(&house, &repository).await?.verify(&reference).await?;
+        let notation = judge(&house).await?.verify(&reference).await?;
         assert!(notation.accepted, "round {round}: {}", notation.words);
         let signatures = tag_of(digest);
         for (tag, list) in [(signatures.as_str(), "layers"), (signatures.trim_end_matches(".sig"), "manifests")] {

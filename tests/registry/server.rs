@@ -9,6 +9,7 @@ use std::{
 };
 
 use countersign::oci::{Digest, RegistryName};
+use integration_tests::issuer::Issuer;
 use tempfile::TempDir;
 
 pub const PASSWORD: &str = "correct horse";
@@ -19,6 +20,12 @@ pub enum Auth {
     None,
     Password,
     Token { realm: String, certificate: PathBuf },
+}
+
+impl Auth {
+    pub fn of(issuer: &Issuer) -> Self {
+        Self::Token { realm: issuer.realm(), certificate: issuer.certificate() }
+    }
 }
 
 pub struct Server {
