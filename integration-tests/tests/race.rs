@@ -1,6 +1,7 @@
 //! Many signers at one digest. Registries have no conditional write, so cosign may lose what others wrote in between; countersign
 //! never loses what it found or wrote itself.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -101,18 +102,30 @@ async fn countersign_in_all_formats_beside_cosign_and_notation_loses_nothing_tha
         let notations = try_join_all((0..2).map(|_| Notation::signing(&full))).await?;
         let cosigns = try_join_all(keys.iter().map(|key| Cosign::sign_bundle(key, &reference)));
         let notations = try_join_all(notations.iter().map(|notation| notation.sign(&reference, true)));
-        // They need most of their time to start and to open their keys.
-        let ours = async {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            house.push(&image, &repository, &["1", "2"]).await
+        // They need most of their time to start and to open their keys: ours goes on until they have written.
+        let done = AtomicBool::new(false);
+        let theirs = async {
+            tokio::try_join!(cosigns, notations)?;
+            done.store(true, Ordering::SeqCst);
+            Ok(())
         };
-        tokio::try_join!(cosigns, notations, ours)?;
+        let ours = async {
+            for tag in 0.. {
+                house.push(&image, &repository, &[&tag.to_string()]).await?;
+                if done.load(Ordering::SeqCst) {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::try_join!(theirs, ours)?;
         house.registry.wait_delivered(LIMIT).await?;
         house.wait_settled(1, LIMIT).await?;
 
         // They may have written over ours after we were done: the same push again puts that right.
-        house.push(&image, &repository, &["1"]).await?;
-        wait_for(&house, &house.reference(&repository, "1"), &FORMATS).await?;
+        house.push(&image, &repository, &["0"]).await?;
+        wait_for(&house, &house.reference(&repository, "0"), &FORMATS).await?;
         let cosign = Cosign::V3.verify(&house.public_key_path(), &reference).await?;
         assert!(cosign.accepted, "round {round}: {}", cosign.words);
         let notation = judge(&house).await?.verify(&reference).await?;
