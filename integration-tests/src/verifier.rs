@@ -89,7 +89,8 @@ impl KeyPair {
     /// A key that was made elsewhere, in PKCS#8 PEM.
     pub async fn import(key: &Path) -> Result<Self> {
         let folder = scratch()?;
-        let mut command = Cosign::V2.command(folder.path(), "import-key-pair")?;
+        // Debian's cosign 2 refuses every key here.
+        let mut command = Cosign::V3.command(folder.path(), "import-key-pair")?;
         must(command.current_dir(folder.path()).args(["--output-key-prefix", "cosign", "--key"]).arg(key)).await?;
         Ok(Self { folder })
     }
