@@ -2,12 +2,14 @@
 //! referrers itself and in one that does not.
 
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use integration_tests::daemon;
 use integration_tests::formats::{Referrers, found, judge, listed, ours, wait_for};
 use integration_tests::house::{House, Keys, Plan};
 use integration_tests::image::Image;
+use integration_tests::process::eventually;
 use integration_tests::verifier::{Cosign, Notation, Ruling};
 
 /// A rule; RSA keys sign by the first of these algorithms that these formats take.
@@ -140,4 +142,30 @@ async fn signatures_of_notations_stand_beside_ours_with_the_fallback_tag() -> Re
 #[tokio::test]
 async fn signatures_of_notations_stand_beside_ours_with_the_referrers_api() -> Result<()> {
     signatures_of_notations_stand_beside_ours(Referrers::Api).await
+}
+
+#[tokio::test]
+async fn a_signature_counts_for_as_long_as_its_rule_says_and_is_made_again_after_that() -> Result<()> {
+    let rules = rule("ending", "team", Keys::P256, &["notation", "notation-cose"]) + "expiry = \"15s\"\n";
+    // Another rule that wants the same for longer.
+    let rules = rules + "\n" + &rule("lasting", "team", Keys::P256, &["notation"]) + "expiry = \"90d\"\n";
+    let house = House::start(Plan { rules: Some(rules), ..Plan::default() }).await?;
+    let (image, repository) = (Image::oci("ending")?, "team/ending");
+    let (tagged, notation) = (house.reference(repository, "1.0"), judge(&house).await?);
+    let both = [ours("notation"), ours("notation-cose")];
+    for _ in 0..2 {
+        house.push(&image, repository, &["1.0"]).await?;
+        wait_for(&house, &tagged, &["notation", "notation-cose"]).await?;
+        accepts(&notation.verify(&tagged).await?, "before they end");
+        eventually("they end", Duration::from_secs(60), async || {
+            let found = found(&house, &tagged).await?;
+            Ok((!both.iter().any(|one| found.contains(one))).then_some(()))
+        })
+        .await?;
+        let answer = house.run(&["verify", &tagged, "--output", "json"]).await?.expect_code(1)?.stdout;
+        assert!(answer.contains("signature_expired"), "{answer}");
+        let ruling = notation.verify(&tagged).await?;
+        assert!(!ruling.accepted && ruling.words.contains("expired"), "{}", ruling.words);
+    }
+    Ok(())
 }
