@@ -133,6 +133,18 @@ impl Desk {
         self.exchanges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What the registry answers.
+    async fn ask(&self, exchange: &Exchange, url: &str, headers: HeaderMap) -> Result<Response> {
+        let request = self.http.request(exchange.method.clone(), url).headers(headers).body(exchange.sent.clone());
+        let answer = request.send().await?;
+        let (status, headers) = (answer.status(), answer.headers().clone());
+        let mut response = Response::new(Body::from(answer.bytes().await?));
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        response.headers_mut().remove(TRANSFER_ENCODING);
+        Ok(response)
+    }
+
     /// What a registry of another kind would answer.
     async fn refusal(&self, exchange: &Exchange, url: &str, headers: &HeaderMap) -> Result<Option<Response>> {
         let Some((_, tag)) = exchange.path.split_once("/manifests/").filter(|_| exchange.method == Method::PUT) else {
@@ -192,20 +204,17 @@ async fn forward(desk: &Desk, request: Request) -> Result<Response> {
     headers.remove(TRANSFER_ENCODING);
     headers.remove(CONTENT_LENGTH);
     let url = format!("http://{}{}", desk.target, head.uri);
-    let mut exchange =
-        Exchange { method: head.method, path: head.uri.to_string(), sent, status: StatusCode::OK, received: Bytes::new(), at: Instant::now() };
+    let mut exchange = Exchange {
+        method: head.method,
+        path: head.uri.to_string(),
+        sent,
+        status: StatusCode::OK,
+        received: Bytes::new(),
+        at: Instant::now(),
+    };
     let mut response = match desk.refusal(&exchange, &url, &headers).await? {
         Some(response) => response,
-        None => {
-            let request = desk.http.request(exchange.method.clone(), url).headers(headers).body(exchange.sent.clone());
-            let answer = request.send().await?;
-            let (status, headers) = (answer.status(), answer.headers().clone());
-            let mut response = Response::new(Body::from(answer.bytes().await?));
-            *response.status_mut() = status;
-            *response.headers_mut() = headers;
-            response.headers_mut().remove(TRANSFER_ENCODING);
-            response
-        }
+        None => desk.ask(&exchange, &url, headers).await?,
     };
     let received = to_bytes(std::mem::take(response.body_mut()), LONGEST).await?;
     *response.body_mut() = Body::from(received.clone());

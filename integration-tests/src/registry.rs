@@ -17,9 +17,9 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-pub use client::{Client, Login};
 use crate::issuer::Issuer;
 use crate::process::{Process, eventually, free_port, http_client, scratch, tool};
+pub use client::{Client, Login};
 
 /// Who is told of pushes, and how stubbornly.
 #[derive(Debug, Clone)]

@@ -160,7 +160,8 @@ async fn a_registry_that_throttles_is_given_the_time_it_asks_for_and_one_that_is
     assert_eq!((metrics.ended("signed"), metrics.ended("dead")), (1, 0), "{metrics:?}");
     let exchanges = recorder.exchanges();
     let mut waits = vec![];
-    for (index, refused) in exchanges.iter().enumerate().filter(|(_, exchange)| exchange.status == StatusCode::TOO_MANY_REQUESTS) {
+    for (index, refused) in exchanges.iter().enumerate().filter(|(_, exchange)| exchange.status == StatusCode::TOO_MANY_REQUESTS)
+    {
         let next = exchanges.get(index + 1).context("nothing after a refusal")?;
         waits.push(next.at - refused.at);
     }
@@ -197,8 +198,7 @@ async fn uploads_go_on_where_the_registry_is_reached_and_not_where_it_says_that_
     std::fs::write(&path, config.replacen("/state\"", "/other\"", 1))?;
     let path = path.to_str().context("no text")?;
     house.push(&image, "team/other", &["1.0"]).await?;
-    let refused =
-        integration_tests::daemon::run(&["sign", "other.example.com/team/other:1.0", "--config", path], &[]).await?;
+    let refused = integration_tests::daemon::run(&["sign", "other.example.com/team/other:1.0", "--config", path], &[]).await?;
     assert_ne!(refused.code, Some(0), "{refused:?}");
     let said = refused.stdout + &refused.stderr;
     assert!(said.contains("points to http://registry.example.com") && said.contains("set the registry's `url`"), "{said}");

@@ -353,7 +353,8 @@ fn check_formats(value: &Value<'_>, algorithm: Algorithm, formats: &[Format], al
 fn check_expiry(value: &Value<'_>, formats: &[Format]) {
     if !formats.iter().any(|format| format.envelope().is_some()) {
         let message = format!("signatures{} do not expire", named(formats));
-        let help = "take `expiry` out, or add \"notation\" or \"notation-cose\" to `formats`: those alone can say until when they count";
+        let help =
+            "take `expiry` out, or add \"notation\" or \"notation-cose\" to `formats`: those alone can say until when they count";
         value.report.error(value.span.clone(), message, help.to_owned());
     }
 }

@@ -115,7 +115,8 @@ pub fn plan(
                     continue;
                 }
                 // Of rules that want the same signature, the strictest says for how long.
-                let same = signing.iter().filter(|(other, signer)| signer.name() == witness.name() && other.formats.contains(format));
+                let same =
+                    signing.iter().filter(|(other, signer)| signer.name() == witness.name() && other.formats.contains(format));
                 let lifetime = same.filter_map(|(other, _)| other.expiry).min();
                 let prepared = match (format.envelope(), witness.certificates().first()) {
                     (Some(envelope), Some(chain)) => {

@@ -75,7 +75,8 @@ async fn not_there_is_believed_only_in_a_registrys_own_words() {
 async fn a_tag_whose_manifest_is_deleted_in_that_moment_is_not_taken_for_no_tag() {
     let gone = || {
         let detail = serde_json::json!({ "Name": "team/app", "Revision": Digest::of(b"before") });
-        let body = serde_json::json!({ "errors": [{ "code": "MANIFEST_UNKNOWN", "message": "manifest unknown", "detail": detail }] });
+        let body =
+            serde_json::json!({ "errors": [{ "code": "MANIFEST_UNKNOWN", "message": "manifest unknown", "detail": detail }] });
         respond(404, &[("content-type", "application/json")], body.to_string())
     };
     let fake = Fake::in_turn(vec![gone, gone, serve_image]).await;
@@ -196,7 +197,13 @@ async fn refused_writes_say_whether_to_come_again() {
         assert_eq!(error.verdict(), Verdict::TRANSIENT);
     }
     for answer in [
-        || refuse(403, "DENIED", "adding 1.0 KiB of storage resource, which when updated to … will exceed the configured upper limit"),
+        || {
+            refuse(
+                403,
+                "DENIED",
+                "adding 1.0 KiB of storage resource, which when updated to … will exceed the configured upper limit",
+            )
+        },
         || refuse(403, "DENIED", "quota\n\u{1b}[31m exceeded"),
         || refuse(400, "QUOTA_EXCEEDED", "Quota has been exceeded on namespace"),
     ] {

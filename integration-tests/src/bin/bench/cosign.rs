@@ -110,7 +110,9 @@ impl Bench {
     async fn start(at_once: usize) -> Result<Self> {
         let registry = Registry::start_with(Options { count_requests: true, ..Options::default() }).await?;
         let rules: String = ["cosign", "bundle", "notation"]
-            .map(|format| rule(format, &format!("bench/{format}"), Keys::P256).replace("[\"cosign\"]", &format!("[\"{format}\"]")))
+            .map(|format| {
+                rule(format, &format!("bench/{format}"), Keys::P256).replace("[\"cosign\"]", &format!("[\"{format}\"]"))
+            })
             .join("\n");
         let stage = Stage::start(Plan::new(registry.host(), at_once, rules)).await?;
         let key = stage.key();
