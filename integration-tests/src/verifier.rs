@@ -52,6 +52,14 @@ impl Cosign {
         must(command.arg(key.private()).arg(reference)).await
     }
 
+    /// `cosign tree`: what it finds attached to the image.
+    pub async fn tree(self, reference: &str) -> Result<Ruling> {
+        let home = scratch()?;
+        let mut command = self.command(home.path(), "tree")?;
+        command.args(["--allow-http-registry", reference]);
+        rule(command).await
+    }
+
     fn command(self, home: &Path, verb: &str) -> Result<Command> {
         let mut command = Command::new(tool(match self {
             Self::V2 => "bin/cosign2",
@@ -75,6 +83,15 @@ impl KeyPair {
         let folder = scratch()?;
         let mut command = Cosign::V2.command(folder.path(), "generate-key-pair")?;
         must(command.current_dir(folder.path())).await?;
+        Ok(Self { folder })
+    }
+
+    /// A key that was made elsewhere, in PKCS#8 PEM.
+    pub async fn import(key: &Path) -> Result<Self> {
+        let folder = scratch()?;
+        // Debian's cosign 2 refuses every key here.
+        let mut command = Cosign::V3.command(folder.path(), "import-key-pair")?;
+        must(command.current_dir(folder.path()).args(["--output-key-prefix", "cosign", "--key"]).arg(key)).await?;
         Ok(Self { folder })
     }
 
@@ -120,6 +137,22 @@ impl Skopeo {
     pub fn architecture(mut self, architecture: &str) -> Self {
         self.arguments.extend(["--override-os", "linux", "--override-arch", architecture].map(str::to_owned));
         self
+    }
+
+    /// `skopeo copy` that signs under the `.sig` tag: onto the image's own place, so that the signature is all that is new.
+    pub async fn sign(key: &KeyPair, reference: &str) -> Result<()> {
+        let host = reference.split('/').next().unwrap_or_default();
+        // Its policy is not asked, and where signatures go is.
+        let this = Self::requiring(&key.public(), host)?;
+        let folder = this.folder.path();
+        let passphrase = folder.join("passphrase");
+        fs::write(&passphrase, KeyPair::PASSWORD)?;
+        let mut command = Command::new(tool("bin/skopeo")?);
+        command.env("HOME", folder).env("TMPDIR", folder).arg("--insecure-policy");
+        command.arg("--registries.d").arg(folder.join("registries.d"));
+        command.args(["copy", "--src-tls-verify=false", "--dest-tls-verify=false", "--sign-by-sigstore-private-key"]);
+        command.arg(key.private()).arg("--sign-passphrase-file").arg(passphrase);
+        must(command.args([format!("docker://{reference}"), format!("docker://{reference}")])).await
     }
 
     pub async fn copy(&self, reference: &str) -> Result<Ruling> {
@@ -171,6 +204,17 @@ impl Notation {
         Ok(own)
     }
 
+    /// One that signs with a key that was made elsewhere (PKCS#8 PEM), for which there is this certificate.
+    pub fn with_key(key: &Path, certificate: &str) -> Result<Self> {
+        let own = Self::trusting(certificate, "*", "*")?;
+        let config = own.folder.path().join("notation");
+        let path = config.join("certificate.pem");
+        fs::write(&path, certificate)?;
+        let keys = json!({"default": "own", "keys": [{"name": "own", "keyPath": key, "certPath": path}]});
+        fs::write(config.join("signingkeys.json"), keys.to_string())?;
+        Ok(own)
+    }
+
     /// `notation sign`, as [`Self::signing`] made it. `by_tag` is its default: it keeps the fallback tag whatever the registry can.
     pub async fn sign(&self, reference: &str, by_tag: bool) -> Result<()> {
         let mut command = self.command("sign")?;
@@ -201,7 +245,7 @@ impl Notation {
     }
 }
 
-async fn must(command: &mut Command) -> Result<()> {
+pub(crate) async fn must(command: &mut Command) -> Result<()> {
     let ruling = run(command).await?;
     ensure!(ruling.accepted, "{:?} failed:\n{}", command.as_std(), ruling.words);
     Ok(())
@@ -215,7 +259,7 @@ async fn rule(mut command: Command) -> Result<Ruling> {
     Ok(ruling)
 }
 
-async fn run(command: &mut Command) -> Result<Ruling> {
+pub(crate) async fn run(command: &mut Command) -> Result<Ruling> {
     command.stdin(Stdio::null()).kill_on_drop(true);
     let limit = Duration::from_secs(60);
     let output = tokio::time::timeout(limit, command.output()).await;

@@ -4,7 +4,7 @@
 # or changes the machine's own cosign or skopeo. Run again at any time: what is there already is left alone.
 set -euo pipefail
 
-# Which version of each; cosign 3 and notation are whatever Debian unstable has.
+# Which version of each; cosign 3, notation and oras are whatever Debian unstable has.
 MINISTACK=1.5.33
 OPENBAO=2.7.2
 HADOLINT=2.15.1
@@ -163,6 +163,11 @@ cosign3() {
 notation() {
     unpack sid notation notation
     wrap notation '"$here/notation/usr/bin/notation"'
+}
+
+oras() {
+    unpack sid oras oras
+    wrap oras '"$here/oras/usr/bin/oras"'
 }
 
 skopeo() {
@@ -328,6 +333,7 @@ version_of() {
         cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         notation) "$tools/bin/notation" version | grep -i ^version && cat "$tools/notation/VERSION" ;;
+        oras) "$tools/bin/oras" version | grep -i ^version && cat "$tools/oras/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
         postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
@@ -343,7 +349,7 @@ version_of() {
 }
 
 # What `make test` and `make check` need, and what other targets ask for by name.
-usual=(docker-registry ferro-oci-server cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint helm cargo-deny)
+usual=(docker-registry ferro-oci-server cosign2 cosign3 notation oras skopeo ministack openbao softhsm postgresql rabbitmq hadolint helm cargo-deny)
 others=(containers kubernetes namespaces rabbitmq4 cargo-fuzz)
 wanted=("${@:-${usual[@]}}")
 
