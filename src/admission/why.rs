@@ -1,6 +1,6 @@
 //! Why an image does not meet a policy, in words, with the cure.
 
-use std::{error::Error, fmt, time::Duration};
+use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 
@@ -33,6 +33,8 @@ pub enum Why {
     Ageless,
     /// The time for the review was over first.
     Late(Duration),
+    /// The policy cannot be used, whatever the image is.
+    Refused(Arc<str>),
 }
 
 /// What there is instead of the witness's signature.
@@ -73,6 +75,7 @@ impl Why {
             },
             Self::Old { .. } | Self::Ageless => "age",
             Self::Late(_) => "late",
+            Self::Refused(_) => "policy_refused",
         }
     }
 
@@ -89,7 +92,8 @@ impl Why {
             | Self::NotPinned { .. }
             | Self::Old { .. }
             | Self::Ageless
-            | Self::Late(_) => false,
+            | Self::Late(_)
+            | Self::Refused(_) => false,
         }
     }
 
@@ -141,6 +145,7 @@ impl fmt::Display for Why {
                 "its registry did not answer within the {:.1} s that the cluster waits; try again",
                 deadline.as_secs_f64()
             ),
+            Self::Refused(reason) => write!(f, "nothing is admitted as long as this policy cannot be used: {reason}"),
         }
     }
 }

@@ -41,12 +41,7 @@ pub(crate) static TABLE: Table = Table {
             "false",
             "Whether a [[registry]] without a login of its own is asked with the imagePullSecrets of the pod and of its service account.",
         ),
-        Key::defaulted(
-            "events",
-            Kind::Flag,
-            "true",
-            "Whether an Event tells of an object that was admitted in an emergency.",
-        ),
+        Key::defaulted("events", Kind::Flag, "true", "Whether an Event tells of an object that was admitted in an emergency."),
     ],
 };
 
