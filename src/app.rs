@@ -2,6 +2,7 @@
 
 mod admission;
 mod daemon;
+mod serving;
 mod witnesses;
 
 use std::{collections::HashMap, fs, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc};

@@ -5,21 +5,18 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, sync::Arc, ti
 use anyhow::{Context as _, anyhow};
 use axum::{Router, routing::get};
 use http::header::CONTENT_TYPE;
-use secrecy::ExposeSecret as _;
-use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use super::{
-    daemon::{attach_refused, fixed, in_time, limits, open_tls},
+    daemon::{attach_refused, fixed, in_time, limits},
     known, registry_settings,
+    serving::Serving,
 };
 use crate::{
-    admission::{
-        self, Authority, Counters, Daemon, DockerConfig, Examiner, ExaminerSettings, GroupKind, Judge, Kinds, RENEWAL, Webhook,
-    },
+    admission::{self, Authority, Counters, Daemon, DockerConfig, Examiner, ExaminerSettings, GroupKind, Judge, Kinds, Webhook},
     clock::Clock,
     config::{self, Certificate, Config},
-    http::{Readiness, Server, Tls},
+    http::{Readiness, Server},
     lifecycle::Lifecycle,
     policy::{Patterns, Policies},
     registry::{Credentials, Registry, Timeouts},
@@ -28,8 +25,6 @@ use crate::{
     witness,
 };
 
-/// How often files with a certificate are looked at.
-const LOOK: Duration = Duration::from_secs(10);
 const REMEMBERED: &[(&str, &str)] = &[
     ("admission_cache_hits", "Questions about images that were answered from memory"),
     ("admission_cache_misses", "Questions about images that a registry was asked"),
@@ -117,7 +112,7 @@ pub async fn serve(path: PathBuf, config: Config, log: LogHandle) -> anyhow::Res
     let router = admission::router(webhook.clone()).merge(Arc::new(Readiness::new()).router()).merge(metrics_route(&metrics));
     let grace = config.server.grace;
     lifecycle.spawn("http", in_time(lifecycle.drain(), grace, server.serve(router, lifecycle.drain(), lifecycle.abort())));
-    lifecycle.spawn("certificate", serving.renew(tls, lifecycle.drain()));
+    lifecycle.spawn("certificate", serving.renew(tls, lifecycle.reload(), lifecycle.drain()));
     let mut reloader = Reloader { path, config, clock, webhook, metrics, log };
     let (drain, mut asked) = (lifecycle.drain(), lifecycle.reload());
     lifecycle.spawn("reload", async move {
@@ -155,63 +150,6 @@ fn attach_counters(metrics: &Metrics, webhook: &Arc<Webhook>) {
 fn metrics_route(metrics: &Metrics) -> Router {
     let metrics = metrics.clone();
     Router::new().route("/metrics", get(move || async move { ([(CONTENT_TYPE, METRICS_TYPE)], metrics.render(None)) }))
-}
-
-/// Where the certificate comes from.
-enum Serving {
-    Files(config::Tls),
-    Own { authority: Box<Authority>, names: Vec<String>, clock: Clock },
-}
-
-impl Serving {
-    fn open(certificate: &Certificate, clock: &Clock) -> anyhow::Result<Self> {
-        Ok(match certificate {
-            Certificate::Files(tls) => Self::Files(tls.clone()),
-            Certificate::Own { folder, names } => Self::Own {
-                authority: Box::new(Authority::open(folder, clock.now())?),
-                names: names.clone(),
-                clock: clock.clone(),
-            },
-        })
-    }
-
-    fn issue(&self) -> anyhow::Result<Tls> {
-        match self {
-            Self::Files(files) => open_tls(files),
-            Self::Own { authority, names, clock } => Ok(authority.issue(names, clock.now())?),
-        }
-    }
-
-    /// Replaces the certificate as long as the process runs: a new one of our own every day, one in files when they change.
-    async fn renew(self, tls: Tls, drain: CancellationToken) {
-        let mut seen = self.content();
-        let pause = match self {
-            Self::Files(_) => LOOK,
-            Self::Own { .. } => RENEWAL,
-        };
-        while drain.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
-            let content = self.content();
-            if content == seen && matches!(self, Self::Files(_)) {
-                continue;
-            }
-            match self.issue() {
-                Ok(renewed) => {
-                    tls.replace(&renewed);
-                    seen = content;
-                    info!("the certificate was renewed");
-                }
-                // Half written, perhaps: it is looked at again.
-                Err(error) => error!(error = format!("{error:#}"), "the certificate cannot be renewed: it stays as it was"),
-            }
-        }
-    }
-
-    /// What would be served, to be compared.
-    fn content(&self) -> Option<(Vec<u8>, String)> {
-        let Self::Files(files) = self else { return None };
-        let certificate = std::fs::read(&files.certificate).ok()?;
-        Some((certificate, files.key.again().ok()?.expose_secret().to_owned()))
-    }
 }
 
 /// Puts a changed configuration into force as a whole, or not at all.
