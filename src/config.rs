@@ -6,6 +6,7 @@
 
 mod admission;
 mod door;
+mod kubernetes;
 mod ledger;
 mod log;
 mod names;
@@ -38,6 +39,7 @@ use crate::policy::Policy;
 pub use self::{
     admission::{Admission, Breakglass, Cache, Certificate, CustomKind},
     door::Door,
+    kubernetes::Kubernetes,
     ledger::Ledger,
     log::{Log, LogFormat},
     problem::{Place, Problem, Problems, Severity, in_full},

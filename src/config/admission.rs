@@ -4,6 +4,7 @@ use reqwest::Url;
 
 use super::{
     Tls,
+    kubernetes::{self, Kubernetes},
     names::PLAIN,
     policy::{self, PATTERN},
     reader::{Section, optional},
@@ -32,6 +33,8 @@ pub struct Admission {
     pub daemon: Option<Url>,
     /// A file as docker and the kubelet keep logins in.
     pub docker_config: Option<PathBuf>,
+    /// None: the cluster's API is asked for nothing.
+    pub kubernetes: Option<Kubernetes>,
 }
 
 /// What the webhook proves its name with.
@@ -137,6 +140,12 @@ pub(crate) static TABLE: Table = Table {
             "\"/root/.docker/config.json\"",
             "A file with logins as docker and nodes keep them, for each [[registry]] that has none of its own.",
         ),
+        Key::optional(
+            "kubernetes",
+            Kind::Table(&kubernetes::TABLE),
+            "{ resources = true }",
+            "What the API of the cluster is asked for. If absent, it is asked for nothing, and needs grant nothing.",
+        ),
     ],
 };
 
@@ -231,6 +240,7 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Admission> {
     let kinds = section.value("kinds").and_then(|value| value.each_table(custom_kind));
     let daemon = section.value("daemon").map(|value| value.parse(daemon));
     let docker_config = section.value("docker_config").map(|value| value.readable_file());
+    let kubernetes = section.value("kubernetes").map(|value| value.table().as_ref().and_then(kubernetes::read));
     Some(Admission {
         listen: listen?,
         certificate: certificate?,
@@ -242,6 +252,7 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Admission> {
         kinds: kinds?,
         daemon: optional(daemon)?,
         docker_config: optional(docker_config)?,
+        kubernetes: optional(kubernetes)?,
     })
 }
 
