@@ -21,6 +21,7 @@ mod judge;
 pub mod manifest;
 mod review;
 mod route;
+mod running;
 mod why;
 mod workload;
 
@@ -40,6 +41,7 @@ pub use self::{
     judge::{Judge, MOST_IMAGES, Terms, Verdict},
     review::{GroupKind, Request, Response},
     route::{Webhook, router},
+    running::{Error as RunningError, Finding, Findings, Looks, Pod, Running},
     why::{Fault, Why},
     workload::{Image, Kinds, Workload},
 };
@@ -131,7 +133,7 @@ impl Judge {
         if is_emergency {
             return self.emergency(request, &workload, &images);
         }
-        let terms = Terms { pins: endpoint == Endpoint::Mutate, deadline, patience };
+        let terms = Terms { pins: endpoint == Endpoint::Mutate, fresh: false, deadline, patience };
         let Some(verdicts) = self.images(images.iter().map(|image| image.text.as_str()), &policies, terms).await else {
             return denied(format!(
                 "the object has more than {MOST_IMAGES} different images, which is more than is ever looked at"

@@ -2,6 +2,7 @@
 
 mod admission;
 mod daemon;
+mod recheck;
 mod serving;
 mod witnesses;
 
@@ -33,6 +34,7 @@ use crate::{
 
 pub use admission::{ca_bundle, judge, serve as serve_admission};
 pub use daemon::serve;
+pub use recheck::look_at_what_runs;
 pub use witnesses::{
     Unopened, Unready, certificates, check_certificate, known, known_by, probe, public_key, remote_witness, with_certificates,
 };

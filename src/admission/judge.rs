@@ -78,6 +78,8 @@ impl Verdict {
 pub struct Terms {
     /// Whether what is used by a tag can be pinned to the digest that verified.
     pub pins: bool,
+    /// Whether registries are asked for what is remembered, too.
+    pub fresh: bool,
     /// When an answer must be there, and how long that is from the beginning.
     pub deadline: Instant,
     pub patience: Duration,
@@ -117,7 +119,7 @@ impl Judge {
         if demands.is_empty() {
             return verdict(vec![], None, 0);
         }
-        let judged = timeout_at(terms.deadline, self.reference(&reference, &demands, terms.pins)).await;
+        let judged = timeout_at(terms.deadline, self.reference(&reference, &demands, terms)).await;
         let (unmet, pinned) = match judged {
             Ok(Ok(judged)) => judged,
             Ok(Err(failure)) => (of_all(&demands, &failure.into()), None),
@@ -137,7 +139,7 @@ impl Judge {
         &self,
         reference: &Reference,
         demands: &[Arc<Bound>],
-        pins: bool,
+        terms: Terms,
     ) -> Result<(Vec<Unmet>, Option<Reference>), Failure> {
         let by_tag = reference.digest.is_none();
         let mut image = reference.clone();
@@ -148,7 +150,8 @@ impl Judge {
             };
             image.digest = Some(digest);
         }
-        let mut evidence = self.examiner.evidence(&image, Freshness::Any).await?;
+        let freshness = if terms.fresh { Freshness::Fresh } else { Freshness::Any };
+        let mut evidence = self.examiner.evidence(&image, freshness).await?;
         let judge_by = |evidence: &Evidence| -> Vec<Option<Why>> {
             demands.iter().map(|bound| objection(&bound.policy, &image, evidence)).collect()
         };
@@ -171,7 +174,7 @@ impl Judge {
             if by_tag {
                 why = match (why, policy.tags) {
                     (why, Tags::Deny) => Some(Why::Tag { pinned: Box::new(image.clone()), otherwise: why.map(Box::new) }),
-                    (None, Tags::Resolve) if !pins => Some(Why::NotPinned { pinned: Box::new(image.clone()) }),
+                    (None, Tags::Resolve) if !terms.pins => Some(Why::NotPinned { pinned: Box::new(image.clone()) }),
                     (why, Tags::Resolve) => {
                         is_approved |= why.is_none();
                         why

@@ -1,6 +1,12 @@
 //! `countersign admission`: the webhook, from a configuration to its exit code; and what the command line judges manifests by.
 
-use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, anyhow};
 use axum::{Router, routing::get};
@@ -9,14 +15,19 @@ use tracing::{error, info};
 
 use super::{
     daemon::{attach_refused, fixed, in_time, limits},
-    known, registry_settings,
+    known,
+    recheck::Rounds,
+    registry_settings,
     serving::Serving,
 };
 use crate::{
-    admission::{self, Authority, Counters, Daemon, DockerConfig, Examiner, ExaminerSettings, GroupKind, Judge, Kinds, Webhook},
+    admission::{
+        self, Authority, Counters, Daemon, DockerConfig, Examiner, ExaminerSettings, GroupKind, Judge, Kinds, Looks, Webhook,
+    },
     clock::Clock,
     config::{self, Certificate, Config},
     http::{Readiness, Server},
+    kubernetes::Cluster,
     lifecycle::Lifecycle,
     policy::{Patterns, Policies},
     registry::{Credentials, Registry, Timeouts},
@@ -113,6 +124,23 @@ pub async fn serve(path: PathBuf, config: Config, log: LogHandle) -> anyhow::Res
     let grace = config.server.grace;
     lifecycle.spawn("http", in_time(lifecycle.drain(), grace, server.serve(router, lifecycle.drain(), lifecycle.abort())));
     lifecycle.spawn("certificate", serving.renew(tls, lifecycle.reload(), lifecycle.drain()));
+    if let Some(kubernetes) = &settings.kubernetes
+        && let Some(recheck) = kubernetes.recheck
+    {
+        let looks = Arc::<Looks>::default();
+        let read = looks.clone();
+        metrics.attach_gauges(Looks::FAMILIES, move || read.samples());
+        let rounds = Rounds {
+            cluster: Cluster::open(kubernetes).await?,
+            webhook: webhook.clone(),
+            settings: recheck,
+            patience: settings.deadline,
+            looks,
+            clock: clock.clone(),
+            known: HashSet::new(),
+        };
+        lifecycle.spawn("recheck", rounds.run(lifecycle.drain()));
+    }
     let mut reloader = Reloader { path, config, clock, webhook, metrics, log };
     let (drain, mut asked) = (lifecycle.drain(), lifecycle.reload());
     lifecycle.spawn("reload", async move {
