@@ -23,6 +23,7 @@ mod pull_secrets;
 mod resources;
 mod review;
 mod route;
+mod running;
 mod why;
 mod workload;
 
@@ -44,6 +45,7 @@ pub use self::{
     resources::{Beside, Kept, Kind as ResourceKind, Resources, State, definitions, manifest as definitions_manifest},
     review::{GroupKind, Request, Response},
     route::{Webhook, router},
+    running::{Error as RunningError, Finding, Findings, Looks, Pod, Running},
     why::{Fault, Why},
     workload::{Image, Kinds, PulledWith, Workload},
 };
@@ -136,7 +138,7 @@ impl Judge {
             return self.emergency(request, endpoint, &workload, &images);
         }
         let logins = self.pull_secrets.as_ref().map(|secrets| secrets.of(&request.namespace, &workload.pulled_with));
-        let terms = Terms { pins: endpoint == Endpoint::Mutate, deadline, patience, logins: logins.as_ref() };
+        let terms = Terms { pins: endpoint == Endpoint::Mutate, fresh: false, deadline, patience, logins: logins.as_ref() };
         let Some(verdicts) = self.images(images.iter().map(|image| image.text.as_str()), &policies, terms).await else {
             return denied(format!(
                 "the object has more than {MOST_IMAGES} different images, which is more than is ever looked at"

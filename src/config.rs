@@ -40,7 +40,7 @@ use crate::policy::Policy;
 pub use self::{
     admission::{Admission, Breakglass, Cache, Certificate, CustomKind},
     door::Door,
-    kubernetes::Kubernetes,
+    kubernetes::{Kubernetes, Recheck},
     ledger::Ledger,
     log::{Log, LogFormat},
     problem::{Place, Problem, Problems, Severity, in_full},

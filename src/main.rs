@@ -82,6 +82,7 @@ async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
             let client = app::client(&config, &clock, !args.dry_run).await?;
             cli::sign::run(&config, &client, &clock, args, output).await
         }
+        Command::Report(args) => cli::report::run(&config, &clock, args, output).await,
         Command::Explain(args) => {
             let client = app::client(&config, &clock, false).await?;
             cli::explain::run(&config, &client, &clock, &args.reference, output).await

@@ -1,7 +1,8 @@
 //! The harness of the black-box tests: it uses what an administrator has (the `countersign` binary, its configuration
 //! and its ports) beside real components, all of them on 127.0.0.1 and in folders of their own.
 //!
-//! - [`registry`] starts Debian's docker-registry, or ferro-oci-server, and talks to it; [`image`] builds what is pushed there.
+//! - [`registry`] starts Debian's docker-registry, or ferro-oci-server, and talks to it; [`image`] builds what is pushed there; [`endless`] is a
+//!   registry that has any number of signed images.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`fleet`] is several replicas of it on one broker and one database, and [`namespace`] a network between them that can be cut.
 //! - [`verifier`] asks the judges, stock cosign, stock notation and stock skopeo; [`signature`] reads what is stored, and counts; [`formats`] is
@@ -21,6 +22,7 @@ pub mod alibaba;
 pub mod api_server;
 pub mod azure;
 pub mod daemon;
+pub mod endless;
 pub mod fake;
 pub mod fleet;
 pub mod formats;

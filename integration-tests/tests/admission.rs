@@ -9,21 +9,8 @@ use integration_tests::image::Image;
 use integration_tests::process::{eventually, scratch};
 use integration_tests::registry::{LOGIN, Options};
 use integration_tests::verifier::{Cosign, KeyPair};
-use integration_tests::webhook::{Webhook, pod, review};
+use integration_tests::webhook::{POLICY, Webhook, pod, review, witnessed};
 use serde_json::{Value, json};
-
-/// The house's registry and witness as a cluster has them: with the public key, and a KMS that is never asked.
-fn witnessed(house: &House, rest: &str) -> String {
-    format!(
-        "{rest}\n[[registry]]\nname = \"{}\"\nurl = \"{}\"\n\n\
-         [[witness]]\nname = \"release\"\nkey = \"awskms:///alias/never-asked?region=eu-west-1\"\npublic_key = \"{}\"\n",
-        house.registry.host(),
-        house.registry.url(),
-        house.public_key_path().display(),
-    )
-}
-
-const POLICY: &str = "[[policy]]\nname = \"payments\"\nwitness = \"release\"\nnamespace = \"payments\"\nenabled = true\n";
 
 fn policy(more: &str) -> String {
     format!("{POLICY}{more}\n")

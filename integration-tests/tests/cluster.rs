@@ -38,7 +38,8 @@ impl Scene {
         };
         let config = format!(
             "breakglass = {{ groups = [\"oncall\"] }}\n\
-             kinds = [{{ group = \"\", kind = \"PodTemplate\", paths = [\"template\"] }}]\n\
+             kinds = [\n  {{ group = \"\", kind = \"PodTemplate\", paths = [\"template\"] }},\n  \
+             {{ group = \"argoproj.io\", kind = \"Rollout\", paths = [\"spec.template\"] }},\n]\n\
              [[registry]]\nname = \"{}\"\nurl = \"{}\"\n\
              [[witness]]\nname = \"release\"\nkey = \"awskms:///alias/never-asked?region=eu-west-1\"\npublic_key = \"{}\"\n{}{}{}{}",
             house.registry.host(),
@@ -47,10 +48,10 @@ impl Scene {
             policy("payments", "enforce"),
             policy("exempt", "enforce"),
             policy("warned", "warn"),
-            policy("audited", "audit"),
+            policy("audited", "audit") + &(policy("pinned", "enforce") + "tags = \"resolve\"\n"),
         );
         let (webhook, cluster) = (Webhook::start(&config).await?, Cluster::start().await?);
-        for namespace in ["payments", "exempt", "warned", "audited"] {
+        for namespace in ["payments", "exempt", "warned", "audited", "pinned"] {
             cluster.kubectl(&["create", "namespace", namespace]).await?.expect_code(0)?;
         }
         cluster.kubectl(&["label", "namespace", "exempt", "countersign.dev/admission=off"]).await?.expect_code(0)?;
@@ -146,7 +147,7 @@ fn kinds(name: &str, image: &str) -> Vec<(Value, &'static str)> {
     let scheduled = json!({"schedule": "0 3 * * *", "jobTemplate": {"spec": {"template": job}}});
     // batch/v1 has it from Kubernetes 1.21 on.
     objects.push((of("batch/v1beta1", "CronJob", scheduled), "/spec/jobTemplate/spec/template/spec/containers/0/image"));
-    // One that is known by its path only. A custom resource would do, if this kube-apiserver took one: see install.sh.
+    // One that is known by its path only.
     let bare = json!({"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template});
     objects.push((bare, "/template/spec/containers/0/image"));
     objects
@@ -228,6 +229,67 @@ async fn every_kind_is_judged_when_it_is_created_and_when_its_images_change() ->
     scene.kubectl("--namespace payments scale deployment/old --replicas=3").await?.expect_code(0)?;
     Ok(())
 }
+
+#[tokio::test]
+async fn a_tag_is_pinned_in_what_is_stored_and_a_custom_resource_is_judged_by_its_path() -> Result<()> {
+    let scene = Scene::set().await?;
+    let Scene { cluster, tag, signed, unsigned, webhook, .. } = &scene;
+    cluster.apply(ROLLOUTS, &[]).await?.expect_code(0)?;
+    scene.register().await?;
+    let url = format!("url: https://127.0.0.1:{}/mutate", webhook.port());
+    let by_service = "service: {namespace: countersign, name: countersign-admission, path: /mutate}";
+    let again = "    # Another webhook";
+    let rollouts = "      - {operations: [CREATE, UPDATE], apiGroups: [argoproj.io], apiVersions: [v1], resources: [rollouts]}";
+    let registration = manifest(
+        "mutating.yaml",
+        &[(by_service, &url), ("CA_BUNDLE", webhook.bundle()), (again, &format!("{rollouts}\n{again}"))],
+    )?;
+    cluster.apply(&registration, &[]).await?.expect_code(0)?;
+    let (_, digest) = signed.split_once('@').context("a digest")?;
+    let pinned = format!("{tag}@{digest}");
+    let image_of = async |name: &str, pointer: &str| {
+        let path = format!("--output=jsonpath={{{}}}", pointer.replace("/0/", "[0]/").replace('/', "."));
+        anyhow::Ok(cluster.kubectl(&["--namespace=pinned", "get", name, &path]).await?.expect_code(0)?.stdout)
+    };
+    let mut pins = kinds("web", tag);
+    pins.retain(|(object, _)| object["kind"] != "PodTemplate");
+    let template = json!({"spec": pod("web", tag)["spec"]});
+    let rollout =
+        json!({"apiVersion": "argoproj.io/v1", "kind": "Rollout", "metadata": {"name": "web"}, "spec": {"template": template}});
+    pins.push((rollout, "/spec/template/spec/containers/0/image"));
+    // The API server hears of the second webhook a little later than it has stored it.
+    let probe = pod("probe", tag).to_string();
+    eventually("the mutating webhook is asked", LIMIT, async || {
+        let probe_it = ["--namespace=pinned", "create", "--dry-run=server", "--output=yaml", "--filename=-"];
+        Ok(cluster.kubectl_as(ADMIN, &probe_it, &probe).await?.stdout.contains(&pinned).then_some(()))
+    })
+    .await?;
+    for (object, pointer) in &pins {
+        scene.create(ADMIN, "pinned", object).await?.expect_code(0)?;
+        assert_eq!(image_of(&named(object), pointer).await?, pinned, "{}", named(object));
+    }
+    let (mut other, pointer) = pins.pop().context("the rollout")?;
+    other["metadata"]["name"] = json!("other");
+    *other.pointer_mut(pointer).context("an image")? = json!(unsigned);
+    let why = denied(&scene.create(ADMIN, "pinned", &other).await?, unsigned);
+    assert!(why.contains("it is not signed"), "{why}");
+    Ok(())
+}
+
+/// A kind that Kubernetes does not have.
+const ROLLOUTS: &str = "apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: rollouts.argoproj.io}
+spec:
+  group: argoproj.io
+  scope: Namespaced
+  names: {kind: Rollout, plural: rollouts, singular: rollout}
+  versions:
+    - name: v1
+      served: true
+      storage: true
+      schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+";
 
 #[tokio::test]
 async fn ephemeral_containers_are_judged_alone() -> Result<()> {
@@ -342,6 +404,10 @@ async fn what_is_in_deploy_kubernetes_is_taken_by_the_api_server_and_keeps_it_fr
         ],
         "{applied:?}"
     );
+
+    let daemon = manifest("daemon.yaml", &[])?;
+    let applied = cluster.apply(&daemon, &[]).await?.expect_code(0)?;
+    assert!(applied.stdout.contains("statefulset.apps/countersign created"), "{applied:?}");
 
     // The webhook, by the configuration that is now in the cluster. Its paths are the container's.
     let folder = scratch()?;

@@ -84,6 +84,8 @@ impl Verdict {
 pub struct Terms<'a> {
     /// Whether what is used by a tag can be pinned to the digest that verified.
     pub pins: bool,
+    /// Whether registries are asked for what is remembered, too.
+    pub fresh: bool,
     /// When an answer must be there, and how long that is from the beginning.
     pub deadline: Instant,
     pub patience: Duration,
@@ -154,7 +156,7 @@ impl Judge {
         &self,
         reference: &Reference,
         demands: &[Arc<Bound>],
-        Terms { pins, logins, .. }: Terms<'_>,
+        Terms { pins, fresh, logins, .. }: Terms<'_>,
     ) -> Result<(Vec<Unmet>, Option<Reference>), Failure> {
         let by_tag = reference.digest.is_none();
         let mut image = reference.clone();
@@ -165,7 +167,8 @@ impl Judge {
             };
             image.digest = Some(digest);
         }
-        let mut evidence = self.examiner.evidence(&image, Freshness::Any, logins).await?;
+        let freshness = if fresh { Freshness::Fresh } else { Freshness::Any };
+        let mut evidence = self.examiner.evidence(&image, freshness, logins).await?;
         let judge_by = |evidence: &Evidence| -> Vec<Option<Why>> {
             demands.iter().map(|bound| objection(&bound.policy, &image, evidence)).collect()
         };

@@ -97,6 +97,12 @@ impl Why {
         }
     }
 
+    /// Whether it is only that the registry did not answer.
+    #[must_use]
+    pub fn is_unknown(&self) -> bool {
+        matches!(self, Self::Registry(_) | Self::Late(_))
+    }
+
     pub(super) fn no_reference(error: &ParseError) -> Self {
         Self::NoReference(error.to_string())
     }

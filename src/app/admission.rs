@@ -3,7 +3,7 @@
 mod cluster;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     future::pending,
     path::PathBuf,
     process::ExitCode,
@@ -14,7 +14,6 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use axum::{Router, routing::get};
 use http::header::CONTENT_TYPE;
-use secrecy::ExposeSecret as _;
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -22,17 +21,21 @@ use tracing::{error, info};
 
 use self::cluster::OfCluster;
 use super::{
-    daemon::{attach_refused, fixed, in_time, limits, open_tls},
-    known, registry_settings,
+    daemon::{attach_refused, fixed, in_time, limits},
+    known,
+    recheck::Rounds,
+    registry_settings,
+    serving::Serving,
 };
 use crate::{
     admission::{
         self, Authority, Beside, Counters, Daemon, DockerConfig, Examiner, ExaminerSettings, GroupKind, Judge, Kept, Kinds,
-        RENEWAL, Resources, Webhook,
+        Looks, Resources, Webhook,
     },
     clock::Clock,
     config::{self, Certificate, Config},
-    http::{Readiness, Server, Tls},
+    http::{Readiness, Server},
+    kubernetes::Cluster,
     lifecycle::Lifecycle,
     policy::{Closed, Patterns, Policies, Policy},
     registry::{Credentials, Registry, Timeouts},
@@ -41,8 +44,6 @@ use crate::{
     witness,
 };
 
-/// How often files with a certificate are looked at.
-const LOOK: Duration = Duration::from_secs(10);
 const REMEMBERED: &[(&str, &str)] = &[
     ("admission_cache_hits", "Questions about images that were answered from memory"),
     ("admission_cache_misses", "Questions about images that a registry was asked"),
@@ -51,6 +52,20 @@ const REMEMBERED: &[(&str, &str)] = &[
 /// What images are judged by, as the configuration has it. `cluster` is the one that policies are to be taken of.
 pub fn judge(config: &Config, clock: &Clock, metrics: Option<&Metrics>, cluster: Option<&str>) -> anyhow::Result<Judge> {
     Court { config, clock, metrics, cluster, of_cluster: None }.judge(Resources::default(), None)
+}
+
+/// The same with what the cluster has, as far as `kubernetes` says that it counts. Asked once.
+pub(super) async fn judge_of(
+    config: &Config,
+    clock: &Clock,
+    cluster: Option<&str>,
+    api: &Cluster,
+    settings: &config::Kubernetes,
+) -> anyhow::Result<Judge> {
+    let of_cluster = OfCluster::once(api.clone(), settings);
+    let court = Court { config, clock, metrics: None, cluster, of_cluster: Some(&of_cluster) };
+    let resources = if settings.resources { court.resources(&cluster::read(api).await?) } else { Resources::default() };
+    court.judge(resources, None)
 }
 
 /// What a judge is made of.
@@ -189,7 +204,24 @@ pub async fn serve(path: PathBuf, config: Config, log: LogHandle) -> anyhow::Res
     let router = admission::router(webhook.clone()).merge(Arc::new(readiness).router()).merge(metrics_route(&metrics));
     let grace = config.server.grace;
     lifecycle.spawn("http", in_time(lifecycle.drain(), grace, server.serve(router, lifecycle.drain(), lifecycle.abort())));
-    lifecycle.spawn("certificate", serving.renew(tls, lifecycle.drain()));
+    lifecycle.spawn("certificate", serving.renew(tls, lifecycle.reload(), lifecycle.drain()));
+    if let Some(of_cluster) = &of_cluster
+        && let Some(recheck) = settings.kubernetes.as_ref().and_then(|kubernetes| kubernetes.recheck)
+    {
+        let looks = Arc::<Looks>::default();
+        let read = looks.clone();
+        metrics.attach_gauges(Looks::FAMILIES, move || read.samples());
+        let rounds = Rounds {
+            cluster: of_cluster.cluster(),
+            webhook: webhook.clone(),
+            settings: recheck,
+            patience: settings.deadline,
+            looks,
+            clock: clock.clone(),
+            known: HashSet::new(),
+        };
+        lifecycle.spawn("recheck", rounds.run(lifecycle.drain()));
+    }
     let reloader = Reloader { path, config, clock, webhook, metrics, log, of_cluster, in_force: None };
     lifecycle.spawn("reload", reloader.run(lifecycle.drain(), lifecycle.reload()));
     info!(version = env!("CARGO_PKG_VERSION"), address = address.map(tracing::field::display), "ready: answering reviews");
@@ -222,63 +254,6 @@ fn attach_counters(metrics: &Metrics, webhook: &Arc<Webhook>) {
 fn metrics_route(metrics: &Metrics) -> Router {
     let metrics = metrics.clone();
     Router::new().route("/metrics", get(move || async move { ([(CONTENT_TYPE, METRICS_TYPE)], metrics.render(None)) }))
-}
-
-/// Where the certificate comes from.
-enum Serving {
-    Files(config::Tls),
-    Own { authority: Box<Authority>, names: Vec<String>, clock: Clock },
-}
-
-impl Serving {
-    fn open(certificate: &Certificate, clock: &Clock) -> anyhow::Result<Self> {
-        Ok(match certificate {
-            Certificate::Files(tls) => Self::Files(tls.clone()),
-            Certificate::Own { folder, names } => Self::Own {
-                authority: Box::new(Authority::open(folder, clock.now())?),
-                names: names.clone(),
-                clock: clock.clone(),
-            },
-        })
-    }
-
-    fn issue(&self) -> anyhow::Result<Tls> {
-        match self {
-            Self::Files(files) => open_tls(files),
-            Self::Own { authority, names, clock } => Ok(authority.issue(names, clock.now())?),
-        }
-    }
-
-    /// Replaces the certificate as long as the process runs: a new one of our own every day, one in files when they change.
-    async fn renew(self, tls: Tls, drain: CancellationToken) {
-        let mut seen = self.content();
-        let pause = match self {
-            Self::Files(_) => LOOK,
-            Self::Own { .. } => RENEWAL,
-        };
-        while drain.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
-            let content = self.content();
-            if content == seen && matches!(self, Self::Files(_)) {
-                continue;
-            }
-            match self.issue() {
-                Ok(renewed) => {
-                    tls.replace(&renewed);
-                    seen = content;
-                    info!("the certificate was renewed");
-                }
-                // Half written, perhaps: it is looked at again.
-                Err(error) => error!(error = format!("{error:#}"), "the certificate cannot be renewed: it stays as it was"),
-            }
-        }
-    }
-
-    /// What would be served, to be compared.
-    fn content(&self) -> Option<(Vec<u8>, String)> {
-        let Self::Files(files) = self else { return None };
-        let certificate = std::fs::read(&files.certificate).ok()?;
-        Some((certificate, files.key.again().ok()?.expose_secret().to_owned()))
-    }
 }
 
 /// Puts a changed configuration into force as a whole, or not at all; and the cluster's resources as they change.

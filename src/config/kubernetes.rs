@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use super::{
     reader::{Section, optional},
@@ -6,7 +6,7 @@ use super::{
 };
 
 /// What the webhook may ask the API of its cluster for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Kubernetes {
     /// None: as the service account of the pod that this runs in.
     pub kubeconfig: Option<PathBuf>,
@@ -16,6 +16,30 @@ pub struct Kubernetes {
     pub pull_secrets: bool,
     /// Whether the cluster is told by Events of what happened.
     pub events: bool,
+    /// None: nobody looks again at what was admitted.
+    pub recheck: Option<Recheck>,
+}
+
+/// How often what runs is verified again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recheck {
+    pub every: Duration,
+    /// Images a second, at most.
+    pub rate: u32,
+}
+
+impl Default for Recheck {
+    fn default() -> Self {
+        Self { every: Duration::from_secs(3600), rate: 5 }
+    }
+}
+
+impl Recheck {
+    /// From one image to the next.
+    #[must_use]
+    pub fn pause(self) -> Duration {
+        Duration::from_secs(1) / self.rate.max(1)
+    }
 }
 
 pub(crate) static TABLE: Table = Table {
@@ -41,7 +65,32 @@ pub(crate) static TABLE: Table = Table {
             "false",
             "Whether a [[registry]] without a login of its own is asked with the imagePullSecrets of the pod and of its service account.",
         ),
-        Key::defaulted("events", Kind::Flag, "true", "Whether an Event tells of an object that was admitted in an emergency."),
+        Key::defaulted(
+            "events",
+            Kind::Flag,
+            "true",
+            "Whether an Event tells of an object that was admitted in an emergency, and of a pod that `recheck` found.",
+        ),
+        Key::optional(
+            "recheck",
+            Kind::Table(&RECHECK),
+            "{ every = \"1h\" }",
+            "Has all pods listed now and then, and their images verified again: what would be denied now is told of, and never evicted.",
+        ),
+    ],
+};
+
+static RECHECK: Table = Table {
+    title: "`recheck`",
+    doc: "How often what runs is verified again.",
+    keys: &[
+        Key::defaulted(
+            "every",
+            Kind::Duration { least: 1_000, most: 30 * 86_400_000 },
+            "\"1h\"",
+            "From one look to the next, give or take a tenth.",
+        ),
+        Key::defaulted("rate", Kind::Count { least: 1, most: 1_000 }, "5", "How many images a second, at most."),
     ],
 };
 
@@ -50,5 +99,18 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Kubernetes> {
     let resources = section.value("resources").and_then(|value| value.flag());
     let pull_secrets = section.value("pull_secrets").and_then(|value| value.flag());
     let events = section.value("events").and_then(|value| value.flag());
-    Some(Kubernetes { kubeconfig: optional(kubeconfig)?, resources: resources?, pull_secrets: pull_secrets?, events: events? })
+    let recheck = section.value("recheck").map(|value| value.table().as_ref().and_then(recheck));
+    Some(Kubernetes {
+        kubeconfig: optional(kubeconfig)?,
+        resources: resources?,
+        pull_secrets: pull_secrets?,
+        events: events?,
+        recheck: optional(recheck)?,
+    })
+}
+
+fn recheck(section: &Section<'_>) -> Option<Recheck> {
+    let every = section.value("every").and_then(|value| value.duration());
+    let rate = section.value("rate").and_then(|value| value.count());
+    Some(Recheck { every: every?, rate: rate? })
 }

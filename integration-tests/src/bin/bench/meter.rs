@@ -1,4 +1,4 @@
-//! What a process has used: its processor time and its memory, from proc(5); and its syncs.
+//! What a process has used: its processor time, from proc(5), and its syncs.
 
 use std::fs;
 use std::path::PathBuf;
@@ -16,14 +16,6 @@ pub fn cpu(pid: u32) -> Result<f64> {
     let fields: Vec<&str> = fields.split_whitespace().collect();
     let ticks = |index: usize| fields.get(index).context("a short /proc/PID/stat")?.parse::<f64>().context("not a number");
     Ok((ticks(11)? + ticks(12)?) / 100.0)
-}
-
-/// MiB of a line of `/proc/PID/status`: `VmRSS`, or `VmHWM` for the most it ever was.
-pub fn memory(pid: u32, line: &str) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let found = status.lines().find_map(|text| text.strip_prefix(line)?.strip_prefix(':'));
-    let kibibytes = found.and_then(|text| text.trim().strip_suffix(" kB")).with_context(|| format!("no {line}"))?;
-    Ok(kibibytes.trim().parse::<f64>()? / 1024.0)
 }
 
 /// The library that counts a program's syncs and slows them down, of the queue's own benchmark.
