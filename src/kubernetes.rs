@@ -63,6 +63,14 @@ pub enum Error {
     TooMany(usize),
 }
 
+/// Whether this can be the name of an object or a namespace: of what reviews say, nothing else may become part of a path.
+#[must_use]
+pub fn is_name(text: &str) -> bool {
+    let is_label =
+        |label: &str| !label.is_empty() && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+    text.len() <= 253 && text.split('.').all(is_label)
+}
+
 impl Cluster {
     /// Reads who asks, and where. Nothing is sent yet.
     ///
@@ -118,5 +126,20 @@ impl Error {
 impl std::fmt::Debug for Cluster {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Cluster")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_but_a_name_becomes_part_of_a_path() {
+        for name in ["a", "pull-secret.v2", "0"] {
+            assert!(is_name(name), "{name}");
+        }
+        for other in ["", "..", "a..b", "../kube-system/secrets/b", "a/b", "a?b", "A", "a%2fb", "é", &"a".repeat(254)] {
+            assert!(!is_name(other), "{other}");
+        }
     }
 }

@@ -24,7 +24,7 @@ struct Scene {
     tag: String,
     signed: String,
     unsigned: String,
-    _house: House,
+    house: House,
 }
 
 impl Scene {
@@ -36,12 +36,15 @@ impl Scene {
                 "[[policy]]\nname = \"{name}\"\nwitness = \"release\"\nnamespace = \"{name}\"\nmode = \"{mode}\"\nenabled = true\n"
             )
         };
+        let cluster = Cluster::start().await?;
         let config = format!(
             "breakglass = {{ groups = [\"oncall\"] }}\n\
+             kubernetes = {{ kubeconfig = \"{}\" }}\n\
              kinds = [\n  {{ group = \"\", kind = \"PodTemplate\", paths = [\"template\"] }},\n  \
              {{ group = \"argoproj.io\", kind = \"Rollout\", paths = [\"spec.template\"] }},\n]\n\
              [[registry]]\nname = \"{}\"\nurl = \"{}\"\n\
              [[witness]]\nname = \"release\"\nkey = \"awskms:///alias/never-asked?region=eu-west-1\"\npublic_key = \"{}\"\n{}{}{}{}",
+            cluster.kubeconfig(ADMIN).display(),
             house.registry.host(),
             house.registry.url(),
             house.public_key_path().display(),
@@ -50,12 +53,12 @@ impl Scene {
             policy("warned", "warn"),
             policy("audited", "audit") + &(policy("pinned", "enforce") + "tags = \"resolve\"\n"),
         );
-        let (webhook, cluster) = (Webhook::start(&config).await?, Cluster::start().await?);
+        let webhook = Webhook::start(&config).await?;
         for namespace in ["payments", "exempt", "warned", "audited", "pinned"] {
             cluster.kubectl(&["create", "namespace", namespace]).await?.expect_code(0)?;
         }
         cluster.kubectl(&["label", "namespace", "exempt", "countersign.dev/admission=off"]).await?.expect_code(0)?;
-        Ok(Self { tag: house.reference("team/app", "1.0"), signed, unsigned, cluster, webhook, _house: house })
+        Ok(Self { tag: house.reference("team/app", "1.0"), signed, unsigned, cluster, webhook, house })
     }
 
     /// As deploy/kubernetes/webhook.yaml has it, and for a kind that the configuration tells it of; but by address, as there is no network
@@ -366,7 +369,80 @@ async fn breakglass_is_for_those_who_may() -> Result<()> {
     let admitted = scene.create(ANNA, "payments", &urgent).await?;
     assert_eq!(admitted.stdout, "pod/urgent created\n", "{admitted:?}");
     denied(&scene.create(ANNA, "payments", &pod("usual", &scene.unsigned)).await?, &scene.unsigned);
+    let told = eventually("an Event tells of it", LIMIT, async || {
+        let events = scene.kubectl("--namespace payments describe pod urgent").await?.expect_code(0)?.stdout;
+        Ok(events.contains("Breakglass").then_some(events))
+    })
+    .await?;
+    assert!(told.contains(&format!("anna got past all policies, until {until}: INC-42")), "{told}");
     Ok(())
+}
+
+/// Waits for the condition of the policy `payments`.
+async fn until_ready_is(cluster: &Cluster, status: &str) -> Result<()> {
+    let until = format!("--for=condition=Ready={status}");
+    cluster.kubectl(&["wait", &until, "--timeout=60s", "securitypolicy/payments"]).await?.expect_code(0)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn policies_that_the_cluster_keeps_are_in_force_and_it_says_of_each_whether_it_can_be() -> Result<()> {
+    let house = House::start(Plan::default()).await?;
+    let (signed, unsigned) = pushed(&house).await?;
+    let cluster = Cluster::start().await?;
+    let definitions = integration_tests::daemon::run(&["admission", "--crds"], &[]).await?.expect_code(0)?.stdout;
+    assert_eq!(definitions, manifest("resources.yaml", &[])?);
+    cluster.apply(&definitions, &[]).await?.expect_code(0)?;
+    for plural in ["securitypolicies", "witnesses"] {
+        let definition = format!("crd/{plural}.countersign.dev");
+        cluster.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", &definition]).await?.expect_code(0)?;
+    }
+    cluster.kubectl(&["create", "namespace", "payments"]).await?.expect_code(0)?;
+    let config = format!(
+        "kubernetes = {{ kubeconfig = \"{}\", resources = true }}\n[[registry]]\nname = \"{}\"\nurl = \"{}\"\n",
+        cluster.kubeconfig(ADMIN).display(),
+        house.registry.host(),
+        house.registry.url(),
+    );
+    let webhook = Webhook::start(&config).await?;
+    let resource = |kind: &str, name: &str, spec: &Value| {
+        json!({"apiVersion": "countersign.dev/v1", "kind": kind, "metadata": {"name": name}, "spec": spec}).to_string()
+    };
+    let policy = |spec: &Value| resource("SecurityPolicy", "payments", spec);
+
+    // What its definition says is no policy the API server itself does not take.
+    for (spec, what) in [
+        (json!({"namespace": "payments"}), "spec"),
+        (json!({"witness": "release", "namespace": "payments", "mode": "hard"}), "spec.mode"),
+        (json!({"witness": "release", "namespace": "payments", "maxAge": "soon"}), "spec.maxAge"),
+    ] {
+        let refused = cluster.apply(&policy(&spec), &[]).await?;
+        assert!(refused.code == Some(1) && refused.stderr.contains(what), "{refused:?}");
+    }
+    // One that nobody can meet, because there is no such witness, closes its namespace and says so.
+    let payments = json!({"witness": "release", "namespace": "payments", "enabled": true});
+    cluster.apply(&policy(&payments), &[]).await?.expect_code(0)?;
+    until_ready_is(&cluster, "False").await?;
+    let wide = cluster.kubectl(&["get", "securitypolicies", "--output=wide"]).await?.expect_code(0)?.stdout;
+    assert!(wide.contains("no Witness is named \"release\""), "{wide}");
+    let scene = Scene { tag: house.reference("team/app", "1.0"), signed, unsigned, cluster, webhook, house };
+    scene.register().await?;
+    let closed = denied(&scene.create(ADMIN, "payments", &pod("early", &scene.signed)).await?, &scene.signed);
+    assert!(closed.contains("nothing is admitted as long as this policy cannot be used"), "{closed}");
+
+    let pem = fs::read_to_string(scene.house.public_key_path())?;
+    scene.cluster.apply(&resource("Witness", "release", &json!({"publicKey": pem})), &[]).await?.expect_code(0)?;
+    until_ready_is(&scene.cluster, "True").await?;
+    scene.create(ADMIN, "payments", &pod("web", &scene.signed)).await?.expect_code(0)?;
+    let why = denied(&scene.create(ADMIN, "payments", &pod("other", &scene.unsigned)).await?, &scene.unsigned);
+    assert_eq!(why, "  policy payments: it is not signed, and witness release must have signed it");
+    scene.cluster.kubectl(&["delete", "securitypolicy", "payments"]).await?.expect_code(0)?;
+    eventually("the policy is gone", LIMIT, async || {
+        let dry = ["--namespace=payments", "create", "--dry-run=server", "--filename=-"];
+        Ok((scene.cluster.kubectl_as(ADMIN, &dry, &pod("free", &scene.unsigned).to_string()).await?.code == Some(0))
+            .then_some(()))
+    })
+    .await
 }
 
 #[tokio::test]

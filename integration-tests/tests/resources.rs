@@ -228,6 +228,7 @@ async fn a_registry_is_logged_in_to_with_the_secrets_of_the_pod_or_of_its_servic
 }
 
 #[tokio::test]
+#[expect(clippy::disallowed_methods, reason = "the webhook goes by the system's clock")]
 async fn an_emergency_is_told_by_an_event_on_the_object_and_waits_for_none() -> Result<()> {
     let breakglass = "breakglass = { users = [\"anna\"] }\n";
     let scene = Scene::set(Options::default(), "resources = true", breakglass).await?;

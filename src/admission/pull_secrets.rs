@@ -19,7 +19,7 @@ use tracing::warn;
 
 use super::{cache::Generations, docker_config::DockerConfig, workload::PulledWith};
 use crate::{
-    kubernetes::{self, Cluster},
+    kubernetes::{self, Cluster, is_name},
     oci::RegistryName,
     registry::{Credentials, Flights},
 };
@@ -30,6 +30,8 @@ const KEEP: Duration = Duration::from_secs(60);
 const KEEP_NOTHING: Duration = Duration::from_secs(5);
 /// Secrets, and service accounts, that are remembered.
 const ENTRIES: usize = 4096;
+/// Secrets of service accounts that are read for one object.
+const MOST_SECRETS: usize = 16;
 /// Different logins of one registry that are tried.
 const MOST_LOGINS: usize = 4;
 
@@ -57,10 +59,13 @@ impl PullSecrets {
         Self(Arc::new(Inner { cluster, secrets: Memory::new(), accounts: Memory::new() }))
     }
 
-    /// Those of an object in this namespace. Nothing is read yet.
+    /// Those of an object in this namespace. Nothing is read yet, and never anything by what is no name.
     #[must_use]
     pub fn of(&self, namespace: &str, pulled_with: &PulledWith) -> Logins {
-        Logins { secrets: self.clone(), namespace: namespace.to_owned(), pulled_with: pulled_with.clone() }
+        let mut pulled_with = if is_name(namespace) { pulled_with.clone() } else { PulledWith::default() };
+        pulled_with.secrets.retain(|name| is_name(name));
+        pulled_with.accounts.retain(|name| is_name(name));
+        Logins { secrets: self.clone(), namespace: namespace.to_owned(), pulled_with }
     }
 }
 
@@ -71,7 +76,7 @@ impl Logins {
         let accounts = self.pulled_with.accounts.iter();
         let of_accounts = join_all(accounts.map(|name| inner.account((self.namespace.clone(), name.clone())))).await;
         let mut names = self.pulled_with.secrets.clone();
-        for name in of_accounts.iter().flat_map(|names| names.iter()) {
+        for name in of_accounts.iter().flat_map(|names| names.iter()).take(MOST_SECRETS) {
             if !names.contains(name) {
                 names.push(name.clone());
             }

@@ -254,7 +254,8 @@ mod tests {
         assert_eq!(running.add(r#"{"metadata": {}, "items": null}"#).unwrap(), None);
         assert_eq!(running.pods, 3);
         assert_eq!(running.images.keys().collect::<Vec<_>>(), ["app:1", "init:1"]);
-        let names = |namespace: &str| running.images["app:1"][namespace].iter().map(|pod| pod.name.as_str()).collect::<Vec<_>>();
+        let names =
+            |namespace: &str| running.images["app:1"][namespace].pods.iter().map(|pod| pod.name.as_str()).collect::<Vec<_>>();
         assert_eq!((names("payments"), names("shop")), (vec!["a", "b"], vec!["c"]));
     }
 

@@ -48,6 +48,7 @@ pub fn policy_schema() -> Value {
         one_of("namespace", "namespaces"),
         { "not": { "required": ["cluster", "clusters"] } },
     ]);
+    schema["description"] = json!("Which images may run where. Where several hold, each has to be met.");
     for several in ["witnesses", "namespaces", "clusters"] {
         schema["properties"][several]["minItems"] = json!(1);
     }

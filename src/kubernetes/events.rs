@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use uuid::Uuid;
 
-use super::Cluster;
+use super::{Cluster, is_name};
 use crate::{clock::Clock, telemetry::Sample};
 
 /// What is counted, for [`crate::telemetry::Metrics::attach`].
@@ -84,9 +84,10 @@ pub fn events(cluster: Cluster, clock: Clock, instance: String) -> (Events, Send
 }
 
 impl Events {
-    /// Never waits. What comes faster than it can be sent is dropped, and counted.
+    /// Never waits. What comes faster than it can be sent is dropped, and counted; so is what is in no namespace.
     pub fn report(&self, notice: Notice) {
-        if self.queue.try_send(notice).is_err() {
+        let is_somewhere = notice.regarding.namespace.as_deref().is_some_and(is_name);
+        if !is_somewhere || self.queue.try_send(notice).is_err() {
             self.counts.dropped.fetch_add(1, Relaxed);
         }
     }

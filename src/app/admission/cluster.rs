@@ -1,7 +1,7 @@
 //! What the webhook has of its cluster's API: the resources that it follows, the secrets that it reads, the Events that it
 //! writes. All of it runs beside the reviews, and none of them waits for it but to read a secret.
 
-use std::{sync::Arc, time::Duration};
+use std::{future::ready, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, StreamExt as _, stream};
 use kube::{
@@ -198,9 +198,13 @@ async fn write_statuses(cluster: Cluster, clock: Clock, mut told: watch::Receive
         let states = told.borrow_and_update().clone();
         let writes: Vec<_> = states.iter().map(|state| write_status(&cluster, &clock, state).boxed()).collect();
         let written = stream::iter(writes).buffer_unordered(AT_ONCE).take_until(drain.cancelled());
-        let written: Vec<bool> = written.collect().await;
+        let failed: Vec<_> = written.filter_map(|written| ready(written.err())).collect().await;
+        if let Some(error) = failed.first() {
+            let error = error as &dyn std::error::Error;
+            warn!(statuses = failed.len(), error, "statuses of resources could not be written, and are tried again");
+        }
         let changed = async {
-            if written.contains(&false) {
+            if !failed.is_empty() {
                 drop(timeout(AGAIN, told.changed()).await);
             } else if told.changed().await.is_err() {
                 sleep(AGAIN).await;
@@ -212,18 +216,13 @@ async fn write_statuses(cluster: Cluster, clock: Clock, mut told: watch::Receive
     }
 }
 
-/// False if it has to be tried again.
-async fn write_status(cluster: &Cluster, clock: &Clock, state: &State) -> bool {
-    let Some(patch) = state.patch(clock.now()) else { return true };
+async fn write_status(cluster: &Cluster, clock: &Clock, state: &State) -> Result<(), kubernetes::Error> {
+    let Some(patch) = state.patch(clock.now()) else { return Ok(()) };
     let api: Api<DynamicObject> = Api::all_with(cluster.client(), &state.kind.api_resource());
     let (parameters, patch) = (PatchParams::default(), Patch::Merge(&patch));
     match cluster.ask(api.patch_status(state.name(), &parameters, &patch)).await {
-        Ok(_) => true,
-        Err(error) if error.is_not_found() => true,
-        Err(error) => {
-            let error = &error as &dyn std::error::Error;
-            warn!(kind = state.kind.name(), name = state.name(), error, "a status could not be written");
-            false
-        }
+        // It was removed meanwhile.
+        Err(error) if error.is_not_found() => Ok(()),
+        written => written.map(drop),
     }
 }
