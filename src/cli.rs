@@ -250,6 +250,10 @@ pub struct AdmissionArgs {
     /// Print the authority that the API server has to trust, as it stands in `caBundle`, and do nothing else. Made if there is none.
     #[arg(long)]
     pub ca_bundle: bool,
+
+    /// Print the definitions of the SecurityPolicy and Witness resources, for `kubectl apply`, and do nothing else.
+    #[arg(long, conflicts_with = "ca_bundle")]
+    pub crds: bool,
 }
 
 #[derive(Debug, Args)]

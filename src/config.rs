@@ -18,6 +18,7 @@ mod queue;
 mod reader;
 mod registry;
 mod report;
+pub mod resource;
 mod rule;
 mod schema;
 mod scope;

@@ -4,6 +4,9 @@
 //! A [`Cluster`] is opened without asking anything, so that a webhook whose API is away starts all the same. Every call that
 //! is made through it has an end.
 
+mod events;
+mod watch;
+
 use std::{future::Future, path::PathBuf, time::Duration};
 
 use kube::{
@@ -12,6 +15,10 @@ use kube::{
 };
 use tokio::time::timeout;
 
+pub use self::{
+    events::{Events, FAMILIES as EVENT_FAMILIES, Notice, Sender, events},
+    watch::{Lost, Objects, Seen, follow},
+};
 use crate::config;
 
 /// The group of the project's own resources.
@@ -52,6 +59,8 @@ pub enum Error {
     Unreachable(#[source] Box<kube::Error>),
     #[error("the cluster's API did not answer within {} s", .0.as_secs())]
     Late(Duration),
+    #[error("there are more than {0} objects of one kind")]
+    TooMany(usize),
 }
 
 impl Cluster {

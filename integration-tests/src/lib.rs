@@ -8,6 +8,7 @@
 //! - [`verifier`] asks the judges, stock cosign, stock notation and stock skopeo; [`signature`] reads what is stored, and counts; [`formats`] is
 //!   about all formats, in registries with and without the referrers API.
 //! - [`webhook`] is `countersign admission`, called as a cluster calls it; [`kubernetes`] is a cluster that does, with kubectl.
+//!   [`api_server`] is a fake of its API that fails.
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
 //! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers; [`alibaba`], [`azure`] and [`google`] are fakes of those clouds'
 //!   that do, of what [`fake`] has. [`softhsm`] is a PKCS#11 module with tokens, and a proxy before it that fails when a test wants it to.
@@ -18,6 +19,7 @@
 //! that for tests that fail. `make tools` installs what is run here.
 
 pub mod alibaba;
+pub mod api_server;
 pub mod azure;
 pub mod daemon;
 pub mod endless;

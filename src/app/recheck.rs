@@ -56,7 +56,8 @@ impl Rounds {
                 return;
             }
         };
-        let findings = self.webhook.judge().recheck(&running, self.settings.pause(), self.patience).await;
+        let judge = self.webhook.judge();
+        let findings = judge.recheck(&running, self.settings.pause(), self.patience).await;
         self.looks.found(&findings, at);
         let denied = || findings.unmet.iter().filter(|finding| finding.is_denied());
         let known = denied().map(|finding| (finding.namespace.clone(), finding.verdict.text.clone())).collect();
@@ -64,6 +65,9 @@ impl Rounds {
         for finding in denied() {
             if !before.contains(&(finding.namespace.clone(), finding.verdict.text.clone())) {
                 self.log(finding);
+            }
+            if let Some(events) = &judge.events {
+                finding.notices().for_each(|notice| events.report(notice));
             }
         }
         info!(pods = findings.pods, images = findings.images, denied = self.known.len(), "looked at what runs");

@@ -159,7 +159,8 @@ async fn pin(judge: &Judge, verdict: &Verdict) -> anyhow::Result<Pin> {
         return Ok(Pin::Not);
     }
     image.tag.get_or_insert_with(Tag::latest);
-    let digest = judge.examiner.resolve(&image).await.with_context(|| format!("{image}: the registry could not be asked"))?;
+    let digest =
+        judge.examiner.resolve(&image, None).await.with_context(|| format!("{image}: the registry could not be asked"))?;
     image.digest = Some(digest.ok_or_else(|| anyhow!("{image}: the registry has no such image"))?);
     Ok(Pin::To(image))
 }
@@ -179,7 +180,7 @@ async fn examine(judge: &Judge, text: &str, args: &ManifestArgs) -> anyhow::Resu
         let Some(workload) = judge.kinds.read(&object.kind, &object.content)? else { continue };
         let namespace = args.namespace.clone().or_else(|| object.namespace.clone()).unwrap_or_else(|| "default".to_owned());
         let policies: Vec<Arc<Bound>> = judge.policies.of(&namespace);
-        let terms = Terms { pins: true, fresh: false, deadline: Instant::now() + PATIENCE, patience: PATIENCE };
+        let terms = Terms { pins: true, fresh: false, deadline: Instant::now() + PATIENCE, patience: PATIENCE, logins: None };
         let texts = workload.images.iter().map(|image| image.text.as_str());
         let Some(verdicts) = judge.images(texts, &policies, terms).await else {
             return Err(anyhow!("{} {} has more than {MOST_IMAGES} different images", object.kind.kind, shown(&object.name)));
