@@ -138,8 +138,7 @@ impl Judge {
             return self.emergency(request, endpoint, &workload, &images);
         }
         let logins = self.pull_secrets.as_ref().map(|secrets| secrets.of(&request.namespace, &workload.pulled_with));
-        let pins = endpoint == Endpoint::Mutate;
-        let terms = Terms { pins, fresh: false, deadline, patience, logins: logins.as_ref() };
+        let terms = Terms { pins: endpoint == Endpoint::Mutate, fresh: false, deadline, patience, logins: logins.as_ref() };
         let Some(verdicts) = self.images(images.iter().map(|image| image.text.as_str()), &policies, terms).await else {
             return denied(format!(
                 "the object has more than {MOST_IMAGES} different images, which is more than is ever looked at"

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 pub use self::{
     events::{Events, FAMILIES as EVENT_FAMILIES, Notice, Sender, events},
-    watch::{Lost, Objects, Seen, follow},
+    watch::{Lost, Objects, Seen, follow, list},
 };
 use crate::config;
 

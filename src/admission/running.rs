@@ -7,31 +7,25 @@ use std::{
 };
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::ObjectReference;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use sha2::{Digest as _, Sha256};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::{GroupKind, Judge, Kinds, PulledWith, Terms, Verdict, of_image, workload};
-use crate::{kubernetes::Notice, policy::Mode, telemetry::Sample};
-
-/// Pods of one finding that have an Event.
-const TOLD: usize = 20;
+use super::{GroupKind, Judge, Kinds, PulledWith, Terms, Verdict, workload};
+use crate::{policy::Mode, telemetry::Sample};
 
 /// The images that run in a cluster.
 #[derive(Debug, Default)]
 pub struct Running {
     pods: usize,
     /// By image and namespace.
-    images: BTreeMap<String, BTreeMap<String, Use>>,
+    images: BTreeMap<String, BTreeMap<String, Users>>,
 }
 
-/// What uses an image in a namespace.
+/// The pods of a namespace that have one image, and what nodes pull it with.
 #[derive(Debug, Default)]
-struct Use {
+struct Users {
     pods: Vec<Pod>,
-    /// What the first of them was pulled with.
     pulled_with: PulledWith,
 }
 
@@ -119,12 +113,11 @@ impl Running {
         let workload = Kinds::default().read(&kind, object).map_err(Error::Pod)?.unwrap_or_default();
         self.pods += 1;
         for image in workload.images {
-            let in_namespace = self.images.entry(image.text).or_default().entry(metadata.namespace.clone());
-            let pulled_with = workload.pulled_with.clone();
-            let pods = &mut in_namespace.or_insert_with(|| Use { pods: vec![], pulled_with }).pods;
+            let users = self.images.entry(image.text).or_default().entry(metadata.namespace.clone()).or_default();
             // Several of its containers may have the same image.
-            if pods.last().is_none_or(|pod| pod.uid != metadata.uid) {
-                pods.push(Pod { name: metadata.name.clone(), uid: metadata.uid.clone() });
+            if users.pods.last().is_none_or(|pod| pod.uid != metadata.uid) {
+                users.pods.push(Pod { name: metadata.name.clone(), uid: metadata.uid.clone() });
+                users.pulled_with.add(&workload.pulled_with);
             }
         }
         Ok(())
@@ -139,14 +132,14 @@ impl Judge {
         turn.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut findings = Findings { pods: running.pods, ..Findings::default() };
         for (image, namespaces) in &running.images {
-            let demands = namespaces.iter().map(|(namespace, used)| (namespace, used, self.policies.of(namespace)));
+            let demands = namespaces.iter().map(|(namespace, users)| (namespace, users, self.policies.of(namespace)));
             let demands: Vec<_> = demands.filter(|(_, _, policies)| !policies.is_empty()).collect();
             if demands.is_empty() {
                 continue;
             }
             turn.tick().await;
-            for (namespace, used, policies) in demands {
-                let logins = self.pull_secrets.as_ref().map(|secrets| secrets.of(namespace, &used.pulled_with));
+            for (namespace, users, policies) in demands {
+                let logins = self.pull_secrets.as_ref().map(|secrets| secrets.of(namespace, &users.pulled_with));
                 // A tag that was admitted was pinned, or nobody minded.
                 let deadline = Instant::now() + patience;
                 let terms = Terms { pins: true, fresh: true, deadline, patience, logins: logins.as_ref() };
@@ -154,7 +147,7 @@ impl Judge {
                 for verdict in verdicts.into_iter().filter(|verdict| verdict.asked > 0) {
                     findings.images += 1;
                     if !verdict.unmet.is_empty() {
-                        findings.unmet.push(Finding { namespace: namespace.clone(), pods: used.pods.clone(), verdict });
+                        findings.unmet.push(Finding { namespace: namespace.clone(), pods: users.pods.clone(), verdict });
                     }
                 }
             }
@@ -218,26 +211,6 @@ impl Looks {
 }
 
 impl Finding {
-    /// What the cluster is told of its pods, but not of ever so many.
-    pub fn notices(&self) -> impl Iterator<Item = Notice> {
-        let note = of_image(&self.verdict, self.verdict.enforced());
-        let about = hex::encode(&Sha256::digest(&note)[..8]);
-        self.pods.iter().take(TOLD).map(move |pod| Notice {
-            regarding: ObjectReference {
-                api_version: Some("v1".to_owned()),
-                kind: Some("Pod".to_owned()),
-                namespace: Some(self.namespace.clone()),
-                name: Some(pod.name.clone()),
-                uid: Some(pod.uid.clone()),
-                ..ObjectReference::default()
-            },
-            reason: "NotAttested",
-            action: "Reported",
-            note: note.clone(),
-            once: Some(format!("{}.{about}", pod.uid)),
-        })
-    }
-
     /// Whether it would be denied now, for a reason that is the image's own.
     #[must_use]
     pub fn is_denied(&self) -> bool {

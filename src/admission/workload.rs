@@ -42,6 +42,15 @@ pub struct PulledWith {
     pub accounts: Vec<String>,
 }
 
+impl PulledWith {
+    /// Those of another object beside these, as many as are taken note of.
+    pub fn add(&mut self, other: &Self) {
+        for (names, others) in [(&mut self.secrets, &other.secrets), (&mut self.accounts, &other.accounts)] {
+            others.iter().for_each(|name| note(names, name.clone()));
+        }
+    }
+}
+
 /// One image that an object names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
@@ -195,20 +204,21 @@ fn add_spec(spec: &Members<'_>, pointer: &str, workload: &mut Workload) -> Resul
 }
 
 fn add_pulled_with(spec: &Members<'_>, pulled_with: &mut PulledWith) -> Result<(), Error> {
-    let add = |names: &mut Vec<String>, name: String| {
-        if names.len() < MOST_SECRETS && !names.contains(&name) {
-            names.push(name);
-        }
-    };
     let secrets = elements(spec, "imagePullSecrets")?;
     for secret in &secrets {
-        text(&members(secret)?, "name")?.into_iter().for_each(|name| add(&mut pulled_with.secrets, name));
+        text(&members(secret)?, "name")?.into_iter().for_each(|name| note(&mut pulled_with.secrets, name));
     }
     if secrets.is_empty() {
         let account = text(spec, "serviceAccountName")?.filter(|name| !name.is_empty());
-        add(&mut pulled_with.accounts, account.unwrap_or_else(|| "default".to_owned()));
+        note(&mut pulled_with.accounts, account.unwrap_or_else(|| "default".to_owned()));
     }
     Ok(())
+}
+
+fn note(names: &mut Vec<String>, name: String) {
+    if names.len() < MOST_SECRETS && !names.contains(&name) {
+        names.push(name);
+    }
 }
 
 /// One without an image is the API server's to refuse.

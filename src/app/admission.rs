@@ -54,6 +54,20 @@ pub fn judge(config: &Config, clock: &Clock, metrics: Option<&Metrics>, cluster:
     Court { config, clock, metrics, cluster, of_cluster: None }.judge(Resources::default(), None)
 }
 
+/// The same with what the cluster has, as far as `kubernetes` says that it counts. Asked once.
+pub(super) async fn judge_of(
+    config: &Config,
+    clock: &Clock,
+    cluster: Option<&str>,
+    api: &Cluster,
+    settings: &config::Kubernetes,
+) -> anyhow::Result<Judge> {
+    let of_cluster = OfCluster::once(api.clone(), settings);
+    let court = Court { config, clock, metrics: None, cluster, of_cluster: Some(&of_cluster) };
+    let resources = if settings.resources { court.resources(&cluster::read(api).await?) } else { Resources::default() };
+    court.judge(resources, None)
+}
+
 /// What a judge is made of.
 struct Court<'a> {
     config: &'a Config,
@@ -191,14 +205,14 @@ pub async fn serve(path: PathBuf, config: Config, log: LogHandle) -> anyhow::Res
     let grace = config.server.grace;
     lifecycle.spawn("http", in_time(lifecycle.drain(), grace, server.serve(router, lifecycle.drain(), lifecycle.abort())));
     lifecycle.spawn("certificate", serving.renew(tls, lifecycle.reload(), lifecycle.drain()));
-    if let Some(kubernetes) = &settings.kubernetes
-        && let Some(recheck) = kubernetes.recheck
+    if let Some(of_cluster) = &of_cluster
+        && let Some(recheck) = settings.kubernetes.as_ref().and_then(|kubernetes| kubernetes.recheck)
     {
         let looks = Arc::<Looks>::default();
         let read = looks.clone();
         metrics.attach_gauges(Looks::FAMILIES, move || read.samples());
         let rounds = Rounds {
-            cluster: Cluster::open(kubernetes).await?,
+            cluster: of_cluster.cluster(),
             webhook: webhook.clone(),
             settings: recheck,
             patience: settings.deadline,

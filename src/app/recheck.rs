@@ -3,17 +3,19 @@
 use std::{collections::HashSet, mem, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use k8s_openapi::api::core::v1::ObjectReference;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use sha2::{Digest as _, Sha256};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::{
-    admission::{Finding, Findings, Looks, Running, Webhook, shown},
+    admission::{Finding, Findings, Looks, Running, Webhook, of_image, shown},
     cli::{ReportArgs, Usage},
     clock::Clock,
     config::{Config, Kubernetes, Recheck},
-    kubernetes::Cluster,
+    kubernetes::{Cluster, Notice},
 };
 
 /// Pods of one answer of the API: some megabytes at most.
@@ -22,6 +24,8 @@ const PAGE: usize = 200;
 const FIRST: Duration = Duration::from_secs(60);
 /// Nobody waits for an API server here.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Pods of one image that Events are written on.
+const MOST_TOLD: usize = 20;
 
 /// Looks at what runs again and again, and tells.
 pub(super) struct Rounds {
@@ -56,8 +60,7 @@ impl Rounds {
                 return;
             }
         };
-        let judge = self.webhook.judge();
-        let findings = judge.recheck(&running, self.settings.pause(), self.patience).await;
+        let findings = self.webhook.judge().recheck(&running, self.settings.pause(), self.patience).await;
         self.looks.found(&findings, at);
         let denied = || findings.unmet.iter().filter(|finding| finding.is_denied());
         let known = denied().map(|finding| (finding.namespace.clone(), finding.verdict.text.clone())).collect();
@@ -66,11 +69,33 @@ impl Rounds {
             if !before.contains(&(finding.namespace.clone(), finding.verdict.text.clone())) {
                 self.log(finding);
             }
-            if let Some(events) = &judge.events {
-                finding.notices().for_each(|notice| events.report(notice));
-            }
+            self.tell(finding);
         }
         info!(pods = findings.pods, images = findings.images, denied = self.known.len(), "looked at what runs");
+    }
+
+    /// By an Event on each pod, so that it is found where people look: one as long as the cluster keeps it.
+    fn tell(&self, finding: &Finding) {
+        let judge = self.webhook.judge();
+        let Some(events) = &judge.events else { return };
+        let note = of_image(&finding.verdict, finding.verdict.enforced());
+        let about = hex::encode(&Sha256::digest(&note)[..8]);
+        for pod in finding.pods.iter().take(MOST_TOLD) {
+            events.report(Notice {
+                regarding: ObjectReference {
+                    api_version: Some("v1".to_owned()),
+                    kind: Some("Pod".to_owned()),
+                    namespace: Some(finding.namespace.clone()),
+                    name: Some(pod.name.clone()),
+                    uid: Some(pod.uid.clone()),
+                    ..ObjectReference::default()
+                },
+                reason: "NotAttested",
+                action: "Rechecked",
+                note: note.clone(),
+                once: Some(format!("{}.{about}", pod.uid)),
+            });
+        }
     }
 
     fn log(&self, finding: &Finding) {
@@ -92,9 +117,9 @@ pub async fn look_at_what_runs(config: &Config, clock: &Clock, args: &ReportArgs
     let settings = settings(config, args.kubeconfig.clone())?;
     let cluster = Cluster::open(&settings).await?;
     let name = args.cluster.as_deref().or(config.admission.cluster.as_deref());
-    let judge = super::judge(config, clock, None, name)?;
+    let judge = super::admission::judge_of(config, clock, name, &cluster, &settings).await?;
     if judge.policies.all().is_empty() {
-        eprintln!("warning: no [[policy]] is enabled here: nothing is demanded of any image");
+        eprintln!("warning: no policy is enabled here: nothing is demanded of any image");
     }
     let running = list(&cluster, args.namespace.as_deref()).await?;
     let pause = settings.recheck.unwrap_or_default().pause();

@@ -72,9 +72,14 @@ pub async fn follow(cluster: Cluster, kind: ApiResource, clock: Clock, seen: wat
     }
 }
 
+/// Those that there are now. Of objects that are in no namespace.
+pub async fn list(cluster: &Cluster, kind: &ApiResource) -> Result<Objects, Error> {
+    pages(cluster, &Api::all_with(cluster.client(), kind)).await.map(|(objects, _)| objects)
+}
+
 /// Until something is wrong.
 async fn live(cluster: &Cluster, api: &Api<DynamicObject>, kind: &ApiResource, seen: &watch::Sender<Seen>) -> Error {
-    let (mut objects, mut version) = match list(cluster, api).await {
+    let (mut objects, mut version) = match pages(cluster, api).await {
         Ok(listed) => listed,
         Err(error) => return error,
     };
@@ -115,7 +120,7 @@ async fn live(cluster: &Cluster, api: &Api<DynamicObject>, kind: &ApiResource, s
     }
 }
 
-async fn list(cluster: &Cluster, api: &Api<DynamicObject>) -> Result<(Objects, String), Error> {
+async fn pages(cluster: &Cluster, api: &Api<DynamicObject>) -> Result<(Objects, String), Error> {
     let mut objects = Objects::new();
     let mut parameters = ListParams::default().limit(PAGE);
     loop {

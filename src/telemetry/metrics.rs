@@ -48,7 +48,7 @@ pub const INTAKE_FAMILIES: &[(&str, &str)] = &[
     ("intake_quarantined", "Bodies that are no notification of this kind, kept as dead letters"),
 ];
 
-/// One value that another module keeps.
+/// One counter or gauge that another module keeps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
     /// Without `countersign_` and without `_total`.
@@ -210,22 +210,17 @@ impl Metrics {
     /// Exports counters that another module keeps: `read` is called at each scrape. `families` holds each counter's name and what
     /// it counts.
     pub fn attach(&self, families: &'static [(&str, &str)], read: impl Fn() -> Vec<Sample> + Send + Sync + 'static) {
-        self.attach_as(Kind::Counter, families, read);
+        self.attach_as(false, families, Arc::new(read));
     }
 
-    /// The same of values that may fall.
+    /// The same of numbers that may also become smaller.
     pub fn attach_gauges(&self, families: &'static [(&str, &str)], read: impl Fn() -> Vec<Sample> + Send + Sync + 'static) {
-        self.attach_as(Kind::Gauge, families, read);
+        self.attach_as(true, families, Arc::new(read));
     }
 
-    fn attach_as(
-        &self,
-        kind: Kind,
-        families: &'static [(&'static str, &'static str)],
-        read: impl Fn() -> Vec<Sample> + Send + Sync + 'static,
-    ) {
+    fn attach_as(&self, are_gauges: bool, families: &'static [(&str, &str)], read: Arc<dyn Fn() -> Vec<Sample> + Send + Sync>) {
         let mut attached = self.0.attached.write().unwrap_or_else(PoisonError::into_inner);
-        attached.push(Attached { kind, families, read: Arc::new(read) });
+        attached.push(Attached { are_gauges, families, read });
     }
 
     /// Everything, as [`CONTENT_TYPE`]. What has no queue and no ledger takes no snapshot of them.
@@ -453,16 +448,10 @@ fn partitions(to: &mut Exposition<'_>, partitions: &[queue::Partition], age: imp
     )
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Kind {
-    Counter,
-    Gauge,
-}
-
 /// What another module counts.
 #[derive(Clone)]
 struct Attached {
-    kind: Kind,
+    are_gauges: bool,
     families: &'static [(&'static str, &'static str)],
     read: Arc<dyn Fn() -> Vec<Sample> + Send + Sync>,
 }
@@ -476,10 +465,10 @@ impl Collector for Attached {
         let mut to = Exposition(encoder);
         by_name.into_iter().try_for_each(|(name, samples)| {
             let help = self.families.iter().find(|(family, _)| *family == name).map_or("See the documentation", |(_, help)| help);
-            match self.kind {
-                Kind::Counter => to.each(name, help, samples, ConstCounter::new),
-                Kind::Gauge => to.each(name, help, samples, ConstGauge::new),
+            if self.are_gauges {
+                return to.each(name, help, samples, |value| ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)));
             }
+            to.each(name, help, samples, ConstCounter::new)
         })
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     clock::Clock,
     config,
     http::Readiness,
-    kubernetes::{self, Cluster, EVENT_FAMILIES, Events, Seen, events, follow},
+    kubernetes::{self, Cluster, EVENT_FAMILIES, Events, Seen, events, follow, list},
     lifecycle::Lifecycle,
     telemetry::{Metrics, Sample},
 };
@@ -42,6 +42,7 @@ const AGAIN: Duration = Duration::from_secs(30);
 
 /// What was opened of it, as the configuration has it.
 pub(super) struct OfCluster {
+    cluster: Cluster,
     pull_secrets: Option<PullSecrets>,
     events: Option<Events>,
     followed: Option<Followed>,
@@ -77,8 +78,17 @@ impl OfCluster {
         if let Some(followed) = followed.clone() {
             metrics.attach_gauges(FAMILIES, move || followed.samples());
         }
-        let pull_secrets = settings.pull_secrets.then(|| PullSecrets::new(cluster));
-        Ok(Some(Self { pull_secrets, events, followed }))
+        Ok(Some(Self { events, followed, ..Self::once(cluster, settings) }))
+    }
+
+    /// What there is of it without anything that runs.
+    pub(super) fn once(cluster: Cluster, settings: &config::Kubernetes) -> Self {
+        let pull_secrets = settings.pull_secrets.then(|| PullSecrets::new(cluster.clone()));
+        Self { cluster, pull_secrets, events: None, followed: None }
+    }
+
+    pub(super) fn cluster(&self) -> Cluster {
+        self.cluster.clone()
     }
 
     pub(super) fn pull_secrets(&self) -> Option<PullSecrets> {
@@ -174,6 +184,12 @@ impl Followed {
         });
         counts.chain(lost).collect()
     }
+}
+
+/// The resources as they are now.
+pub(super) async fn read(cluster: &Cluster) -> Result<Kept, kubernetes::Error> {
+    let of = async |kind: ResourceKind| list(cluster, &kind.api_resource()).await.map(|objects| Some(Arc::new(objects)));
+    Ok(Kept { policies: of(ResourceKind::SecurityPolicy).await?, witnesses: of(ResourceKind::Witness).await? })
 }
 
 /// Writes what is to be said and is not said yet, and the newest only.
