@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use futures::future::{join, try_join_all};
 use integration_tests::endless::Endless;
+use integration_tests::fake::pair;
 use integration_tests::house::{House, Plan};
 use integration_tests::image::Image;
 use integration_tests::process::{eventually, memory, scratch};
-use integration_tests::webhook::{Answer, POLICY, Webhook, settings, witnessed};
+use integration_tests::webhook::{Answer, POLICY, Webhook, pod, review, settings, witnessed};
 use rustix::process::Signal;
+use serde_json::Value;
 use tempfile::TempDir;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -249,5 +251,37 @@ async fn what_is_remembered_of_ever_more_images_has_a_bound() -> Result<()> {
     assert!(end < full + 4.0, "{full} MiB became {end} MiB");
     let metrics = webhook.metrics().await?;
     assert_eq!(metrics.count("countersign_admission_images_attested_total", &[]), 4_000);
+    Ok(())
+}
+
+#[tokio::test]
+async fn enormous_reviews_are_answered_and_what_no_api_server_sends_is_refused() -> Result<()> {
+    let folder = scratch()?;
+    let key = folder.path().join("release.pub.pem");
+    fs::write(&key, pair("EC_P256").public_pem())?;
+    // No image here is of that registry, so none is asked.
+    let webhook = Webhook::start(&settings("127.0.0.1:9", "http://127.0.0.1:9", &key, POLICY)).await?;
+    let answer = async |images: &[&str]| {
+        let review = review("CREATE", "payments", "/v1", "Pod", &pod(images), &Value::Null);
+        webhook.call("/validate?timeout=10s", &review).await
+    };
+    let first = "image alpine:3.11 is not attested\n";
+    let same = answer(&vec!["alpine:3.11"; 10_000]).await?;
+    assert!(!same.allowed && same.message.starts_with(first) && same.message.lines().count() == 2, "{}", same.message);
+    let texts: Vec<_> = (0..10_000).map(|number| format!("alpine:{number}")).collect();
+    let different = answer(&texts.iter().map(String::as_str).collect::<Vec<_>>()).await?;
+    assert!(!different.allowed && different.message.contains("more than 512 different images"), "{}", different.message);
+    let absurd =
+        ["", ":", "@", "a@sha256:", "..//..", "\u{202e}x:1", "x\0y", "a:b:c@d:e", "[::1]:5000/x", "%2e%2e/x", "UPPER/case:1"];
+    let each = answer(&absurd).await?;
+    // One without an image is the API server's to refuse.
+    assert!(!each.allowed && each.message.matches(" is not attested\n").count() == absurd.len() - 1, "{}", each.message);
+    let long = "x".repeat(3 << 20);
+    let denied = answer(&[&long]).await?;
+    assert!(!denied.allowed && denied.message.len() < 2_000, "{} bytes", denied.message.len());
+    let longer = "x".repeat(6 << 20);
+    let refused = answer(&[&longer]).await.unwrap_err().to_string();
+    assert!(refused.starts_with("413"), "{refused}");
+    assert!(!answer(&["alpine:3.11"]).await?.allowed, "it goes on");
     Ok(())
 }

@@ -72,6 +72,7 @@ impl Emergency {
             reason: "Breakglass",
             action: "Admitted",
             note: format!("{user} got past all policies, until {}: {}", self.until, self.reason),
+            once: None,
         }
     }
 }

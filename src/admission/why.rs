@@ -97,10 +97,10 @@ impl Why {
         }
     }
 
-    /// Whether it is only that the registry did not answer.
+    /// Whether it says nothing of the image: its registry did not answer, or what is demanded of it could not be read.
     #[must_use]
     pub fn is_unknown(&self) -> bool {
-        matches!(self, Self::Registry(_) | Self::Late(_))
+        matches!(self, Self::Registry(_) | Self::Late(_) | Self::Refused(_))
     }
 
     pub(super) fn no_reference(error: &ParseError) -> Self {

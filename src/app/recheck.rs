@@ -5,6 +5,7 @@ use std::{collections::HashSet, mem, path::PathBuf, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use k8s_openapi::api::core::v1::ObjectReference;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use sha2::{Digest as _, Sha256};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -67,17 +68,18 @@ impl Rounds {
         for finding in denied() {
             if !before.contains(&(finding.namespace.clone(), finding.verdict.text.clone())) {
                 self.log(finding);
-                self.tell(finding);
             }
+            self.tell(finding);
         }
         info!(pods = findings.pods, images = findings.images, denied = self.known.len(), "looked at what runs");
     }
 
-    /// By an Event on each pod, so that it is found where people look.
+    /// By an Event on each pod, so that it is found where people look: one as long as the cluster keeps it.
     fn tell(&self, finding: &Finding) {
         let judge = self.webhook.judge();
         let Some(events) = &judge.events else { return };
         let note = of_image(&finding.verdict, finding.verdict.enforced());
+        let about = hex::encode(&Sha256::digest(&note)[..8]);
         for pod in finding.pods.iter().take(MOST_TOLD) {
             events.report(Notice {
                 regarding: ObjectReference {
@@ -91,6 +93,7 @@ impl Rounds {
                 reason: "NotAttested",
                 action: "Rechecked",
                 note: note.clone(),
+                once: Some(format!("{}.{about}", pod.uid)),
             });
         }
     }

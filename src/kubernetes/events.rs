@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use uuid::Uuid;
 
-use super::{Cluster, is_name};
+use super::{Cluster, Error, is_name};
 use crate::{clock::Clock, telemetry::Sample};
 
 /// What is counted, for [`crate::telemetry::Metrics::attach`].
@@ -49,6 +49,9 @@ pub struct Notice {
     pub action: &'static str,
     /// For people. It is cut where it is too long.
     pub note: String,
+    /// What it is about, in a word that a name may have: as long as the cluster has an Event of it, there is no second one, whichever
+    /// replica tells. None: it is told each time.
+    pub once: Option<String>,
 }
 
 /// Takes notices for the cluster. Clones share the queue.
@@ -125,6 +128,8 @@ impl Sender {
         let api: Api<Event> = Api::namespaced(self.cluster.client(), &namespace);
         match self.cluster.ask(api.create(&PostParams::default(), &event)).await {
             Ok(_) => self.counts.sent.fetch_add(1, Relaxed),
+            // Told already.
+            Err(Error::Refused { code: 409, .. }) => self.counts.sent.fetch_add(1, Relaxed),
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
                 warn!(namespace, reason = event.reason, error, "an Event could not be written");
@@ -142,7 +147,7 @@ fn event(notice: Notice, clock: &Clock, instance: &str) -> Event {
     }
     Event {
         metadata: ObjectMeta {
-            name: Some(format!("countersign.{}", Uuid::now_v7().simple())),
+            name: Some(format!("countersign.{}", notice.once.unwrap_or_else(|| Uuid::now_v7().simple().to_string()))),
             namespace: notice.regarding.namespace.clone(),
             ..ObjectMeta::default()
         },
