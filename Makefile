@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: help demo test rabbitmq4 story partition cluster-test check build image image-test bench fuzz tools
+.PHONY: help demo test rabbitmq4 story partition cluster-test manifests check build image image-test bench fuzz tools
 
 INSTALL := integration-tests/tools/install.sh
 # Where the tests find countersign; another build of it can be named: make test COUNTERSIGN_BIN=/usr/bin/countersign
@@ -41,6 +41,10 @@ cluster-test: ## admission asked by a real kube-apiserver, and what kubectl says
 	@$(INSTALL) docker-registry kubernetes
 	cargo build --workspace
 	cargo test --package integration-tests --test cluster
+
+manifests: ## deploy/kubernetes, made anew from the Helm chart
+	@$(INSTALL) helm
+	BLESS=1 cargo test --quiet --package integration-tests --test chart deploy_kubernetes
 
 check: ## format, lints, documentation, licences and advisories of dependencies
 	@$(INSTALL) cargo-deny

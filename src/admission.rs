@@ -19,8 +19,11 @@ mod docker_config;
 mod evidence;
 mod judge;
 pub mod manifest;
+mod pull_secrets;
+mod resources;
 mod review;
 mod route;
+mod running;
 mod why;
 mod workload;
 
@@ -38,10 +41,13 @@ pub use self::{
     docker_config::{DockerConfig, Error as DockerConfigError},
     evidence::{Examiner, Settings as ExaminerSettings},
     judge::{Judge, MOST_IMAGES, Terms, Verdict},
+    pull_secrets::{Logins, PullSecrets},
+    resources::{Beside, Kept, Kind as ResourceKind, Resources, State, definitions, manifest as definitions_manifest},
     review::{GroupKind, Request, Response},
     route::{Webhook, router},
+    running::{Error as RunningError, Finding, Findings, Looks, Pod, Running},
     why::{Fault, Why},
-    workload::{Image, Kinds, Workload},
+    workload::{Image, Kinds, PulledWith, Workload},
 };
 use crate::policy::Bound;
 
@@ -129,9 +135,10 @@ impl Judge {
             return admitted(Decision::NoPolicy);
         }
         if is_emergency {
-            return self.emergency(request, &workload, &images);
+            return self.emergency(request, endpoint, &workload, &images);
         }
-        let terms = Terms { pins: endpoint == Endpoint::Mutate, deadline, patience };
+        let logins = self.pull_secrets.as_ref().map(|secrets| secrets.of(&request.namespace, &workload.pulled_with));
+        let terms = Terms { pins: endpoint == Endpoint::Mutate, fresh: false, deadline, patience, logins: logins.as_ref() };
         let Some(verdicts) = self.images(images.iter().map(|image| image.text.as_str()), &policies, terms).await else {
             return denied(format!(
                 "the object has more than {MOST_IMAGES} different images, which is more than is ever looked at"
@@ -158,7 +165,13 @@ impl Judge {
         (Decision::NotAsked, response)
     }
 
-    fn emergency(&self, request: &Request<'_>, workload: &Workload, images: &[Image]) -> (Decision, Response) {
+    fn emergency(
+        &self,
+        request: &Request<'_>,
+        endpoint: Endpoint,
+        workload: &Workload,
+        images: &[Image],
+    ) -> (Decision, Response) {
         let mut response = Response::default();
         let user = &request.user_info;
         match breakglass::judge(&workload.breakglass, user, self.breakglass.as_ref(), self.clock.now()) {
@@ -176,6 +189,13 @@ impl Judge {
                     dry_run = request.dry_run.unwrap_or_default(),
                     "breakglass: admitted past all policies"
                 );
+                // Both webhooks may be asked of one object, and it has its name and uid for sure only when it is validated.
+                if let Some(events) = &self.events
+                    && endpoint == Endpoint::Validate
+                    && !request.dry_run.unwrap_or_default()
+                {
+                    events.report(emergency.notice(request));
+                }
                 response.warnings.push("breakglass: the images were admitted past all policies".to_owned());
                 response.audit.insert("breakglass".to_owned(), reason);
                 (Decision::Breakglass, response)

@@ -2,6 +2,8 @@
 
 mod admission;
 mod daemon;
+mod recheck;
+mod serving;
 mod witnesses;
 
 use std::{collections::HashMap, fs, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc};
@@ -32,6 +34,7 @@ use crate::{
 
 pub use admission::{ca_bundle, judge, serve as serve_admission};
 pub use daemon::serve;
+pub use recheck::look_at_what_runs;
 pub use witnesses::{
     Unopened, Unready, certificates, check_certificate, known, known_by, probe, public_key, remote_witness, with_certificates,
 };

@@ -10,6 +10,7 @@ pub mod key;
 pub mod manifest;
 pub mod output;
 pub mod queue;
+pub mod report;
 pub mod sign;
 pub mod verify;
 pub mod witness;
@@ -102,6 +103,13 @@ pub enum Command {
     /// It needs public keys only, never a KMS. POST /validate and /mutate are what the cluster calls; /livez, /readyz and
     /// /metrics are as the daemon's. SIGTERM stops it; SIGHUP reads the configuration again.
     Admission(AdmissionArgs),
+    /// Say what runs in a cluster and would be denied now: a signature is gone, a key was revoked, a policy is new.
+    ///
+    /// It lists the pods and has their images verified again, as `recheck` in [admission] kubernetes has the webhook do, by the same
+    /// policies. Nothing is changed. It needs the right to list pods.
+    ///
+    /// Exit codes: 0 all would be admitted; 1 not all; 2 usage; 3 the cluster's API could not be reached.
+    Report(ReportArgs),
     /// The whole story of an image: rules that match or why they don't, signatures it has, what is queued or dead.
     Explain(ExplainArgs),
     /// The queue from outside. Works whether the daemon runs or not.
@@ -242,6 +250,23 @@ pub struct AdmissionArgs {
     /// Print the authority that the API server has to trust, as it stands in `caBundle`, and do nothing else. Made if there is none.
     #[arg(long)]
     pub ca_bundle: bool,
+
+    /// Print the definitions of the SecurityPolicy and Witness resources, for `kubectl apply`, and do nothing else.
+    #[arg(long, conflicts_with = "ca_bundle")]
+    pub crds: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// How the cluster's API is reached. As `kubernetes` in [admission] says, if absent.
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// The cluster whose policies count. As `cluster` in [admission] says, if absent.
+    #[arg(long, value_name = "NAME")]
+    pub cluster: Option<String>,
+    /// Only what runs in this namespace.
+    #[arg(long, short, value_name = "NAME")]
+    pub namespace: Option<String>,
 }
 
 #[derive(Debug, Args)]

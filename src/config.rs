@@ -6,6 +6,7 @@
 
 mod admission;
 mod door;
+mod kubernetes;
 mod ledger;
 mod log;
 mod names;
@@ -17,6 +18,7 @@ mod queue;
 mod reader;
 mod registry;
 mod report;
+pub mod resource;
 mod rule;
 mod schema;
 mod scope;
@@ -38,6 +40,7 @@ use crate::policy::Policy;
 pub use self::{
     admission::{Admission, Breakglass, Cache, Certificate, CustomKind},
     door::Door,
+    kubernetes::{Kubernetes, Recheck},
     ledger::Ledger,
     log::{Log, LogFormat},
     problem::{Place, Problem, Problems, Severity, in_full},

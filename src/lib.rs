@@ -24,6 +24,7 @@ pub mod event;
 pub mod http;
 pub mod intake;
 pub mod kms;
+pub mod kubernetes;
 pub mod ledger;
 pub mod lifecycle;
 pub mod oci;

@@ -43,6 +43,7 @@ async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
             return cli::check::run(Config::load(&path), &clock, args, output).await;
         }
         Command::Key(command) => return cli::key::run(command, output),
+        Command::Admission(args) if args.crds => return Ok(cli::admission::print_crds(output)),
         Command::Health(args) => return cli::health::run(&path, args, output).await,
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "countersign", &mut std::io::stdout());
@@ -51,7 +52,7 @@ async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
         _ => {}
     }
     let (config, warnings) = Config::load(&path)?;
-    if let Command::Admission(cli::AdmissionArgs { ca_bundle: true }) = cli.command {
+    if let Command::Admission(cli::AdmissionArgs { ca_bundle: true, .. }) = cli.command {
         return cli::admission::print_ca_bundle(&config, &clock, output);
     }
     if let Command::Serve | Command::Admission(_) = cli.command {
@@ -81,6 +82,7 @@ async fn start(cli: Cli) -> anyhow::Result<ExitCode> {
             let client = app::client(&config, &clock, !args.dry_run).await?;
             cli::sign::run(&config, &client, &clock, args, output).await
         }
+        Command::Report(args) => cli::report::run(&config, &clock, args, output).await,
         Command::Explain(args) => {
             let client = app::client(&config, &clock, false).await?;
             cli::explain::run(&config, &client, &clock, &args.reference, output).await

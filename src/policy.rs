@@ -52,7 +52,7 @@ pub struct Policy {
 }
 
 /// What becomes of an image that does not meet a policy.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Mode {
     /// It does not run.
@@ -131,6 +131,17 @@ impl Tags {
 pub struct Bound {
     pub policy: Policy,
     pub allow: Patterns,
+    /// Why it cannot be used, if it cannot: then no image meets it.
+    pub refused: Option<Arc<str>>,
+}
+
+/// A policy that cannot be used. Until it can, nothing is admitted to its namespaces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Closed {
+    pub name: String,
+    /// Names of namespaces or globs of them, which have been parsed.
+    pub namespaces: Vec<String>,
+    pub reason: Arc<str>,
 }
 
 /// The policies that are in force in one cluster, by namespace. Finding those of a namespace costs what they are, not what
@@ -164,18 +175,26 @@ impl Policies {
     /// # Errors
     /// [`Error::NoCluster`] if an enabled policy is for certain clusters and `cluster` is none: it would silently not hold.
     pub fn new(policies: impl IntoIterator<Item = Policy>, cluster: Option<&str>) -> Result<Self, Error> {
+        Self::with_closed(policies, [], cluster)
+    }
+
+    /// The same, and those that cannot be used.
+    pub fn with_closed(
+        policies: impl IntoIterator<Item = Policy>,
+        closed: impl IntoIterator<Item = Closed>,
+        cluster: Option<&str>,
+    ) -> Result<Self, Error> {
         let mut this = Self::default();
         let mut globs = GlobSetBuilder::new();
-        for policy in policies.into_iter().filter(|policy| policy.enabled) {
+        let closed = closed.into_iter().map(|closed| {
+            let Closed { name, namespaces, reason } = closed;
+            (Policy { namespaces, enabled: true, ..Policy::new(&name, "", "") }, Some(reason))
+        });
+        let usable = policies.into_iter().filter(|policy| policy.enabled).map(|policy| (policy, None));
+        for (policy, refused) in usable.chain(closed) {
             let wrong = |problem| Error::Pattern { policy: policy.name.clone(), problem };
-            match cluster {
-                _ if policy.clusters.is_empty() => {}
-                None => return Err(Error::NoCluster(policy.name)),
-                Some(cluster) => {
-                    if !any_holds(&policy.clusters, cluster).map_err(wrong)? {
-                        continue;
-                    }
-                }
+            if !policy.is_for(cluster)? {
+                continue;
             }
             let index = this.bound.len();
             for namespace in &policy.namespaces {
@@ -187,7 +206,7 @@ impl Policies {
                 }
             }
             let allow = Patterns::parse(&policy.allow).map_err(wrong)?;
-            this.bound.push(Arc::new(Bound { policy, allow }));
+            this.bound.push(Arc::new(Bound { policy, allow, refused }));
         }
         this.globs = globs.build().map_err(Error::TooLarge)?;
         Ok(this)
@@ -241,6 +260,20 @@ impl fmt::Display for Mode {
 }
 
 impl Policy {
+    /// Whether it has a say in this cluster.
+    ///
+    /// # Errors
+    /// [`Error::NoCluster`] if it is for certain clusters and `cluster` is none; [`Error::Pattern`].
+    pub fn is_for(&self, cluster: Option<&str>) -> Result<bool, Error> {
+        match cluster {
+            _ if self.clusters.is_empty() => Ok(true),
+            None => Err(Error::NoCluster(self.name.clone())),
+            Some(cluster) => {
+                any_holds(&self.clusters, cluster).map_err(|problem| Error::Pattern { policy: self.name.clone(), problem })
+            }
+        }
+    }
+
     /// A policy that demands a signature of this witness in this namespace, and is as by default otherwise: not enabled.
     #[must_use]
     pub fn new(name: &str, witness: &str, namespace: &str) -> Self {
@@ -301,6 +334,17 @@ mod tests {
         assert!(matches!(Policies::new([of_cluster.clone()], None), Err(Error::NoCluster(name)) if name == "payments"));
         let disabled = Policy { enabled: false, ..of_cluster };
         assert!(Policies::new([disabled], None).unwrap().of("payments").is_empty());
+    }
+
+    #[test]
+    fn a_policy_that_cannot_be_used_closes_its_namespaces_beside_those_that_can() {
+        let closed = Closed { name: "broken".into(), namespaces: vec!["pay*".into(), "shop".into()], reason: "why".into() };
+        let policies = Policies::with_closed([policy("good", &[], &["payments"])], [closed], None).unwrap();
+        assert_eq!(names(&policies, "payments"), ["good", "broken"]);
+        assert_eq!(names(&policies, "shop"), ["broken"]);
+        assert_eq!(names(&policies, "other"), [""; 0]);
+        assert_eq!(policies.of("shop")[0].refused.as_deref(), Some("why"));
+        assert_eq!(policies.of("shop")[0].policy.mode, Mode::Enforce);
     }
 
     #[test]

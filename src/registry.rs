@@ -200,6 +200,31 @@ impl Registry {
         &self.0.name
     }
 
+    /// Whether it is asked by an account, and not by nobody.
+    pub fn has_account(&self) -> bool {
+        self.0.authenticator.account().0.is_some()
+    }
+
+    /// The same registry, asked by another account. The connections are shared.
+    ///
+    /// # Errors
+    /// [`Error::Settings`] if the username cannot be sent.
+    pub fn with_account(&self, credentials: Credentials) -> Result<Self, Error> {
+        let Shared { name, origin, base, client, timeouts, observer, .. } = &*self.0;
+        let wrong = |problem| Error::Settings { registry: name.clone(), problem };
+        Ok(Self(Arc::new(Shared {
+            name: name.clone(),
+            origin: origin.clone(),
+            base: base.clone(),
+            client: client.clone(),
+            timeouts: *timeouts,
+            authenticator: Authenticator::new(Some(credentials)).map_err(wrong)?,
+            blobs: Blobs::new(),
+            referrers: referrers::Knowledge::default(),
+            observer: observer.clone(),
+        })))
+    }
+
     /// Whether the registry is there and lets us in (`GET /v2/`). Says nothing of what may be done in which repository.
     pub async fn ping(&self) -> Result<(), Error> {
         let call = Call { doing: "reach the API", repository: None, item: None, access: Access::Enter };

@@ -200,7 +200,7 @@ impl Witness {
     /// Opens the key, reads its public half, and holds it against the pinned one.
     pub async fn open(settings: &WitnessSettings, clock: Clock) -> Result<Self, Error> {
         // What is wrong in the configuration is said before the KMS is asked.
-        trust::configured(settings)?;
+        trust::configured(&settings.name, &settings.verify)?;
         let opened = kms::open(&settings.key, settings.login.as_ref(), clock.clone()).await;
         let key = opened.map_err(|source| Error::Key { witness: settings.name.clone(), source })?;
         Self::from_key(settings, key, clock)
@@ -209,7 +209,7 @@ impl Witness {
     /// The same with a key that is open already.
     pub fn from_key(settings: &WitnessSettings, key: Arc<dyn SigningKey>, clock: Clock) -> Result<Self, Error> {
         pin::hold(settings, key.public_key())?;
-        let trusted = TrustedKeys::with_own(settings, Some(key.public_key()))?;
+        let trusted = TrustedKeys::with_own(&settings.name, &settings.verify, Some(key.public_key()))?;
         let standing = trusted.standing(key.public_key(), clock.now());
         if let Some(standing @ (Standing::Ended { .. } | Standing::Revoked { .. })) = standing {
             let fingerprint = key.public_key().fingerprint().to_owned();

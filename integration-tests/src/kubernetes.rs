@@ -103,7 +103,8 @@ impl Cluster {
         Ok(())
     }
 
-    fn kubeconfig(&self, user: &str) -> PathBuf {
+    /// A file by which this user reaches it.
+    pub fn kubeconfig(&self, user: &str) -> PathBuf {
         self.folder.path().join(user).with_extension("json")
     }
 

@@ -138,6 +138,14 @@ pub fn free_ports(many: u16) -> Result<u16> {
     bail!("no port from {FIRST} on is free on 127.0.0.1")
 }
 
+/// MiB of a line of `/proc/PID/status`: `VmRSS`, or `VmHWM` for the most it ever was.
+pub fn memory(pid: u32, line: &str) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let found = status.lines().find_map(|text| text.strip_prefix(line)?.strip_prefix(':'));
+    let kibibytes = found.and_then(|text| text.trim().strip_suffix(" kB")).with_context(|| format!("no {line}"))?;
+    Ok(kibibytes.trim().parse::<f64>()? / 1024.0)
+}
+
 /// Where `make tools` put a program.
 pub fn tool(name: &str) -> Result<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name(".tools").join(name);

@@ -215,6 +215,18 @@ impl Notation {
         Ok(own)
     }
 
+    /// The public key of the one that [`Self::signing`] made, as PEM, in a file.
+    pub fn public_key(&self) -> Result<PathBuf> {
+        let (certificate, key) =
+            ("notation/truststore/x509/ca/countersign/countersign.crt", self.folder.path().join("key.pub.pem"));
+        let mut openssl = std::process::Command::new("openssl");
+        openssl.args(["x509", "-noout", "-pubkey", "-in"]).arg(self.folder.path().join(certificate));
+        let output = openssl.output().context("run openssl")?;
+        ensure!(output.status.success(), "openssl: {}", String::from_utf8_lossy(&output.stderr));
+        fs::write(&key, output.stdout)?;
+        Ok(key)
+    }
+
     /// `notation sign`, as [`Self::signing`] made it. `by_tag` is its default: it keeps the fallback tag whatever the registry can.
     pub async fn sign(&self, reference: &str, by_tag: bool) -> Result<()> {
         let mut command = self.command("sign")?;

@@ -1,8 +1,9 @@
 //! `countersign admission`, called as an API server calls it: by HTTPS, trusting only its `caBundle`.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -13,19 +14,30 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::daemon::{self, Metrics, Output, binary};
-use crate::process::{Process, free_port, scratch};
+use crate::house::House;
+use crate::process::{Process, free_port, http_client, scratch};
 
 /// What it is called in a cluster that has it as deploy/kubernetes says.
 pub const SERVICE: &str = "countersign-admission.countersign.svc";
 
+/// In the namespace `payments` only what `release` has signed may run.
+pub const POLICY: &str = "[[policy]]\nname = \"payments\"\nwitness = \"release\"\nnamespace = \"payments\"\nenabled = true\n";
+
 /// A running webhook.
 #[derive(Debug)]
 pub struct Webhook {
-    process: Process,
+    process: Option<Process>,
     http: reqwest::Client,
     port: u16,
+    /// As it stands in the configuration.
+    certificate: String,
+    roots: Vec<reqwest::Certificate>,
     bundle: String,
-    folder: TempDir,
+    /// Without its listener and certificate.
+    settings: String,
+    config: PathBuf,
+    /// Replicas share it, as they share the authority in it.
+    folder: Arc<TempDir>,
 }
 
 /// What it answered.
@@ -40,32 +52,96 @@ pub struct Answer {
 }
 
 impl Webhook {
-    /// With this configuration besides its own listener and certificate.
+    /// With this configuration besides its own listener and a certificate that it makes itself.
     pub async fn start(config: &str) -> Result<Self> {
-        let (folder, port) = (scratch()?, free_port()?);
-        let webhook_toml = folder.path().join("webhook.toml");
-        fs::write(&webhook_toml, with_listener(config, port))?;
-        let path = webhook_toml.to_str().context("a folder whose name is no text")?;
-        let bundle = daemon::run(&["admission", "--ca-bundle", "--config", path], &[]).await?.expect_code(0)?.stdout;
-        let authority = reqwest::Certificate::from_pem(&STANDARD.decode(bundle.trim())?)?;
+        let names = format!("{{ folder = \"authority\", names = [\"127.0.0.1\", \"{SERVICE}\"] }}");
+        let mut webhook = Self::prepare(Arc::new(scratch()?), config, &names)?;
+        webhook.bundle = webhook.run(&["admission", "--ca-bundle"]).await?.expect_code(0)?.stdout.trim().to_owned();
+        webhook.roots = vec![reqwest::Certificate::from_pem(&STANDARD.decode(&webhook.bundle)?)?];
+        webhook.started().await
+    }
+
+    /// With the certificate and the key in these files. Called by those who trust `roots` (PEM).
+    pub async fn start_with_files(config: &str, certificate: &Path, key: &Path, roots: &[&[u8]]) -> Result<Self> {
+        let files = format!("{{ certificate = \"{}\", key = {{ file = \"{}\" }} }}", certificate.display(), key.display());
+        let mut webhook = Self::prepare(Arc::new(scratch()?), config, &files)?;
+        webhook.roots = roots.iter().map(|pem| reqwest::Certificate::from_pem(pem)).collect::<Result<_, _>>()?;
+        webhook.started().await
+    }
+
+    /// Another one with the same configuration and authority.
+    pub async fn replica(&self) -> Result<Self> {
+        let replica = Self::prepare(self.folder.clone(), &self.settings, &self.certificate)?;
+        Self { bundle: self.bundle.clone(), roots: self.roots.clone(), ..replica }.started().await
+    }
+
+    fn prepare(folder: Arc<TempDir>, settings: &str, certificate: &str) -> Result<Self> {
+        let port = free_port()?;
+        let config = folder.path().join(format!("webhook-{port}.toml"));
+        let (settings, certificate) = (settings.to_owned(), certificate.to_owned());
+        // Until it is known whom to trust.
+        let http = http_client()?;
+        let webhook =
+            Self { process: None, http, port, certificate, roots: vec![], bundle: String::new(), settings, config, folder };
+        webhook.write(&webhook.settings)?;
+        Ok(webhook)
+    }
+
+    async fn started(mut self) -> Result<Self> {
+        self.http = self.client()?.build()?;
+        self.start_again().await?;
+        Ok(self)
+    }
+
+    fn client(&self) -> Result<reqwest::ClientBuilder> {
         let limit = Duration::from_secs(40);
-        let http =
-            reqwest::Client::builder().no_proxy().tls_certs_only([authority]).connect_timeout(limit).timeout(limit).build()?;
+        let roots = self.roots.iter().cloned();
+        Ok(reqwest::Client::builder().no_proxy().tls_certs_only(roots).connect_timeout(limit).timeout(limit))
+    }
+
+    /// Starts it on the port that it had.
+    pub async fn start_again(&mut self) -> Result<()> {
         let mut command = Command::new(binary()?);
-        command.args(["admission", "--config", path]);
-        let mut process = Process::start("countersign admission", &mut command, &folder.path().join("log"))?;
-        let probe = format!("https://127.0.0.1:{port}/readyz");
+        command.arg("admission").arg("--config").arg(&self.config);
+        let process =
+            self.process.insert(Process::start("countersign admission", &mut command, &self.config.with_extension("log"))?);
+        let (http, probe) = (&self.http, format!("https://127.0.0.1:{}/readyz", self.port));
         let ready = || async { http.get(&probe).send().await.is_ok_and(|answer| answer.status().is_success()) };
-        process.wait_ready(Duration::from_secs(60), ready).await?;
-        Ok(Self { process, http, port, bundle: bundle.trim().to_owned(), folder })
+        process.wait_ready(Duration::from_secs(60), ready).await
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.take().map_or(Ok(()), Process::kill)
+    }
+
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.process.as_ref().context("the webhook is not running")?.signal(signal)
+    }
+
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::id)
+    }
+
+    /// The certificate that it proves its name with on a new connection: DER.
+    pub async fn served(&self) -> Result<Vec<u8>> {
+        let http = self.client()?.tls_info(true).build()?;
+        let answer = http.get(format!("https://127.0.0.1:{}/livez", self.port)).send().await?;
+        let certificate = answer.extensions().get::<reqwest::tls::TlsInfo>().and_then(|info| info.peer_certificate());
+        Ok(certificate.context("a connection without a certificate")?.to_vec())
+    }
+
+    fn write(&self, settings: &str) -> Result<()> {
+        let Self { port, certificate, .. } = self;
+        Ok(fs::write(&self.config, format!("[admission]\nlisten = \"127.0.0.1:{port}\"\ntls = {certificate}\n{settings}"))?)
     }
 
     /// Writes another configuration and has it read, until it is in force.
     pub async fn reload(&self, config: &str) -> Result<()> {
         let count = |metrics: &Metrics, result| metrics.count("countersign_config_reloads_total", &[("result", result)]);
         let before = count(&self.metrics().await?, "ok");
-        fs::write(self.config(), with_listener(config, self.port))?;
-        self.process.signal(Signal::HUP)?;
+        self.write(config)?;
+        self.signal(Signal::HUP)?;
         crate::process::eventually("the configuration is in force", Duration::from_secs(30), async || {
             let metrics = self.metrics().await?;
             ensure!(count(&metrics, "failed") == 0, "the configuration was refused:\n{}", self.logged());
@@ -84,20 +160,20 @@ impl Webhook {
         &self.bundle
     }
 
-    pub fn config(&self) -> PathBuf {
-        self.folder.path().join("webhook.toml")
+    pub fn config(&self) -> &Path {
+        &self.config
     }
 
     /// Everything it has logged.
     pub fn logged(&self) -> String {
-        fs::read(self.folder.path().join("log")).map_or_else(|_| String::new(), |log| String::from_utf8_lossy(&log).into_owned())
+        fs::read(self.config.with_extension("log"))
+            .map_or_else(|_| String::new(), |log| String::from_utf8_lossy(&log).into_owned())
     }
 
     /// Runs another command of countersign's with the webhook's configuration.
     pub async fn run(&self, arguments: &[&str]) -> Result<Output> {
-        let config = self.config();
         let mut arguments = arguments.to_vec();
-        arguments.extend(["--config", config.to_str().context("a folder whose name is no text")?]);
+        arguments.extend(["--config", self.config.to_str().context("a folder whose name is no text")?]);
         daemon::run(&arguments, &[]).await
     }
 
@@ -142,9 +218,18 @@ impl Answer {
     }
 }
 
-fn with_listener(config: &str, port: u16) -> String {
-    let names = format!("[\"127.0.0.1\", \"{SERVICE}\"]");
-    format!("[admission]\nlisten = \"127.0.0.1:{port}\"\ntls = {{ folder = \"authority\", names = {names} }}\n{config}")
+/// The house's registry and witness as a cluster has them: with the public key, and a KMS that is never asked.
+pub fn witnessed(house: &House, rest: &str) -> String {
+    settings(&house.registry.host(), &house.registry.url(), &house.public_key_path(), rest)
+}
+
+/// The same of any registry and key.
+pub fn settings(registry: &str, url: &str, public_key: &Path, rest: &str) -> String {
+    format!(
+        "{rest}\n[[registry]]\nname = \"{registry}\"\nurl = \"{url}\"\n\n\
+         [[witness]]\nname = \"release\"\nkey = \"awskms:///alias/never-asked?region=eu-west-1\"\npublic_key = \"{}\"\n",
+        public_key.display(),
+    )
 }
 
 /// A pod with one container for each image.

@@ -8,22 +8,9 @@ use integration_tests::house::{House, Plan};
 use integration_tests::image::Image;
 use integration_tests::process::{eventually, scratch};
 use integration_tests::registry::{LOGIN, Options};
-use integration_tests::verifier::{Cosign, KeyPair};
-use integration_tests::webhook::{Webhook, pod, review};
+use integration_tests::verifier::{Cosign, KeyPair, Notation};
+use integration_tests::webhook::{POLICY, Webhook, pod, review, settings, witnessed};
 use serde_json::{Value, json};
-
-/// The house's registry and witness as a cluster has them: with the public key, and a KMS that is never asked.
-fn witnessed(house: &House, rest: &str) -> String {
-    format!(
-        "{rest}\n[[registry]]\nname = \"{}\"\nurl = \"{}\"\n\n\
-         [[witness]]\nname = \"release\"\nkey = \"awskms:///alias/never-asked?region=eu-west-1\"\npublic_key = \"{}\"\n",
-        house.registry.host(),
-        house.registry.url(),
-        house.public_key_path().display(),
-    )
-}
-
-const POLICY: &str = "[[policy]]\nname = \"payments\"\nwitness = \"release\"\nnamespace = \"payments\"\nenabled = true\n";
 
 fn policy(more: &str) -> String {
     format!("{POLICY}{more}\n")
@@ -129,16 +116,36 @@ async fn signatures_of_stock_cosign_with_the_witness_key_count_and_those_of_othe
     let other = house.reference("team/app", &image.manifest.digest);
     Cosign::V2.sign(&theirs, &other).await?;
 
-    let config = |public: &KeyPair| {
-        witnessed(&house, POLICY).replace(&house.public_key_path().display().to_string(), &public.public().display().to_string())
-    };
-    let webhook = Webhook::start(&config(&ours)).await?;
+    let webhook = Webhook::start(&settings(&house.registry.host(), &house.registry.url(), &ours.public(), POLICY)).await?;
     for reference in &references {
         let answer = webhook.create("payments", reference).await?;
         assert!(answer.allowed, "{answer:?}");
     }
     let answer = webhook.create("payments", &other).await?;
     assert!(answer.why(&other)?.contains("it is signed by another key, and not by one of witness release"), "{answer:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn signatures_of_stock_notation_with_the_witness_key_count_and_those_of_others_do_not() -> Result<()> {
+    let house = House::start_quiet(None).await?;
+    let repository = format!("{}/team/app", house.registry.host());
+    let (ours, theirs) = (Notation::signing(&repository).await?, Notation::signing(&repository).await?);
+    let mut references = vec![];
+    for (seed, notation) in [("ours", &ours), ("theirs", &theirs)] {
+        let image = Image::oci(seed)?;
+        house.push(&image, "team/app", &[seed]).await?;
+        let reference = house.reference("team/app", &image.manifest.digest);
+        notation.sign(&reference, true).await?;
+        references.push(reference);
+    }
+    let key = ours.public_key()?;
+    let webhook = Webhook::start(&settings(&house.registry.host(), &house.registry.url(), &key, POLICY)).await?;
+    let answer = webhook.create("payments", &references[0]).await?;
+    assert!(answer.allowed, "{answer:?}");
+    let other = &references[1];
+    let answer = webhook.create("payments", other).await?;
+    assert!(answer.why(other)?.contains("it is signed by another key, and not by one of witness release"), "{answer:?}");
     Ok(())
 }
 
@@ -159,13 +166,21 @@ async fn a_tampered_signature_a_moved_tag_another_name_and_a_revoked_witness_are
     assert!(answer.why(&tampered)?.contains(&format!("it approves another digest, {digest}")), "{answer:?}");
 
     // The tag was moved to an image that nobody signed, behind countersign's back.
-    let evil = Image::oci("evil")?;
+    let (evil, third) = (Image::oci("evil")?, Image::oci("third")?);
+    house.push(&third, "team/app", &["3.0"]).await?;
+    house.wait_signed("team/app", &third.manifest.digest, &["3.0"]).await?;
     house.daemon.signal(rustix::process::Signal::STOP)?;
     house.push(&evil, "team/app", &["1.0"]).await?;
     let moved = house.reference("team/app", "1.0");
     let mutate = |image: &str| review("CREATE", "payments", "/v1", "Pod", &pod(&[image]), &Value::Null);
     let answer = webhook.call("/mutate?timeout=30s", &mutate(&moved)).await?;
     assert!(answer.why(&moved)?.contains("it is not signed"), "{answer:?}");
+
+    // Or to one that was signed, but not as this.
+    house.push(&third, "team/app", &["1.0"]).await?;
+    let answer = webhook.call("/mutate?timeout=30s", &mutate(&moved)).await?;
+    let expected = format!("witness release signed it as {}, and not under this name", house.reference("team/app", "3.0"));
+    assert!(answer.why(&moved)?.contains(&expected), "{answer:?}");
 
     // What was signed as 1.0 is no 2.0.
     let renamed = format!("{}:2.0@{digest}", house.reference("team/app", "x").trim_end_matches(":x"));
@@ -389,10 +404,7 @@ async fn a_child_counts_through_its_index_and_an_old_image_does_not_count() -> R
     }
     Cosign::V2.sign(&key, &house.reference("team/app", &image.manifest.digest)).await?;
     Cosign::sign_bundle(&key, &house.reference("team/bundled", &image.manifest.digest)).await?;
-    let config = |more: &str| {
-        let config = witnessed(&house, &policy(more));
-        config.replace(&house.public_key_path().display().to_string(), &key.public().display().to_string())
-    };
+    let config = |more: &str| settings(&house.registry.host(), &house.registry.url(), &key.public(), &policy(more));
     let child = |repository| format!("{}@{}", house.reference(repository, "1.0"), image.child("amd64").digest);
     let children = ["team/app", "team/bundled"].map(child);
     let folder = scratch()?;

@@ -24,7 +24,7 @@ struct Scene {
     tag: String,
     signed: String,
     unsigned: String,
-    _house: House,
+    house: House,
 }
 
 impl Scene {
@@ -36,25 +36,29 @@ impl Scene {
                 "[[policy]]\nname = \"{name}\"\nwitness = \"release\"\nnamespace = \"{name}\"\nmode = \"{mode}\"\nenabled = true\n"
             )
         };
+        let cluster = Cluster::start().await?;
         let config = format!(
             "breakglass = {{ groups = [\"oncall\"] }}\n\
-             kinds = [{{ group = \"\", kind = \"PodTemplate\", paths = [\"template\"] }}]\n\
+             kubernetes = {{ kubeconfig = \"{}\" }}\n\
+             kinds = [\n  {{ group = \"\", kind = \"PodTemplate\", paths = [\"template\"] }},\n  \
+             {{ group = \"argoproj.io\", kind = \"Rollout\", paths = [\"spec.template\"] }},\n]\n\
              [[registry]]\nname = \"{}\"\nurl = \"{}\"\n\
              [[witness]]\nname = \"release\"\nkey = \"awskms:///alias/never-asked?region=eu-west-1\"\npublic_key = \"{}\"\n{}{}{}{}",
+            cluster.kubeconfig(ADMIN).display(),
             house.registry.host(),
             house.registry.url(),
             house.public_key_path().display(),
             policy("payments", "enforce"),
             policy("exempt", "enforce"),
             policy("warned", "warn"),
-            policy("audited", "audit"),
+            policy("audited", "audit") + &(policy("pinned", "enforce") + "tags = \"resolve\"\n"),
         );
-        let (webhook, cluster) = (Webhook::start(&config).await?, Cluster::start().await?);
-        for namespace in ["payments", "exempt", "warned", "audited"] {
+        let webhook = Webhook::start(&config).await?;
+        for namespace in ["payments", "exempt", "warned", "audited", "pinned"] {
             cluster.kubectl(&["create", "namespace", namespace]).await?.expect_code(0)?;
         }
         cluster.kubectl(&["label", "namespace", "exempt", "countersign.dev/admission=off"]).await?.expect_code(0)?;
-        Ok(Self { tag: house.reference("team/app", "1.0"), signed, unsigned, cluster, webhook, _house: house })
+        Ok(Self { tag: house.reference("team/app", "1.0"), signed, unsigned, cluster, webhook, house })
     }
 
     /// As deploy/kubernetes/webhook.yaml has it, and for a kind that the configuration tells it of; but by address, as there is no network
@@ -146,7 +150,7 @@ fn kinds(name: &str, image: &str) -> Vec<(Value, &'static str)> {
     let scheduled = json!({"schedule": "0 3 * * *", "jobTemplate": {"spec": {"template": job}}});
     // batch/v1 has it from Kubernetes 1.21 on.
     objects.push((of("batch/v1beta1", "CronJob", scheduled), "/spec/jobTemplate/spec/template/spec/containers/0/image"));
-    // One that is known by its path only. A custom resource would do, if this kube-apiserver took one: see install.sh.
+    // One that is known by its path only.
     let bare = json!({"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template});
     objects.push((bare, "/template/spec/containers/0/image"));
     objects
@@ -230,6 +234,67 @@ async fn every_kind_is_judged_when_it_is_created_and_when_its_images_change() ->
 }
 
 #[tokio::test]
+async fn a_tag_is_pinned_in_what_is_stored_and_a_custom_resource_is_judged_by_its_path() -> Result<()> {
+    let scene = Scene::set().await?;
+    let Scene { cluster, tag, signed, unsigned, webhook, .. } = &scene;
+    cluster.apply(ROLLOUTS, &[]).await?.expect_code(0)?;
+    scene.register().await?;
+    let url = format!("url: https://127.0.0.1:{}/mutate", webhook.port());
+    let by_service = "service: {namespace: countersign, name: countersign-admission, path: /mutate}";
+    let again = "    # Another webhook";
+    let rollouts = "      - {operations: [CREATE, UPDATE], apiGroups: [argoproj.io], apiVersions: [v1], resources: [rollouts]}";
+    let registration = manifest(
+        "mutating.yaml",
+        &[(by_service, &url), ("CA_BUNDLE", webhook.bundle()), (again, &format!("{rollouts}\n{again}"))],
+    )?;
+    cluster.apply(&registration, &[]).await?.expect_code(0)?;
+    let (_, digest) = signed.split_once('@').context("a digest")?;
+    let pinned = format!("{tag}@{digest}");
+    let image_of = async |name: &str, pointer: &str| {
+        let path = format!("--output=jsonpath={{{}}}", pointer.replace("/0/", "[0]/").replace('/', "."));
+        anyhow::Ok(cluster.kubectl(&["--namespace=pinned", "get", name, &path]).await?.expect_code(0)?.stdout)
+    };
+    let mut pins = kinds("web", tag);
+    pins.retain(|(object, _)| object["kind"] != "PodTemplate");
+    let template = json!({"spec": pod("web", tag)["spec"]});
+    let rollout =
+        json!({"apiVersion": "argoproj.io/v1", "kind": "Rollout", "metadata": {"name": "web"}, "spec": {"template": template}});
+    pins.push((rollout, "/spec/template/spec/containers/0/image"));
+    // The API server hears of the second webhook a little later than it has stored it.
+    let probe = pod("probe", tag).to_string();
+    eventually("the mutating webhook is asked", LIMIT, async || {
+        let probe_it = ["--namespace=pinned", "create", "--dry-run=server", "--output=yaml", "--filename=-"];
+        Ok(cluster.kubectl_as(ADMIN, &probe_it, &probe).await?.stdout.contains(&pinned).then_some(()))
+    })
+    .await?;
+    for (object, pointer) in &pins {
+        scene.create(ADMIN, "pinned", object).await?.expect_code(0)?;
+        assert_eq!(image_of(&named(object), pointer).await?, pinned, "{}", named(object));
+    }
+    let (mut other, pointer) = pins.pop().context("the rollout")?;
+    other["metadata"]["name"] = json!("other");
+    *other.pointer_mut(pointer).context("an image")? = json!(unsigned);
+    let why = denied(&scene.create(ADMIN, "pinned", &other).await?, unsigned);
+    assert!(why.contains("it is not signed"), "{why}");
+    Ok(())
+}
+
+/// A kind that Kubernetes does not have.
+const ROLLOUTS: &str = "apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: rollouts.argoproj.io}
+spec:
+  group: argoproj.io
+  scope: Namespaced
+  names: {kind: Rollout, plural: rollouts, singular: rollout}
+  versions:
+    - name: v1
+      served: true
+      storage: true
+      schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+";
+
+#[tokio::test]
 async fn ephemeral_containers_are_judged_alone() -> Result<()> {
     let scene = Scene::set().await?;
     scene.create(ADMIN, "payments", &pod("old", &scene.unsigned)).await?.expect_code(0)?;
@@ -304,7 +369,80 @@ async fn breakglass_is_for_those_who_may() -> Result<()> {
     let admitted = scene.create(ANNA, "payments", &urgent).await?;
     assert_eq!(admitted.stdout, "pod/urgent created\n", "{admitted:?}");
     denied(&scene.create(ANNA, "payments", &pod("usual", &scene.unsigned)).await?, &scene.unsigned);
+    let told = eventually("an Event tells of it", LIMIT, async || {
+        let events = scene.kubectl("--namespace payments describe pod urgent").await?.expect_code(0)?.stdout;
+        Ok(events.contains("Breakglass").then_some(events))
+    })
+    .await?;
+    assert!(told.contains(&format!("anna got past all policies, until {until}: INC-42")), "{told}");
     Ok(())
+}
+
+/// Waits for the condition of the policy `payments`.
+async fn until_ready_is(cluster: &Cluster, status: &str) -> Result<()> {
+    let until = format!("--for=condition=Ready={status}");
+    cluster.kubectl(&["wait", &until, "--timeout=60s", "securitypolicy/payments"]).await?.expect_code(0)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn policies_that_the_cluster_keeps_are_in_force_and_it_says_of_each_whether_it_can_be() -> Result<()> {
+    let house = House::start(Plan::default()).await?;
+    let (signed, unsigned) = pushed(&house).await?;
+    let cluster = Cluster::start().await?;
+    let definitions = integration_tests::daemon::run(&["admission", "--crds"], &[]).await?.expect_code(0)?.stdout;
+    assert_eq!(definitions, manifest("resources.yaml", &[])?);
+    cluster.apply(&definitions, &[]).await?.expect_code(0)?;
+    for plural in ["securitypolicies", "witnesses"] {
+        let definition = format!("crd/{plural}.countersign.dev");
+        cluster.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", &definition]).await?.expect_code(0)?;
+    }
+    cluster.kubectl(&["create", "namespace", "payments"]).await?.expect_code(0)?;
+    let config = format!(
+        "kubernetes = {{ kubeconfig = \"{}\", resources = true }}\n[[registry]]\nname = \"{}\"\nurl = \"{}\"\n",
+        cluster.kubeconfig(ADMIN).display(),
+        house.registry.host(),
+        house.registry.url(),
+    );
+    let webhook = Webhook::start(&config).await?;
+    let resource = |kind: &str, name: &str, spec: &Value| {
+        json!({"apiVersion": "countersign.dev/v1", "kind": kind, "metadata": {"name": name}, "spec": spec}).to_string()
+    };
+    let policy = |spec: &Value| resource("SecurityPolicy", "payments", spec);
+
+    // What its definition says is no policy the API server itself does not take.
+    for (spec, what) in [
+        (json!({"namespace": "payments"}), "spec"),
+        (json!({"witness": "release", "namespace": "payments", "mode": "hard"}), "spec.mode"),
+        (json!({"witness": "release", "namespace": "payments", "maxAge": "soon"}), "spec.maxAge"),
+    ] {
+        let refused = cluster.apply(&policy(&spec), &[]).await?;
+        assert!(refused.code == Some(1) && refused.stderr.contains(what), "{refused:?}");
+    }
+    // One that nobody can meet, because there is no such witness, closes its namespace and says so.
+    let payments = json!({"witness": "release", "namespace": "payments", "enabled": true});
+    cluster.apply(&policy(&payments), &[]).await?.expect_code(0)?;
+    until_ready_is(&cluster, "False").await?;
+    let wide = cluster.kubectl(&["get", "securitypolicies", "--output=wide"]).await?.expect_code(0)?.stdout;
+    assert!(wide.contains("no Witness is named \"release\""), "{wide}");
+    let scene = Scene { tag: house.reference("team/app", "1.0"), signed, unsigned, cluster, webhook, house };
+    scene.register().await?;
+    let closed = denied(&scene.create(ADMIN, "payments", &pod("early", &scene.signed)).await?, &scene.signed);
+    assert!(closed.contains("nothing is admitted as long as this policy cannot be used"), "{closed}");
+
+    let pem = fs::read_to_string(scene.house.public_key_path())?;
+    scene.cluster.apply(&resource("Witness", "release", &json!({"publicKey": pem})), &[]).await?.expect_code(0)?;
+    until_ready_is(&scene.cluster, "True").await?;
+    scene.create(ADMIN, "payments", &pod("web", &scene.signed)).await?.expect_code(0)?;
+    let why = denied(&scene.create(ADMIN, "payments", &pod("other", &scene.unsigned)).await?, &scene.unsigned);
+    assert_eq!(why, "  policy payments: it is not signed, and witness release must have signed it");
+    scene.cluster.kubectl(&["delete", "securitypolicy", "payments"]).await?.expect_code(0)?;
+    eventually("the policy is gone", LIMIT, async || {
+        let dry = ["--namespace=payments", "create", "--dry-run=server", "--filename=-"];
+        Ok((scene.cluster.kubectl_as(ADMIN, &dry, &pod("free", &scene.unsigned).to_string()).await?.code == Some(0))
+            .then_some(()))
+    })
+    .await
 }
 
 #[tokio::test]
@@ -342,6 +480,10 @@ async fn what_is_in_deploy_kubernetes_is_taken_by_the_api_server_and_keeps_it_fr
         ],
         "{applied:?}"
     );
+
+    let daemon = manifest("daemon.yaml", &[])?;
+    let applied = cluster.apply(&daemon, &[]).await?.expect_code(0)?;
+    assert!(applied.stdout.contains("statefulset.apps/countersign created"), "{applied:?}");
 
     // The webhook, by the configuration that is now in the cluster. Its paths are the container's.
     let folder = scratch()?;

@@ -234,6 +234,8 @@ kubernetes() {
     (cd "$place/go/src/k8s.io/kubernetes" && env GOROOT="$go" GOPATH="$place/go" GOCACHE="$place/cache" PATH="$go/bin:$PATH" CGO_ENABLED=0 GO111MODULE=off \
         make WHAT=cmd/kube-apiserver > "$place/log" 2>&1 && mv _output/local/go/bin/kube-apiserver "$tools/bin/") ||
         fail "kube-apiserver cannot be built:" "$(tail -n 20 "$place/log")"
+    # Beside its own version: one that was built with what the source has has to be built again.
+    echo "$("$tools/bin/kube-apiserver" --version), with reflect2 $(head -n 1 "$tools/reflect2/VERSION" | cut -d ' ' -f 2)" > "$tools/kube-apiserver.version"
     chmod -R u+w "$place"
     rm -rf "${tools:?}/golang" "$tools/reflect2"
 }
@@ -339,7 +341,7 @@ version_of() {
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
         openbao) "$tools/bin/bao" version ;;
         helm) "$tools/bin/helm" version --short ;;
-        kubernetes) "$tools/bin/etcd" --version > /dev/null && "$tools/bin/kubectl" version --client > /dev/null && "$tools/bin/kube-apiserver" --version ;;
+        kubernetes) "$tools/bin/etcd" --version > /dev/null && "$tools/bin/kubectl" version --client > /dev/null && "$tools/bin/kube-apiserver" --version > /dev/null && cat "$tools/kube-apiserver.version" ;;
         softhsm) command -v pkcs11-tool > /dev/null && [ -e /usr/lib/softhsm/libsofthsm2.so ] && echo "SoftHSM $(softhsm2-util --version)" ;;
         namespaces) ip -Version && iptables --version ;;
         containers) "$tools/bin/buildah" --version && "$tools/bin/podman" --version ;;

@@ -120,7 +120,7 @@ mod tests {
 
     fn unmet(policy: &str, mode: Mode, why: Why) -> Unmet {
         let policy = Policy { mode, ..Policy::new(policy, "release", "default") };
-        Unmet { bound: Arc::new(Bound { policy, allow: Patterns::default() }), why }
+        Unmet { bound: Arc::new(Bound { policy, allow: Patterns::default(), refused: None }), why }
     }
 
     fn unsigned() -> Why {

@@ -1,9 +1,15 @@
 //! Getting past all policies in an emergency: an annotation that says until when and why, from somebody who may.
 
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::ObjectReference;
+use serde::Deserialize;
+use serde_json::value::RawValue;
 
-use super::{review::UserInfo, workload::BREAKGLASS};
-use crate::config::Breakglass;
+use super::{
+    review::{Request, UserInfo},
+    workload::BREAKGLASS,
+};
+use crate::{config::Breakglass, kubernetes::Notice};
 
 /// An annotation that counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +62,47 @@ pub fn judge(
     Ok(emergency)
 }
 
+impl Emergency {
+    /// What the cluster is told of the object that was admitted.
+    #[must_use]
+    pub fn notice(&self, request: &Request<'_>) -> Notice {
+        let user = &request.user_info.username;
+        Notice {
+            regarding: regarding(request),
+            reason: "Breakglass",
+            action: "Admitted",
+            note: format!("{user} got past all policies, until {}: {}", self.until, self.reason),
+            once: None,
+        }
+    }
+}
+
+/// The object of a review. What is created has its name and its uid in the object alone.
+fn regarding(request: &Request<'_>) -> ObjectReference {
+    #[derive(Default, Deserialize)]
+    struct Object {
+        #[serde(default)]
+        metadata: Metadata,
+    }
+    #[derive(Default, Deserialize)]
+    struct Metadata {
+        name: Option<String>,
+        uid: Option<String>,
+    }
+    let read = |object: &RawValue| serde_json::from_str::<Object>(object.get()).ok();
+    let Metadata { name, uid } = request.object.and_then(read).unwrap_or_default().metadata;
+    let (group, version) = (&request.kind.group, &request.resource.version);
+    let version = if version.is_empty() { "v1" } else { version };
+    ObjectReference {
+        api_version: Some(if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") }),
+        kind: Some(request.kind.kind.clone()),
+        namespace: Some(request.namespace.clone()),
+        name: name.or_else(|| Some(request.name.clone()).filter(|name| !name.is_empty())),
+        uid,
+        ..ObjectReference::default()
+    }
+}
+
 impl Refusal {
     /// What the user reads.
     #[must_use]
@@ -85,6 +132,21 @@ mod tests {
         let user = UserInfo { username: user.into(), groups: groups.iter().map(|&group| group.into()).collect() };
         let annotations: Vec<_> = annotations.iter().map(|&text| text.to_owned()).collect();
         judge(&annotations, &user, Some(&allowed), "2026-11-22T12:00:00Z".parse().unwrap())
+    }
+
+    #[test]
+    fn the_cluster_is_told_of_the_object_by_its_kind_name_and_uid() {
+        let review = br#"{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1","request":{"uid":"u","operation":"CREATE",
+            "kind":{"group":"apps","version":"v1","kind":"Deployment"},"resource":{"group":"apps","version":"v1","resource":"deployments"},
+            "namespace":"payments","userInfo":{"username":"anna"},"object":{"metadata":{"name":"web","uid":"42"}}}}"#;
+        let emergency = Emergency { until: "2026-11-22T18:00:00Z".parse().unwrap(), reason: "INC-42".into() };
+        let notice = emergency.notice(&Request::parse(review).unwrap());
+        let of = |text: &Option<String>| text.clone().unwrap_or_default();
+        let regarding = &notice.regarding;
+        assert_eq!((of(&regarding.api_version), of(&regarding.kind)), ("apps/v1".into(), "Deployment".into()));
+        assert_eq!((of(&regarding.namespace), of(&regarding.name)), ("payments".into(), "web".into()));
+        assert_eq!(of(&regarding.uid), "42");
+        assert_eq!(notice.note, "anna got past all policies, until 2026-11-22T18:00:00Z: INC-42");
     }
 
     #[test]

@@ -13,15 +13,17 @@ use std::{
     time::Duration,
 };
 
-use futures::FutureExt as _;
+use futures::{FutureExt as _, future::BoxFuture};
 use jiff::Timestamp;
+use secrecy::ExposeSecret as _;
+use sha2::{Digest as _, Sha256};
 use tokio::{sync::Semaphore, time::Instant};
 
-use super::{built, cache::Generations};
+use super::{built, cache::Generations, pull_secrets::Logins};
 use crate::{
     clock::Clock,
     oci::{Digest, Reference, RegistryName, Tag, media_type},
-    registry::{self, Address, Flights, Registry},
+    registry::{self, Address, Credentials, Flights, Registry},
     signature::Format,
     verify::{self, Judgement, Known, Rejection, Trust},
 };
@@ -32,6 +34,8 @@ pub const DENIAL: Duration = Duration::from_secs(1);
 const AT_ONCE: usize = 128;
 /// Images that are remembered for not being signed.
 const DENIALS: usize = 4096;
+/// Accounts of registries, other than those of the configuration, whose tokens are kept.
+const ACCOUNTS: usize = 1024;
 
 /// The signatures of one digest in one repository.
 #[derive(Debug)]
@@ -107,11 +111,14 @@ struct Inner {
     settings: Settings,
     places: Semaphore,
     memory: Mutex<Memory>,
-    examining: Flights<Reference, Result<Arc<Evidence>, Failure>>,
-    resolving: Flights<Reference, Result<Option<Digest>, Failure>>,
+    examining: Flights<(Reference, Account), Result<Arc<Evidence>, Failure>>,
+    resolving: Flights<(Reference, Account), Result<Option<Digest>, Failure>>,
     hits: AtomicU64,
     misses: AtomicU64,
 }
+
+/// Who asks a registry: a hash of a login, or whoever the configuration has.
+type Account = Option<[u8; 32]>;
 
 struct Memory {
     standing: Generations<Reference, Arc<Evidence>>,
@@ -119,6 +126,7 @@ struct Memory {
     /// Indexes by what they list, which never changes: `repository:tag@child`.
     parents: Generations<Reference, Digest>,
     built: Generations<Reference, Option<Timestamp>>,
+    accounts: Generations<(RegistryName, Account), Registry>,
     /// When a key runs out or is revoked, and all this is to be forgotten.
     ends: Option<Timestamp>,
 }
@@ -136,6 +144,7 @@ impl Examiner {
                 fallen: Generations::new(DENIALS),
                 parents: Generations::new(entries),
                 built: Generations::new(entries),
+                accounts: Generations::new(ACCOUNTS),
                 ends,
             }),
             examining: Flights::new(),
@@ -145,41 +154,54 @@ impl Examiner {
         }))
     }
 
-    /// The signatures of `image`, which has a digest; its tag is of no account.
-    pub async fn evidence(&self, image: &Reference, freshness: Freshness) -> Result<Arc<Evidence>, Failure> {
+    /// The signatures of `image`, which has a digest; its tag is of no account. `logins` are for registries that the
+    /// configuration has no login of; what was found is remembered for everybody.
+    pub async fn evidence(
+        &self,
+        image: &Reference,
+        freshness: Freshness,
+        logins: Option<&Logins>,
+    ) -> Result<Arc<Evidence>, Failure> {
         let key = Reference { tag: None, ..image.clone() };
         if let Some(known) = self.0.recall(&key, freshness) {
             self.0.hits.fetch_add(1, Relaxed);
             return Ok(known);
         }
         self.0.misses.fetch_add(1, Relaxed);
-        let inner = self.0.clone();
-        let flight = self.0.examining.join(key.clone(), || async move { inner.examine(key).await }.boxed());
-        flight.await
+        let ask = |registry, account| {
+            let (inner, key) = (self.0.clone(), key.clone());
+            self.0.examining.join((key.clone(), account), || async move { inner.examine(registry, key).await }.boxed()).boxed()
+        };
+        self.0.as_let_in(image, logins, ask).await
     }
 
     /// What the tag of `image` names now; None if the registry has no such tag. Never remembered.
-    pub async fn resolve(&self, image: &Reference) -> Result<Option<Digest>, Failure> {
-        let key = image.clone();
-        let inner = self.0.clone();
-        let resolve = async move {
-            let _place = inner.places.acquire().await.expect("it is never closed");
-            let tag = key.tag.clone().unwrap_or_else(Tag::latest);
-            Ok(inner.registry(&key)?.resolve(&key.repository, &tag).await?)
+    pub async fn resolve(&self, image: &Reference, logins: Option<&Logins>) -> Result<Option<Digest>, Failure> {
+        let ask = |registry: Registry, account| {
+            let (inner, key) = (self.0.clone(), image.clone());
+            let resolve = async move {
+                let _place = inner.places.acquire().await.expect("it is never closed");
+                let tag = key.tag.clone().unwrap_or_else(Tag::latest);
+                Ok(registry.resolve(&key.repository, &tag).await?)
+            };
+            self.0.resolving.join((image.clone(), account), || resolve.boxed()).boxed()
         };
-        self.0.resolving.join(image.clone(), || resolve.boxed()).await
+        self.0.as_let_in(image, logins, ask).await
     }
 
     /// The index that the tag of `image` names, if it lists the digest of `image`; which has both.
-    pub async fn index_of(&self, image: &Reference) -> Result<Option<Reference>, Failure> {
+    pub async fn index_of(&self, image: &Reference, logins: Option<&Logins>) -> Result<Option<Reference>, Failure> {
         let (Some(tag), Some(child)) = (&image.tag, &image.digest) else { return Ok(None) };
         let as_index = |digest| Reference { digest: Some(digest), ..image.clone() };
         if let Some(known) = self.0.memory().parents.get(image) {
             return Ok(Some(as_index(known)));
         }
         let _place = self.0.places.acquire().await.expect("it is never closed");
-        let registry = self.0.registry(image)?;
-        let Some(manifest) = registry.manifest(&image.repository, &Address::Tag(tag.clone())).await? else { return Ok(None) };
+        let ask = |registry: Registry, _| {
+            let address = Address::Tag(tag.clone());
+            async move { Ok(registry.manifest(&image.repository, &address).await?) }.boxed()
+        };
+        let Some(manifest) = self.0.as_let_in(image, logins, ask).await? else { return Ok(None) };
         let lists = media_type::is_index(manifest.media_type()) && built::children(manifest.content()).contains(child);
         if !lists {
             return Ok(None);
@@ -189,13 +211,14 @@ impl Examiner {
     }
 
     /// When `image`, which has a digest, was built, by what is in the image itself; None if that does not say.
-    pub async fn built(&self, image: &Reference) -> Result<Option<Timestamp>, Failure> {
+    pub async fn built(&self, image: &Reference, logins: Option<&Logins>) -> Result<Option<Timestamp>, Failure> {
         let key = Reference { tag: None, ..image.clone() };
         if let Some(known) = self.0.memory().built.get(&key) {
             return Ok(known);
         }
         let _place = self.0.places.acquire().await.expect("it is never closed");
-        let found = built::built(self.0.registry(image)?, image).await?;
+        let ask = |registry: Registry, _| async move { Ok(built::built(&registry, image).await?) }.boxed();
+        let found = self.0.as_let_in(image, logins, ask).await?;
         self.0.memory().built.insert(key, found);
         Ok(found)
     }
@@ -241,17 +264,57 @@ impl Inner {
         memory
     }
 
-    fn registry(&self, image: &Reference) -> Result<&Registry, Failure> {
-        self.settings.registries.get(&image.registry).ok_or_else(|| Failure::NoRegistry(image.registry.clone()))
+    /// Asks the image's registry as one account after the other, until one is let in.
+    async fn as_let_in<'a, T>(
+        &self,
+        image: &Reference,
+        logins: Option<&Logins>,
+        ask: impl Fn(Registry, Account) -> BoxFuture<'a, Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        let registry = self.settings.registries.get(&image.registry);
+        let registry = registry.ok_or_else(|| Failure::NoRegistry(image.registry.clone()))?;
+        let logins = match logins {
+            Some(logins) if !registry.has_account() => logins.of(&image.registry).await,
+            _ => vec![],
+        };
+        let (mut accounts, mut kept_out) = (logins.into_iter(), None);
+        loop {
+            let asked = match (accounts.next(), kept_out) {
+                (Some(login), _) => {
+                    let (registry, account) = self.as_account(registry, login)?;
+                    ask(registry, account).await
+                }
+                (None, Some(kept_out)) => return Err(kept_out),
+                (None, None) => return ask(registry.clone(), None).await,
+            };
+            match asked {
+                Err(error @ Failure::Registry(registry::Error::Unauthorized { .. } | registry::Error::Denied { .. })) => {
+                    kept_out = Some(error);
+                }
+                answer => return answer,
+            }
+        }
     }
 
-    async fn examine(&self, image: Reference) -> Result<Arc<Evidence>, Failure> {
+    /// The registry as somebody else sees it, with the tokens that were given to them.
+    fn as_account(&self, registry: &Registry, login: Credentials) -> Result<(Registry, Account), Failure> {
+        let text = [login.username.as_bytes(), &[0], login.password.expose_secret().as_bytes()].concat();
+        let account = Some(Sha256::digest(text).into());
+        let key = (registry.name().clone(), account);
+        if let Some(known) = self.memory().accounts.get(&key) {
+            return Ok((known, account));
+        }
+        let registry = registry.with_account(login)?;
+        self.memory().accounts.insert(key, registry.clone());
+        Ok((registry, account))
+    }
+
+    async fn examine(&self, registry: Registry, image: Reference) -> Result<Arc<Evidence>, Failure> {
         let _place = self.places.acquire().await.expect("it is never closed");
-        let registry = self.registry(&image)?;
         let at = Instant::now();
         let now = self.settings.clock.now();
         let trusts: Vec<Trust<'_>> = self.settings.witnesses.iter().map(Known::trust).collect();
-        let examination = verify::examine(registry, &image, &trusts, now).await?;
+        let examination = verify::examine(&registry, &image, &trusts, now).await?;
         let evidence = Evidence {
             until: examination.verified().filter_map(verify::Verified::until).min(),
             exists: examination.digest.is_some(),

@@ -8,12 +8,14 @@ use tokio::time::{Instant, timeout_at};
 use super::{
     daemon::{Daemon, Pending},
     evidence::{DENIAL, Evidence, Examiner, Failure, Freshness, Signature},
+    pull_secrets::{Logins, PullSecrets},
     why::{Fault, Why},
     workload::Kinds,
 };
 use crate::{
     clock::Clock,
     config::Breakglass,
+    kubernetes::Events,
     oci::{Reference, Tag},
     policy::{Bound, Mode, Patterns, Policies, Policy, SignedAs, Tags},
     signature::Format,
@@ -37,6 +39,10 @@ pub struct Judge {
     pub examiner: Examiner,
     pub breakglass: Option<Breakglass>,
     pub daemon: Option<Daemon>,
+    /// None: what pods are pulled with is not asked for.
+    pub pull_secrets: Option<PullSecrets>,
+    /// None: nobody is told by Events.
+    pub events: Option<Events>,
     pub clock: Clock,
 }
 
@@ -75,12 +81,16 @@ impl Verdict {
 
 /// How images are judged.
 #[derive(Debug, Clone, Copy)]
-pub struct Terms {
+pub struct Terms<'a> {
     /// Whether what is used by a tag can be pinned to the digest that verified.
     pub pins: bool,
+    /// Whether registries are asked for what is remembered, too.
+    pub fresh: bool,
     /// When an answer must be there, and how long that is from the beginning.
     pub deadline: Instant,
     pub patience: Duration,
+    /// What the images are pulled with, for registries that the configuration has no login of.
+    pub logins: Option<&'a Logins>,
 }
 
 impl Judge {
@@ -89,7 +99,7 @@ impl Judge {
         &self,
         texts: impl IntoIterator<Item = &str>,
         policies: &[Arc<Bound>],
-        terms: Terms,
+        terms: Terms<'_>,
     ) -> Option<Vec<Verdict>> {
         let mut seen = HashSet::new();
         let different: Vec<&str> = texts.into_iter().filter(|text| seen.insert(*text)).take(MOST_IMAGES + 1).collect();
@@ -100,7 +110,7 @@ impl Judge {
         Some(stream::iter(judged).buffered(AT_ONCE).collect().await)
     }
 
-    async fn image(&self, text: &str, policies: &[Arc<Bound>], terms: Terms) -> Verdict {
+    async fn image(&self, text: &str, policies: &[Arc<Bound>], terms: Terms<'_>) -> Verdict {
         let verdict = |unmet, pinned, asked| Verdict { text: text.to_owned(), unmet, pinned, asked, pending: None };
         let of_all = |demands: &[Arc<Bound>], why: &Why| -> Vec<Unmet> {
             demands.iter().map(|bound| Unmet { bound: bound.clone(), why: why.clone() }).collect()
@@ -114,16 +124,25 @@ impl Judge {
             return verdict(vec![], None, 0);
         }
         let demands: Vec<Arc<Bound>> = policies.iter().filter(|bound| !bound.allow.hold(&reference)).cloned().collect();
+        let asked = demands.len();
+        let (demands, closed): (Vec<_>, Vec<_>) = demands.into_iter().partition(|bound| bound.refused.is_none());
+        let closed =
+            closed.into_iter().filter_map(|bound| bound.refused.clone().map(|reason| Unmet { bound, why: Why::Refused(reason) }));
+        let closed: Vec<Unmet> = closed.collect();
         if demands.is_empty() {
-            return verdict(vec![], None, 0);
+            return verdict(closed, None, asked);
         }
-        let judged = timeout_at(terms.deadline, self.reference(&reference, &demands, terms.pins)).await;
-        let (unmet, pinned) = match judged {
+        let judged = timeout_at(terms.deadline, self.reference(&reference, &demands, terms)).await;
+        let (mut unmet, mut pinned) = match judged {
             Ok(Ok(judged)) => judged,
             Ok(Err(failure)) => (of_all(&demands, &failure.into()), None),
             Err(_) => (of_all(&demands, &Why::Late(terms.patience)), None),
         };
-        let mut verdict = verdict(unmet, pinned, demands.len());
+        if !closed.is_empty() {
+            unmet.extend(closed);
+            pinned = None;
+        }
+        let mut verdict = verdict(unmet, pinned, asked);
         if let Some(daemon) = &self.daemon
             && verdict.unmet.iter().any(|unmet| unmet.why.awaits_signature())
         {
@@ -137,25 +156,26 @@ impl Judge {
         &self,
         reference: &Reference,
         demands: &[Arc<Bound>],
-        pins: bool,
+        Terms { pins, fresh, logins, .. }: Terms<'_>,
     ) -> Result<(Vec<Unmet>, Option<Reference>), Failure> {
         let by_tag = reference.digest.is_none();
         let mut image = reference.clone();
         if by_tag {
             image.tag.get_or_insert_with(Tag::latest);
-            let Some(digest) = self.examiner.resolve(&image).await? else {
+            let Some(digest) = self.examiner.resolve(&image, logins).await? else {
                 return Ok((demands.iter().map(|bound| Unmet { bound: bound.clone(), why: Why::Absent }).collect(), None));
             };
             image.digest = Some(digest);
         }
-        let mut evidence = self.examiner.evidence(&image, Freshness::Any).await?;
+        let freshness = if fresh { Freshness::Fresh } else { Freshness::Any };
+        let mut evidence = self.examiner.evidence(&image, freshness, logins).await?;
         let judge_by = |evidence: &Evidence| -> Vec<Option<Why>> {
             demands.iter().map(|bound| objection(&bound.policy, &image, evidence)).collect()
         };
         let mut objections = judge_by(&evidence);
         if evidence.age() >= DENIAL && objections.iter().any(Option::is_some) {
             // It may have been signed since. If that cannot be asked now, what is known counts.
-            if let Ok(newer) = self.examiner.evidence(&image, Freshness::Fresh).await {
+            if let Ok(newer) = self.examiner.evidence(&image, Freshness::Fresh, logins).await {
                 evidence = newer;
                 objections = judge_by(&evidence);
             }
@@ -166,7 +186,7 @@ impl Judge {
             let policy = &bound.policy;
             if policy.through_index || policy.max_age.is_some() {
                 // What cannot be asked for one policy's sake is held against that one alone.
-                why = self.look_further(policy, &image, why).await.unwrap_or_else(|failure| Some(failure.into()));
+                why = self.look_further(policy, &image, why, logins).await.unwrap_or_else(|failure| Some(failure.into()));
             }
             if by_tag {
                 why = match (why, policy.tags) {
@@ -187,20 +207,26 @@ impl Judge {
 
     /// What this policy has against an image with a digest, once the index that lists it and its age were asked for; `why` is
     /// what it has against the image's own signatures.
-    async fn look_further(&self, policy: &Policy, image: &Reference, why: Option<Why>) -> Result<Option<Why>, Failure> {
-        if why.is_some() && !(policy.through_index && self.index_is_signed(policy, image).await?) {
+    async fn look_further(
+        &self,
+        policy: &Policy,
+        image: &Reference,
+        why: Option<Why>,
+        logins: Option<&Logins>,
+    ) -> Result<Option<Why>, Failure> {
+        if why.is_some() && !(policy.through_index && self.index_is_signed(policy, image, logins).await?) {
             return Ok(why);
         }
         let Some(max_age) = policy.max_age else { return Ok(None) };
-        let Some(built) = self.examiner.built(image).await? else { return Ok(Some(Why::Ageless)) };
+        let Some(built) = self.examiner.built(image, logins).await? else { return Ok(Some(Why::Ageless)) };
         let age = self.clock.now().duration_since(built);
         let is_old = jiff::SignedDuration::try_from(max_age).is_ok_and(|max_age| age > max_age);
         Ok(is_old.then_some(Why::Old { built, max_age }))
     }
 
-    async fn index_is_signed(&self, policy: &Policy, image: &Reference) -> Result<bool, Failure> {
-        let Some(index) = self.examiner.index_of(image).await? else { return Ok(false) };
-        let evidence = self.examiner.evidence(&index, Freshness::Any).await?;
+    async fn index_is_signed(&self, policy: &Policy, image: &Reference, logins: Option<&Logins>) -> Result<bool, Failure> {
+        let Some(index) = self.examiner.index_of(image, logins).await? else { return Ok(false) };
+        let evidence = self.examiner.evidence(&index, Freshness::Any, logins).await?;
         Ok(objection(policy, &index, &evidence).is_none())
     }
 }

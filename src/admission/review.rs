@@ -16,6 +16,8 @@ pub struct Request<'a> {
     #[serde(borrow)]
     pub uid: Cow<'a, str>,
     pub kind: GroupKind,
+    #[serde(default)]
+    pub resource: Resource,
     /// `CREATE`, `UPDATE`, `DELETE` or `CONNECT`.
     #[serde(borrow)]
     pub operation: Cow<'a, str>,
@@ -42,6 +44,13 @@ pub struct GroupKind {
     #[serde(default)]
     pub group: String,
     pub kind: String,
+}
+
+/// What is asked about, by the version that its object is in.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Resource {
+    #[serde(default)]
+    pub version: String,
 }
 
 /// Who asked for it, as the cluster authenticated them.

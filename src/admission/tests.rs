@@ -53,6 +53,8 @@ async fn bench(policies: Vec<Policy>) -> Bench {
         }),
         breakglass: Some(Breakglass { users: vec!["anna".into()], groups: vec![], longest: Duration::from_secs(24 * 3600) }),
         daemon: None,
+        pull_secrets: None,
+        events: None,
         clock,
     };
     let webhook = Arc::new(Webhook::new(judge, PATIENCE, Metrics::new()));

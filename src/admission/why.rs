@@ -1,6 +1,6 @@
 //! Why an image does not meet a policy, in words, with the cure.
 
-use std::{error::Error, fmt, time::Duration};
+use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 
@@ -33,6 +33,8 @@ pub enum Why {
     Ageless,
     /// The time for the review was over first.
     Late(Duration),
+    /// The policy cannot be used, whatever the image is.
+    Refused(Arc<str>),
 }
 
 /// What there is instead of the witness's signature.
@@ -73,6 +75,7 @@ impl Why {
             },
             Self::Old { .. } | Self::Ageless => "age",
             Self::Late(_) => "late",
+            Self::Refused(_) => "policy_refused",
         }
     }
 
@@ -89,8 +92,15 @@ impl Why {
             | Self::NotPinned { .. }
             | Self::Old { .. }
             | Self::Ageless
-            | Self::Late(_) => false,
+            | Self::Late(_)
+            | Self::Refused(_) => false,
         }
+    }
+
+    /// Whether it says nothing of the image: its registry did not answer, or what is demanded of it could not be read.
+    #[must_use]
+    pub fn is_unknown(&self) -> bool {
+        matches!(self, Self::Registry(_) | Self::Late(_) | Self::Refused(_))
     }
 
     pub(super) fn no_reference(error: &ParseError) -> Self {
@@ -141,6 +151,7 @@ impl fmt::Display for Why {
                 "its registry did not answer within the {:.1} s that the cluster waits; try again",
                 deadline.as_secs_f64()
             ),
+            Self::Refused(reason) => write!(f, "nothing is admitted as long as this policy cannot be used: {reason}"),
         }
     }
 }

@@ -13,6 +13,8 @@ use super::review::{GroupKind, Replace};
 /// The annotation that lets somebody past all policies.
 pub const BREAKGLASS: &str = "countersign.dev/breakglass";
 
+/// Secrets and service accounts of one object that are taken note of.
+const MOST_SECRETS: usize = 16;
 /// Pod templates of one object that are looked at; more are an error.
 const MOST_TEMPLATES: usize = 1000;
 
@@ -28,6 +30,25 @@ pub struct Workload {
     pub breakglass: Vec<String>,
     /// Whether it is a template that pods are made from, and not itself one.
     pub is_template: bool,
+    pub pulled_with: PulledWith,
+}
+
+/// What a node logs in with to pull the images of an object. Names in the object's namespace.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PulledWith {
+    /// Secrets.
+    pub secrets: Vec<String>,
+    /// Service accounts of pods that name no secrets: those of the account count then.
+    pub accounts: Vec<String>,
+}
+
+impl PulledWith {
+    /// Those of another object beside these, as many as are taken note of.
+    pub fn add(&mut self, other: &Self) {
+        for (names, others) in [(&mut self.secrets, &other.secrets), (&mut self.accounts, &other.accounts)] {
+            others.iter().for_each(|name| note(names, name.clone()));
+        }
+    }
 }
 
 /// One image that an object names.
@@ -164,6 +185,7 @@ fn add_annotation(object: &Members<'_>, workload: &mut Workload) -> Result<(), E
 
 /// What the core API's `PodSpec` names images in.
 fn add_spec(spec: &Members<'_>, pointer: &str, workload: &mut Workload) -> Result<(), Error> {
+    add_pulled_with(spec, &mut workload.pulled_with)?;
     for (list, what) in
         [("containers", "container"), ("initContainers", "init container"), ("ephemeralContainers", "ephemeral container")]
     {
@@ -179,6 +201,24 @@ fn add_spec(spec: &Members<'_>, pointer: &str, workload: &mut Workload) -> Resul
         }
     }
     Ok(())
+}
+
+fn add_pulled_with(spec: &Members<'_>, pulled_with: &mut PulledWith) -> Result<(), Error> {
+    let secrets = elements(spec, "imagePullSecrets")?;
+    for secret in &secrets {
+        text(&members(secret)?, "name")?.into_iter().for_each(|name| note(&mut pulled_with.secrets, name));
+    }
+    if secrets.is_empty() {
+        let account = text(spec, "serviceAccountName")?.filter(|name| !name.is_empty());
+        note(&mut pulled_with.accounts, account.unwrap_or_else(|| "default".to_owned()));
+    }
+    Ok(())
+}
+
+fn note(names: &mut Vec<String>, name: String) {
+    if names.len() < MOST_SECRETS && !names.contains(&name) {
+        names.push(name);
+    }
 }
 
 /// One without an image is the API server's to refuse.
@@ -274,6 +314,19 @@ mod tests {
         }
         assert_eq!(read(&kinds, "", "ConfigMap", &json!({"spec": pod_spec()})), None);
         assert_eq!(read(&kinds, "example.com", "Pod", &json!({"spec": pod_spec()})), None);
+    }
+
+    #[test]
+    fn what_pods_are_pulled_with_is_their_secrets_or_else_their_service_account() {
+        let pulled_with = |spec: Value| {
+            let workload = read(&Kinds::default(), "apps", "Deployment", &json!({"spec": {"template": {"spec": spec}}})).unwrap();
+            (workload.pulled_with.secrets, workload.pulled_with.accounts)
+        };
+        let named = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+        let both = json!({"imagePullSecrets": [{"name": "a"}, {"name": "b"}, {"name": "a"}, {}], "serviceAccountName": "web"});
+        assert_eq!(pulled_with(both), (named(&["a", "b"]), vec![]));
+        assert_eq!(pulled_with(json!({"serviceAccountName": "web"})), (vec![], named(&["web"])));
+        assert_eq!(pulled_with(json!({"imagePullSecrets": [], "serviceAccountName": ""})), (vec![], named(&["default"])));
     }
 
     #[test]

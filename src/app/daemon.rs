@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fs, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use axum::{Router, routing::get};
 use futures::future::ready;
 use queue::{
@@ -146,7 +146,9 @@ pub(super) fn limits(server: &config::Server) -> Limits {
 
 pub(super) fn open_tls(tls: &config::Tls) -> anyhow::Result<Tls> {
     let certificate = fs::read(&tls.certificate).with_context(|| format!("{}: cannot be read", tls.certificate.display()))?;
-    Ok(Tls::from_pem(&certificate, &tls.key.expose().to_owned().into())?)
+    // As it is by now: a certificate that was replaced has mostly another key.
+    let key = tls.key.again().map_err(|problem| anyhow!("the certificate's key cannot be read: {problem}"))?;
+    Ok(Tls::from_pem(&certificate, &key)?)
 }
 
 fn attach_intake(metrics: &Metrics, intake: &Arc<Intake>) {

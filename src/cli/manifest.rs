@@ -46,15 +46,17 @@ struct Line {
     images: Vec<ImageLine>,
 }
 
+/// What is to be said of one image.
 #[derive(Debug, Serialize)]
-struct ImageLine {
+pub(super) struct ImageLine {
     image: String,
     attested: bool,
     /// Policies that it does not meet.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unmet: Vec<UnmetLine>,
+    /// The same for people.
     #[serde(skip)]
-    text: String,
+    pub text: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -157,7 +159,8 @@ async fn pin(judge: &Judge, verdict: &Verdict) -> anyhow::Result<Pin> {
         return Ok(Pin::Not);
     }
     image.tag.get_or_insert_with(Tag::latest);
-    let digest = judge.examiner.resolve(&image).await.with_context(|| format!("{image}: the registry could not be asked"))?;
+    let digest =
+        judge.examiner.resolve(&image, None).await.with_context(|| format!("{image}: the registry could not be asked"))?;
     image.digest = Some(digest.ok_or_else(|| anyhow!("{image}: the registry has no such image"))?);
     Ok(Pin::To(image))
 }
@@ -177,7 +180,7 @@ async fn examine(judge: &Judge, text: &str, args: &ManifestArgs) -> anyhow::Resu
         let Some(workload) = judge.kinds.read(&object.kind, &object.content)? else { continue };
         let namespace = args.namespace.clone().or_else(|| object.namespace.clone()).unwrap_or_else(|| "default".to_owned());
         let policies: Vec<Arc<Bound>> = judge.policies.of(&namespace);
-        let terms = Terms { pins: true, deadline: Instant::now() + PATIENCE, patience: PATIENCE };
+        let terms = Terms { pins: true, fresh: false, deadline: Instant::now() + PATIENCE, patience: PATIENCE, logins: None };
         let texts = workload.images.iter().map(|image| image.text.as_str());
         let Some(verdicts) = judge.images(texts, &policies, terms).await else {
             return Err(anyhow!("{} {} has more than {MOST_IMAGES} different images", object.kind.kind, shown(&object.name)));
@@ -188,7 +191,19 @@ async fn examine(judge: &Judge, text: &str, args: &ManifestArgs) -> anyhow::Resu
 }
 
 fn line(file: &Path, judged: &Judged) -> Line {
-    let image = |verdict: &Verdict| {
+    Line {
+        file: file.display().to_string(),
+        kind: judged.object.kind.kind.clone(),
+        name: judged.object.name.clone(),
+        namespace: judged.namespace.clone(),
+        policies: judged.policies,
+        admitted: judged.verdicts.iter().all(|verdict| verdict.enforced().next().is_none()),
+        images: judged.verdicts.iter().map(ImageLine::from).collect(),
+    }
+}
+
+impl From<&Verdict> for ImageLine {
+    fn from(verdict: &Verdict) -> Self {
         let unmet = verdict.unmet.iter().map(|unmet| UnmetLine {
             policy: unmet.bound.policy.name.clone(),
             mode: unmet.bound.policy.mode,
@@ -201,16 +216,7 @@ fn line(file: &Path, judged: &Judged) -> Line {
         } else {
             of_image(verdict, verdict.unmet.iter())
         };
-        ImageLine { image: shown(&verdict.text), attested, unmet: unmet.collect(), text }
-    };
-    Line {
-        file: file.display().to_string(),
-        kind: judged.object.kind.kind.clone(),
-        name: judged.object.name.clone(),
-        namespace: judged.namespace.clone(),
-        policies: judged.policies,
-        admitted: judged.verdicts.iter().all(|verdict| verdict.enforced().next().is_none()),
-        images: judged.verdicts.iter().map(image).collect(),
+        Self { image: shown(&verdict.text), attested, unmet: unmet.collect(), text }
     }
 }
 

@@ -4,6 +4,7 @@ use reqwest::Url;
 
 use super::{
     Tls,
+    kubernetes::{self, Kubernetes},
     names::PLAIN,
     policy::{self, PATTERN},
     reader::{Section, optional},
@@ -32,6 +33,8 @@ pub struct Admission {
     pub daemon: Option<Url>,
     /// A file as docker and the kubelet keep logins in.
     pub docker_config: Option<PathBuf>,
+    /// None: the cluster's API is asked for nothing.
+    pub kubernetes: Option<Kubernetes>,
 }
 
 /// What the webhook proves its name with.
@@ -137,6 +140,12 @@ pub(crate) static TABLE: Table = Table {
             "\"/root/.docker/config.json\"",
             "A file with logins as docker and nodes keep them, for each [[registry]] that has none of its own.",
         ),
+        Key::optional(
+            "kubernetes",
+            Kind::Table(&kubernetes::TABLE),
+            "{ resources = true }",
+            "What the API of the cluster is asked for. If absent, it is asked for nothing, and needs grant nothing.",
+        ),
     ],
 };
 
@@ -151,17 +160,17 @@ static TLS: Table = Table {
             "A PEM file: the certificate, then those that lead to its root.",
         ),
         Key::optional("key", Kind::Secret, "{ file = \"tls/tls.key\" }", "The certificate's private key, as PEM."),
-        Key::optional(
+        Key::defaulted(
             "folder",
             Kind::Path,
             "\"/var/lib/countersign/admission\"",
             "Without files: where the authority is kept that signs the certificate. `countersign admission --ca-bundle` prints it.",
         ),
-        Key::optional(
+        Key::defaulted(
             "names",
             Kind::List(&Kind::Text(&HOST)),
             "[\"countersign-admission.countersign.svc\"]",
-            "With `folder`: the host names and addresses that the API server calls.",
+            "Without files: the host names and addresses that the API server calls.",
         ),
     ],
 };
@@ -231,6 +240,7 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Admission> {
     let kinds = section.value("kinds").and_then(|value| value.each_table(custom_kind));
     let daemon = section.value("daemon").map(|value| value.parse(daemon));
     let docker_config = section.value("docker_config").map(|value| value.readable_file());
+    let kubernetes = section.value("kubernetes").map(|value| value.table().as_ref().and_then(kubernetes::read));
     Some(Admission {
         listen: listen?,
         certificate: certificate?,
@@ -242,17 +252,19 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Admission> {
         kinds: kinds?,
         daemon: optional(daemon)?,
         docker_config: optional(docker_config)?,
+        kubernetes: optional(kubernetes)?,
     })
 }
 
+/// In files if either of them is named, and of our own making otherwise.
 fn certificate(section: &Section<'_>) -> Option<Certificate> {
     let certificate = section.value("certificate").map(|value| value.readable_file());
     let key = section.value("key").map(|value| value.secret());
-    let folder = section.value("folder").map(|value| value.path());
-    let names = section.value("names").map(|value| value.each(|element| element.parse(host)));
-    match (certificate, key, folder, names) {
-        (Some(certificate), Some(key), None, None) => Some(Certificate::Files(Tls { certificate: certificate?, key: key? })),
-        (None, None, Some(folder), Some(names)) => {
+    let folder = section.value("folder").and_then(|value| value.path());
+    let names = section.value("names").and_then(|value| value.each(|element| element.parse(host)));
+    let is_own = section.written("folder").is_some() || section.written("names").is_some();
+    match (certificate, key) {
+        (None, None) => {
             let (folder, names) = (folder?, names?);
             if names.is_empty() {
                 let help = "write the name of the webhook's service: names = [\"SERVICE.NAMESPACE.svc\"]".to_owned();
@@ -261,6 +273,7 @@ fn certificate(section: &Section<'_>) -> Option<Certificate> {
             }
             Some(Certificate::Own { folder, names })
         }
+        (Some(certificate), Some(key)) if !is_own => Some(Certificate::Files(Tls { certificate: certificate?, key: key? })),
         _ => {
             let message = "`tls` has either `certificate` and `key`, or `folder` and `names`";
             let help = "write tls = { certificate = \"tls.crt\", key = { file = \"tls.key\" } }, or \

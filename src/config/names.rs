@@ -44,6 +44,12 @@ impl Names {
         }
     }
 
+    /// As if these witnesses stood in the file.
+    pub(crate) fn of_witnesses(names: &[&str]) -> Self {
+        let names = names.iter().map(|&name| (name.to_owned(), 0..0)).collect();
+        Self { witnesses: Given { section: "witness", names, some_missing: false }, ..Self::default() }
+    }
+
     pub(crate) fn has_source_for(&self, registry: &RegistryName) -> bool {
         self.sources_for.contains(registry.as_str())
     }

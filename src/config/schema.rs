@@ -53,7 +53,7 @@ fn property(key: &Key) -> Value {
     schema
 }
 
-fn kind(kind: &Kind) -> Value {
+pub(super) fn kind(kind: &Kind) -> Value {
     match kind {
         Kind::Text(Grammar { pattern: None, .. }) => json!({ "type": "string" }),
         Kind::Text(Grammar { pattern: Some(pattern), .. }) => json!({ "type": "string", "pattern": pattern }),

@@ -336,6 +336,18 @@ fn every_key_is_read_into_what_the_code_needs() {
 }
 
 #[test]
+fn what_an_own_certificate_does_not_say_is_as_by_default() {
+    let own = |tls: &str| match parse(&format!("[admission]\n{tls}")).unwrap().0.admission.certificate {
+        Certificate::Own { folder, names } => (folder.display().to_string(), names),
+        Certificate::Files(files) => panic!("{files:?}"),
+    };
+    let (folder, names) = own("");
+    assert_eq!(own("tls = {}"), (folder.clone(), names.clone()));
+    assert_eq!(own("tls = { folder = \"/a\" }"), ("/a".to_owned(), names));
+    assert_eq!(own("tls = { names = [\"::1\"] }"), (folder, vec!["::1".to_owned()]));
+}
+
+#[test]
 fn no_secret_is_in_what_is_printed_of_a_configuration() {
     let (config, _) = parse(EVERYTHING).unwrap();
     assert!(!format!("{config:?}").contains("hunter2"));

@@ -4,7 +4,8 @@ use jiff::Timestamp;
 
 use crate::{
     certificate::{self, Chain, SubjectName},
-    kms::{KeyUri, Login, UriError},
+    kms::{KeyUri, Login, PublicKey, UriError},
+    witness::TrustedKeySettings,
 };
 
 mod login;
@@ -61,6 +62,16 @@ pub struct Rate {
     pub per_second: u32,
     /// Signatures that may be made at once after a pause.
     pub burst: u32,
+}
+
+/// A witness as others verify it, with all that is public of it at hand.
+#[derive(Debug, Clone)]
+pub struct Given {
+    pub public_key: PublicKey,
+    /// What its notation signatures name. None: its keys decide alone.
+    pub certificate: Option<Chain>,
+    /// Further public keys whose signatures count.
+    pub verify: Vec<TrustedKeySettings>,
 }
 
 pub(crate) static TABLE: Table = Table {
@@ -149,11 +160,61 @@ static VERIFY: Table = Table {
     doc: "A public key that signed before, or that signs elsewhere.",
     keys: &[
         Key::required("key", Kind::Path, "\"release-2025.pub.pem\"", "The public key, as PEM."),
-        Key::optional("until", Kind::Time, "2027-03-01T00:00:00Z", "From then on its signatures do not count any more."),
-        Key::optional("revoked", Kind::Time, "2026-12-24T03:00:00Z", "From then on somebody else may have signed with it."),
-        Key::optional("reason", Kind::Text(&ANY_TEXT), "\"found in a build log\"", "Why it was revoked, for people."),
+        VERIFY_UNTIL,
+        VERIFY_REVOKED,
+        VERIFY_REASON,
     ],
 };
+
+const VERIFY_UNTIL: Key =
+    Key::optional("until", Kind::Time, "2027-03-01T00:00:00Z", "From then on its signatures do not count any more.");
+const VERIFY_REVOKED: Key =
+    Key::optional("revoked", Kind::Time, "2026-12-24T03:00:00Z", "From then on somebody else may have signed with it.");
+const VERIFY_REASON: Key =
+    Key::optional("reason", Kind::Text(&ANY_TEXT), "\"found in a build log\"", "Why it was revoked, for people.");
+
+/// A witness as a cluster keeps it: no key that signs, and no files.
+pub(crate) static GIVEN: Table = Table {
+    title: "[[witness]]",
+    doc: "A named signing identity: who signs is known by public keys.",
+    keys: &[
+        Key::required("name", Kind::Text(&PLAIN), "\"release\"", "What policies and people call it."),
+        Key::optional("description", Kind::Text(&ANY_TEXT), "\"\"", "What its signature means, for people."),
+        Key::required(
+            "public_key",
+            Kind::Text(&PUBLIC_PEM),
+            "\"-----BEGIN PUBLIC KEY-----…\"",
+            "The public key, as PEM: what `countersign witness public-key` prints.",
+        ),
+        Key::optional(
+            "certificate",
+            Kind::Text(&CERTIFICATE_PEM),
+            "\"-----BEGIN CERTIFICATE-----…\"",
+            "The certificate that notation's signatures must name, as PEM, with its issuers after it up to the root. If absent, the public \
+             keys decide alone.",
+        ),
+        Key::optional(
+            "verify",
+            Kind::Tables(&GIVEN_VERIFY),
+            "[]",
+            "Further public keys whose signatures count: rotation by overlap, revocation by date.",
+        ),
+    ],
+};
+
+static GIVEN_VERIFY: Table = Table {
+    title: "`verify`",
+    doc: VERIFY.doc,
+    keys: &[
+        Key::required("key", Kind::Text(&PUBLIC_PEM), "\"-----BEGIN PUBLIC KEY-----…\"", "The public key, as PEM."),
+        VERIFY_UNTIL,
+        VERIFY_REVOKED,
+        VERIFY_REASON,
+    ],
+};
+
+static PUBLIC_PEM: Grammar = Grammar { noun: "a public key as PEM", pattern: Some("-----BEGIN PUBLIC KEY-----") };
+static CERTIFICATE_PEM: Grammar = Grammar { noun: "certificates as PEM", pattern: Some("-----BEGIN CERTIFICATE-----") };
 
 static RATE: Table = Table {
     title: "`rate`",
@@ -255,8 +316,42 @@ fn subject(text: &str) -> Result<SubjectName, Wrong> {
         .map_err(|wrong| Wrong::new(format!("\"{}\" is no subject: {wrong}", cut(text)), "write \"C=DE, ST=Berlin, O=Example\""))
 }
 
+/// The same of a witness as a cluster keeps it.
+pub(crate) fn read_given(section: &Section<'_>) -> Option<Given> {
+    let name = section.value("name").and_then(|value| value.parse(names::plain));
+    let description = section.value("description").map(|value| value.text());
+    let public_key = section.value("public_key").and_then(|value| value.parse(public_key));
+    let certificate = section.value("certificate").map(|value| value.parse(chain));
+    let verify = section.value("verify").map(|value| value.each_table(former_given));
+    name?;
+    optional(description)?;
+    Some(Given {
+        public_key: public_key?,
+        certificate: optional(certificate)?,
+        verify: verify.unwrap_or_else(|| Some(Vec::new()))?,
+    })
+}
+
+fn public_key(pem: &str) -> Result<PublicKey, Wrong> {
+    PublicKey::from_pem(pem).map_err(|error| {
+        Wrong::new(format!("it is no public key that can be used: {error}"), "`countersign witness public-key` prints one")
+    })
+}
+
+fn former_given(section: &Section<'_>) -> Option<TrustedKeySettings> {
+    let pem = section.value("key").and_then(|value| value.parse(|pem| public_key(pem).map(|_| pem.to_owned())));
+    let (until, revoked, reason) = ends(section)?;
+    Some(TrustedKeySettings { pem: pem?, until, revoked: revoked.map(|at| (at, reason.unwrap_or_default())) })
+}
+
 fn former_key(section: &Section<'_>) -> Option<FormerKey> {
     let key = section.value("key").and_then(|value| value.readable_file());
+    let (until, revoked, reason) = ends(section)?;
+    Some(FormerKey { key: key?, until, revoked, reason })
+}
+
+/// When a former key's signatures stop to count, and why.
+fn ends(section: &Section<'_>) -> Option<(Option<Timestamp>, Option<Timestamp>, Option<String>)> {
     let until = section.value("until").map(|value| value.time());
     let revoked = section.value("revoked").map(|value| value.time());
     let reason = section.value("reason").map(|value| value.text());
@@ -265,7 +360,7 @@ fn former_key(section: &Section<'_>) -> Option<FormerKey> {
         let help = "add revoked = and the time from which they do not".to_owned();
         section.report.absent_warning(section.value_span("reason"), message, help);
     }
-    Some(FormerKey { key: key?, until: optional(until)?, revoked: optional(revoked)?, reason: optional(reason)? })
+    Some((optional(until)?, optional(revoked)?, optional(reason)?))
 }
 
 fn rate(section: &Section<'_>) -> Option<Rate> {

@@ -24,11 +24,13 @@ const FRESH: Duration = Duration::from_secs(1);
 /// A named question, which is asked when it is polled.
 pub type Check = (String, BoxFuture<'static, Result<(), String>>);
 type Source = Box<dyn Fn() -> Vec<Check> + Send + Sync>;
+type Note = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
 /// Whether this process can do its work, as named checks say.
 #[derive(Default)]
 pub struct Readiness {
     sources: Vec<Source>,
+    notes: Vec<(String, Note)>,
     last: Mutex<Option<Results>>,
 }
 
@@ -63,6 +65,13 @@ impl Readiness {
         self
     }
 
+    /// What is to be known of a check even while it is ok: its member `note`, where there is something.
+    #[must_use]
+    pub fn note(mut self, check: impl Into<String>, note: impl Fn() -> Option<String> + Send + Sync + 'static) -> Self {
+        self.notes.push((check.into(), Box::new(note)));
+        self
+    }
+
     /// `/livez`: 200 while requests are answered at all. `/readyz`: 200, or 503 as a problem document; in both the member
     /// `checks` has each check's name, whether it is `ok`, and the `reason` if it is not.
     pub fn router(self: Arc<Self>) -> Router {
@@ -84,9 +93,16 @@ impl Readiness {
         };
         let checks: Vec<Value> = results
             .iter()
-            .map(|(name, result)| match result {
-                Ok(()) => json!({ "name": name, "ok": true }),
-                Err(reason) => json!({ "name": name, "ok": false, "reason": reason }),
+            .map(|(name, result)| {
+                let mut check = match result {
+                    Ok(()) => json!({ "name": name, "ok": true }),
+                    Err(reason) => json!({ "name": name, "ok": false, "reason": reason }),
+                };
+                let note = self.notes.iter().find(|(of, _)| of == name).and_then(|(_, note)| note());
+                if let Some(note) = note {
+                    check["note"] = note.into();
+                }
+                check
             })
             .collect();
         if results.iter().all(|(_, result)| result.is_ok()) {

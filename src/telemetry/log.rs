@@ -100,8 +100,9 @@ fn filter(text: &str) -> Result<EnvFilter, Error> {
     if parts.iter().any(|part| part.is_empty() || !part.contains(['=', '[']) && part.parse::<LevelFilter>().is_err()) {
         return Err(wrong(None));
     }
-    // The AMQP client warns of each message that a broker returns, whole. The queue asks for that, and says itself what is wrong.
-    let quiet = "lapin::returned_messages=off";
+    // The AMQP client warns of each message that a broker returns, whole; the client of Kubernetes of each call that fails. Who
+    // asked says itself what is wrong.
+    let quiet = "lapin::returned_messages=off,kube_client=off";
     EnvFilter::builder().with_regex(false).parse(format!("{quiet},{}", parts.join(","))).map_err(|source| wrong(Some(source)))
 }
 

@@ -48,7 +48,7 @@ pub const INTAKE_FAMILIES: &[(&str, &str)] = &[
     ("intake_quarantined", "Bodies that are no notification of this kind, kept as dead letters"),
 ];
 
-/// One counter that another module keeps.
+/// One counter or gauge that another module keeps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
     /// Without `countersign_` and without `_total`.
@@ -210,8 +210,17 @@ impl Metrics {
     /// Exports counters that another module keeps: `read` is called at each scrape. `families` holds each counter's name and what
     /// it counts.
     pub fn attach(&self, families: &'static [(&str, &str)], read: impl Fn() -> Vec<Sample> + Send + Sync + 'static) {
+        self.attach_as(false, families, Arc::new(read));
+    }
+
+    /// The same of numbers that may also become smaller.
+    pub fn attach_gauges(&self, families: &'static [(&str, &str)], read: impl Fn() -> Vec<Sample> + Send + Sync + 'static) {
+        self.attach_as(true, families, Arc::new(read));
+    }
+
+    fn attach_as(&self, are_gauges: bool, families: &'static [(&str, &str)], read: Arc<dyn Fn() -> Vec<Sample> + Send + Sync>) {
         let mut attached = self.0.attached.write().unwrap_or_else(PoisonError::into_inner);
-        attached.push(Attached { families, read: Arc::new(read) });
+        attached.push(Attached { are_gauges, families, read });
     }
 
     /// Everything, as [`CONTENT_TYPE`]. What has no queue and no ledger takes no snapshot of them.
@@ -439,9 +448,10 @@ fn partitions(to: &mut Exposition<'_>, partitions: &[queue::Partition], age: imp
     )
 }
 
-/// Another module's counters.
+/// What another module counts.
 #[derive(Clone)]
 struct Attached {
+    are_gauges: bool,
     families: &'static [(&'static str, &'static str)],
     read: Arc<dyn Fn() -> Vec<Sample> + Send + Sync>,
 }
@@ -455,6 +465,9 @@ impl Collector for Attached {
         let mut to = Exposition(encoder);
         by_name.into_iter().try_for_each(|(name, samples)| {
             let help = self.families.iter().find(|(family, _)| *family == name).map_or("See the documentation", |(_, help)| help);
+            if self.are_gauges {
+                return to.each(name, help, samples, |value| ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)));
+            }
             to.each(name, help, samples, ConstCounter::new)
         })
     }

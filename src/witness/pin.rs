@@ -61,7 +61,7 @@ pub(super) fn compare_or_rotation(
     pinned: &PublicKey,
     found: &PublicKey,
 ) -> Result<(), Error> {
-    if trust::configured(settings)?.iter().any(|(key, _)| key == pinned) {
+    if trust::configured(&settings.name, &settings.verify)?.iter().any(|(key, _)| key == pinned) {
         return Ok(());
     }
     compare(settings, path, pinned, found)

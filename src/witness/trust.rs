@@ -63,11 +63,15 @@ impl TrustedKeys {
             let key = Arc::new(settings.key.clone());
             return Err(Error::NoKeyOffline { witness: settings.name.clone(), key });
         }
-        Self::with_own(settings, own.as_ref())
+        Self::with_own(&settings.name, &settings.verify, own.as_ref())
     }
 
-    pub(super) fn with_own(settings: &WitnessSettings, own: Option<&PublicKey>) -> Result<Self, Error> {
-        let mut keys: Vec<_> = configured(settings)?
+    /// A witness's own key, and the keys under its `verify`.
+    ///
+    /// # Errors
+    /// [`Error::TrustedKey`] and [`Error::TrustedTwice`] only.
+    pub fn with_own(witness: &str, verify: &[TrustedKeySettings], own: Option<&PublicKey>) -> Result<Self, Error> {
+        let mut keys: Vec<_> = configured(witness, verify)?
             .into_iter()
             .map(|(key, settings)| TrustedKey { key, until: settings.until, revoked: settings.revoked.clone() })
             .collect();
@@ -146,16 +150,19 @@ impl fmt::Display for Standing {
 }
 
 /// The keys under `verify`. One that stands there twice is refused, because only one of the two could be meant.
-pub(super) fn configured(settings: &WitnessSettings) -> Result<Vec<(PublicKey, &TrustedKeySettings)>, Error> {
-    let mut keys: Vec<(PublicKey, &TrustedKeySettings)> = Vec::with_capacity(settings.verify.len());
-    for (index, trusted) in settings.verify.iter().enumerate() {
+pub(super) fn configured<'a>(
+    witness: &str,
+    verify: &'a [TrustedKeySettings],
+) -> Result<Vec<(PublicKey, &'a TrustedKeySettings)>, Error> {
+    let mut keys: Vec<(PublicKey, &TrustedKeySettings)> = Vec::with_capacity(verify.len());
+    for (index, trusted) in verify.iter().enumerate() {
         let key = PublicKey::from_pem(&trusted.pem).map_err(|source| Error::TrustedKey {
-            witness: settings.name.clone(),
+            witness: witness.to_owned(),
             number: index + 1,
             source,
         })?;
         if let Some(first) = keys.iter().position(|(earlier, _)| *earlier == key) {
-            let witness = settings.name.clone();
+            let witness = witness.to_owned();
             return Err(Error::TrustedTwice { witness, first: first + 1, second: index + 1 });
         }
         keys.push((key, trusted));

@@ -1,20 +1,25 @@
 //! What a review costs the cluster that waits for it: from memory and from the registry, with many containers and many
-//! policies, beside a request to the same server that does nothing.
+//! policies, beside a request to the same server that does nothing, and beside stock `cosign verify` of the same images. How far
+//! the registry may be away, and how much memory ever more images take, are measured with a registry that has any number of them.
 
 use std::fmt::Write as _;
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
+use integration_tests::endless::Endless;
 use integration_tests::house::{Keys, rule};
-use integration_tests::process::scratch;
+use integration_tests::process::{memory, scratch};
+use integration_tests::proxy::Proxy;
 use integration_tests::registry::Registry;
-use integration_tests::webhook::{Webhook, pod, review};
+use integration_tests::verifier::Cosign;
+use integration_tests::webhook::{POLICY, Webhook, pod, review, settings};
 use serde_json::Value;
 
 use crate::Scale;
-use crate::report::{Aim, Table, median, milliseconds, number, percentile, text};
+use crate::report::{Aim, Cell, Table, float, median, milliseconds, number, percentile, text};
 use crate::stage::{Plan, Pushed, Stage};
 
 const AT_ONCE: usize = 50;
@@ -38,12 +43,7 @@ pub async fn measure(scale: Scale) -> Result<Table> {
             let policy = format!("name = \"p{number}\"\nwitness = \"release\"\nnamespace = \"payments\"\nenabled = true");
             writeln!(text, "[[policy]]\n{policy}\n").expect("a String takes everything");
         }
-        format!(
-            "[[registry]]\nname = \"{host}\"\nurl = \"http://{host}\"\n\n[[witness]]\nname = \"release\"\n\
-             key = \"awskms:///alias/never-asked?region=eu-west-1\"\npublic_key = \"{}\"\n\n{text}",
-            key.display(),
-            host = registry.host(),
-        )
+        settings(&registry.host(), &registry.url(), &key, &text)
     };
     let references: Vec<_> = pushed
         .manifests
@@ -69,13 +69,14 @@ pub async fn measure(scale: Scale) -> Result<Table> {
     for _ in 0..scale.rounds {
         add("GET /livez of the same server".to_owned(), baseline(&few, each).await?);
         for containers in [1, CONTAINERS] {
-            // Reading the configuration again forgets what was remembered.
-            few.reload(&config(1)).await?;
-            add(format!("cold, {containers} containers"), reviews(&few, &of(containers), 1).await?);
-            add(format!("warm, {containers} containers"), reviews(&few, &of(containers), each).await?);
-            // Once, so that it is remembered.
-            reviews(&many, &of(containers), 1).await?;
-            add(format!("warm, {containers} containers, {POLICIES} policies"), reviews(&many, &of(containers), each).await?);
+            for (webhook, policies) in [(&few, 1), (&many, POLICIES)] {
+                // Reading the configuration again forgets what was remembered.
+                webhook.reload(&config(policies)).await?;
+                let what = |how: &str| format!("{how}, {}, {}", plural(containers, "container"), plural(policies, "policy"));
+                add(what("cold"), reviews(webhook, &of(containers), 1).await?);
+                add(what("warm"), reviews(webhook, &of(containers), each).await?);
+            }
+            add(format!("cosign verify, {}", plural(containers, "image")), cosign(&key, &references, containers, scale).await?);
         }
     }
     let middle = |all: &[(Duration, Duration)], pick: fn(&(Duration, Duration)) -> Duration| {
@@ -88,15 +89,104 @@ pub async fn measure(scale: Scale) -> Result<Table> {
         let all = rows.iter().find(|(known, _)| known == what).map(|(_, all)| middle(all, |both| both.1).as_secs_f64());
         all.unwrap_or_default()
     };
-    let added = 1e3 * (p99("warm, 1 containers") - p99("GET /livez of the same server"));
-    table.row([text("added by a warm review, 1 container"), crate::report::Cell::None, number(added, 2)]);
+    let added = 1e3 * (p99("warm, 1 container, 1 policy") - p99("GET /livez of the same server"));
+    table.row([text("added by a warm review, 1 container"), Cell::None, number(added, 2)]);
     table.aim("p99", Aim::AtMost(1.0), "added latency of a warm review, p99 in ms");
     table.note(format!(
         "{AT_ONCE} clients, each one request after the other, {each} of them (one when cold); HTTPS, kept connections"
     ));
-    table.note("every container has another image; cold: each costs three requests to the registry");
+    table.note("every container has another image; cold: each costs five requests to the registry");
+    table.note("cosign verify 2.5: one process after the other, as it is run by hand");
+    drop((few, many, stage, registry));
+    far_away(scale, &mut table).await?;
+    ever_more(scale, &mut table).await?;
     table.close();
     Ok(table)
+}
+
+fn plural(count: usize, one: &str) -> String {
+    match (count, one.strip_suffix('y')) {
+        (1, _) => format!("1 {one}"),
+        (_, Some(stem)) => format!("{count} {stem}ies"),
+        (_, None) => format!("{count} {one}s"),
+    }
+}
+
+/// Stock cosign, that many images at once, each time others.
+async fn cosign(key: &Path, references: &[String], images: usize, scale: Scale) -> Result<(Duration, Duration)> {
+    let mut times = vec![];
+    for some in references.chunks_exact(images).take(scale.of(20)) {
+        let begun = Instant::now();
+        for reference in some {
+            let ruling = Cosign::V2.verify(key, reference).await?;
+            ensure!(ruling.accepted, "{}", ruling.words);
+        }
+        times.push(begun.elapsed());
+    }
+    Ok(both(times))
+}
+
+/// A webhook before a registry of any number of signed images, reached at `url`.
+async fn before(endless: &Endless, url: &str) -> Result<Webhook> {
+    let folder = scratch()?;
+    let key = folder.path().join("release.pub.pem");
+    endless.write_public_key(&key)?;
+    Webhook::start(&settings(endless.host(), url, &key, POLICY)).await
+}
+
+/// How often a cold review waits for a registry that is far away.
+async fn far_away(scale: Scale, table: &mut Table) -> Result<()> {
+    const ONE_WAY: Duration = Duration::from_millis(25);
+    let endless = Endless::start().await?;
+    let proxy = Proxy::start(endless.host()).await?;
+    let webhook = before(&endless, &proxy.url()).await?;
+    // Whether it lists referrers is asked once.
+    ensure!(webhook.create("payments", &endless.reference(0)).await?.allowed, "the first image is denied");
+    proxy.delay(ONE_WAY);
+    let mut times = vec![];
+    for number in 1..=scale.of(60) {
+        let begun = Instant::now();
+        let answer = webhook.create("payments", &endless.reference(number.try_into()?)).await?;
+        ensure!(answer.allowed, "{answer:?}");
+        times.push(begun.elapsed());
+    }
+    let (p50, p99) = both(times);
+    let trips = |time: Duration| time.as_secs_f64() / (2.0 * ONE_WAY.as_secs_f64());
+    table.row([text("cold, in round trips to a registry 50 ms away"), number(trips(p50), 2), number(trips(p99), 2)]);
+    // The least is two: the signature's manifest, and what it says is signed.
+    table.aim("p50", Aim::AtMost(4.0), "round trips of a cold review, two of which nobody can spare");
+    Ok(())
+}
+
+/// What the webhook keeps resident while a million different images are asked for.
+async fn ever_more(scale: Scale, table: &mut Table) -> Result<()> {
+    let images: u64 = if scale.quick { 2_000 } else { 1_000_000 };
+    let endless = Endless::start().await?;
+    let webhook = before(&endless, &format!("http://{}", endless.host())).await?;
+    let pid = webhook.pid().context("it runs")?;
+    let at_once = u64::try_from(AT_ONCE)?;
+    let mut resident = vec![];
+    for quarter in 0..4 {
+        let numbers = quarter * images / 4..(quarter + 1) * images / 4;
+        let client = async |first: u64| {
+            for number in numbers.clone().skip(usize::try_from(first)?).step_by(AT_ONCE) {
+                let answer = webhook.create("payments", &endless.reference(number)).await?;
+                ensure!(answer.allowed, "{number}: {answer:?}");
+            }
+            anyhow::Ok(())
+        };
+        try_join_all((0..at_once).map(client)).await?;
+        resident.push(memory(pid, "VmRSS")?);
+    }
+    let what = format!("MiB resident after {} different images, and after {images}", images / 4);
+    table.row([text(what), number(resident[0], 1), number(resident[3], 1)]);
+    table.row([text("the second over the first"), Cell::None, number(resident[3] / resident[0], 3)]);
+    if !scale.quick {
+        // Of fewer, all are remembered.
+        table.aim("p99", Aim::AtMost(1.1), "growth of memory over the last three quarters of all images");
+    }
+    table.note(format!("memory: {} reviews of another signed image each, 100,000 remembered", float(images)));
+    Ok(())
 }
 
 /// The median and the 99th percentile of `each` requests of every client.

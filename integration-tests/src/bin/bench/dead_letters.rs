@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use integration_tests::daemon::{self, Metrics};
 use integration_tests::house::{Keys, rule};
-use integration_tests::process::eventually;
+use integration_tests::process::{eventually, memory};
 use integration_tests::rabbitmq::RabbitMq;
 use integration_tests::registry::{Options, Registry};
 
+use crate::Scale;
 use crate::report::{Cell, Table, float, number, text};
 use crate::stage::{Flood, Plan, Stage, post};
 use crate::wire::{Until, Wire, Work, at_once};
-use crate::{Scale, meter};
 
 /// Every second one is no notification; the others are of images that the registry does not show to us.
 struct Deadly(Flood);
@@ -83,7 +83,7 @@ async fn dead(stage: &Stage) -> Result<(u64, Metrics)> {
 /// Runs a command of countersign's: how long it took, what the daemon had before and at most meanwhile, and what the command
 /// had at most, in MiB; and what it printed.
 async fn watched(stage: &Stage, arguments: &[&str]) -> Result<(Duration, (f64, f64, f64), String)> {
-    let (daemon, before) = (stage.pid()?, meter::memory(stage.pid()?, "VmRSS")?);
+    let (daemon, before) = (stage.pid()?, memory(stage.pid()?, "VmRSS")?);
     let mut command = tokio::process::Command::new(daemon::binary()?);
     command.args(arguments).arg("--config").arg(stage.config()).envs(stage.environment()).stdin(Stdio::null());
     let begun = Instant::now();
@@ -95,8 +95,8 @@ async fn watched(stage: &Stage, arguments: &[&str]) -> Result<(Duration, (f64, f
     let watching = tokio::spawn(async move {
         let (mut most, mut own) = (before, 0.0_f64);
         while !ended.load(Ordering::Relaxed) {
-            most = most.max(meter::memory(daemon, "VmRSS").unwrap_or_default());
-            own = own.max(meter::memory(pid, "VmHWM").unwrap_or_default());
+            most = most.max(memory(daemon, "VmRSS").unwrap_or_default());
+            own = own.max(memory(pid, "VmHWM").unwrap_or_default());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         (most, own)

@@ -6,12 +6,12 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use bytes::Bytes;
 use integration_tests::house::{Keys, rule};
+use integration_tests::process::memory;
 use integration_tests::registry::Registry;
 use serde_json::Value;
 
 use crate::Scale;
 use crate::events::Silence;
-use crate::meter::memory;
 use crate::report::{Aim, Table, float, number, text};
 use crate::stage::{Events, Flood, Plan, Pushed, Stage};
 use crate::wire::{Until, Wire, at_once};

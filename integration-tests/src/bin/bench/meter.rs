@@ -1,4 +1,4 @@
-//! What a process has used: its processor time and its memory, from proc(5); and its syncs.
+//! What a process has used: its processor time, from proc(5), and its syncs.
 
 use std::fs;
 use std::path::PathBuf;
@@ -24,14 +24,6 @@ pub fn cpu_of_family(pid: u32) -> Result<f64> {
     // One that has ended meanwhile is none any more.
     let children = children.split_whitespace().filter_map(|child| cpu(child.parse().ok()?).ok());
     Ok(cpu(pid)? + children.sum::<f64>())
-}
-
-/// MiB of a line of `/proc/PID/status`: `VmRSS`, or `VmHWM` for the most it ever was.
-pub fn memory(pid: u32, line: &str) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let found = status.lines().find_map(|text| text.strip_prefix(line)?.strip_prefix(':'));
-    let kibibytes = found.and_then(|text| text.trim().strip_suffix(" kB")).with_context(|| format!("no {line}"))?;
-    Ok(kibibytes.trim().parse::<f64>()? / 1024.0)
 }
 
 /// The library that counts a program's syncs and slows them down, of the queue's own benchmark.

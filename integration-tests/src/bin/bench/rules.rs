@@ -2,10 +2,10 @@
 
 use anyhow::Result;
 use integration_tests::house::{Keys, rule};
+use integration_tests::process::memory;
 
 use crate::Scale;
 use crate::events::Silence;
-use crate::meter::memory;
 use crate::report::{Aim, Table, float, median, number, text};
 use crate::stage::{Flood, Plan, Stage};
 
