@@ -33,11 +33,8 @@ fn plan(kind: Referrers, keys: Keys) -> Plan {
     Plan { keys, registry: kind.registry(), rules: Some(rules), ..Plan::default() }
 }
 
-/// Stock notation with what `countersign witness certificate` says that its user needs.
 async fn judge(house: &House, repository: &str) -> Result<Notation> {
-    let answer = house.run(&["witness", "certificate", "release", "--output", "json"]).await?.expect_code(0)?.json()?;
-    let text = |member: &str| answer[member].as_str().with_context(|| format!("no {member} in {answer}"));
-    Notation::trusting(text("certificate")?, text("trusted_identity")?, &format!("{}/{repository}", house.registry.host()))
+    Notation::trusting_witness(house, &format!("{}/{repository}", house.registry.host())).await
 }
 
 fn accepts(ruling: &Ruling, context: &str) {
