@@ -89,40 +89,26 @@ impl KeyPair {
     }
 }
 
-/// What skopeo and podman hold images against: signed by one key, and all else rejected. Kept where they look for it in a home.
-#[derive(Debug)]
-struct Policy {
-    home: TempDir,
-}
-
-impl Policy {
-    fn requiring(public_key: &Path, host: &str, identity: Option<&Value>) -> Result<Self> {
-        let policy = Self { home: scratch()? };
-        let mut requirement = json!({"type": "sigstoreSigned", "keyPath": public_key});
-        if let Some(identity) = identity {
-            requirement["signedIdentity"] = identity.clone();
-        }
-        fs::create_dir_all(policy.registries())?;
-        let rules = json!({"default": [{"type": "reject"}], "transports": {"docker": {host: [requirement]}}});
-        fs::write(policy.rules(), rules.to_string())?;
-        let attachments = format!("docker: {{\"{host}\": {{use-sigstore-attachments: true}}}}\n");
-        fs::write(policy.registries().join("registry.yaml"), attachments)?;
-        Ok(policy)
+/// A home in which skopeo and podman find what they hold images against: signed by one key, and all else rejected.
+fn home_requiring(public_key: &Path, host: &str, identity: Option<&Value>) -> Result<TempDir> {
+    let home = scratch()?;
+    let folder = home.path().join(".config/containers");
+    fs::create_dir_all(folder.join("registries.d"))?;
+    let mut requirement = json!({"type": "sigstoreSigned", "keyPath": public_key});
+    if let Some(identity) = identity {
+        requirement["signedIdentity"] = identity.clone();
     }
-
-    fn rules(&self) -> PathBuf {
-        self.home.path().join(".config/containers/policy.json")
-    }
-
-    fn registries(&self) -> PathBuf {
-        self.home.path().join(".config/containers/registries.d")
-    }
+    let policy = json!({"default": [{"type": "reject"}], "transports": {"docker": {host: [requirement]}}});
+    fs::write(folder.join("policy.json"), policy.to_string())?;
+    let attachments = format!("docker: {{\"{host}\": {{use-sigstore-attachments: true}}}}\n");
+    fs::write(folder.join("registries.d/registry.yaml"), attachments)?;
+    Ok(home)
 }
 
 /// `skopeo copy` under a policy that demands a signature by one key, and rejects everything else.
 #[derive(Debug)]
 pub struct Skopeo {
-    policy: Policy,
+    home: TempDir,
     arguments: Vec<String>,
 }
 
@@ -134,7 +120,7 @@ impl Skopeo {
 
     /// The same with a `signedIdentity` of the caller's.
     pub fn with_identity(public_key: &Path, host: &str, identity: Option<&Value>) -> Result<Self> {
-        Ok(Self { policy: Policy::requiring(public_key, host, identity)?, arguments: Vec::new() })
+        Ok(Self { home: home_requiring(public_key, host, identity)?, arguments: Vec::new() })
     }
 
     /// Pulls for another platform than this machine's.
@@ -145,11 +131,10 @@ impl Skopeo {
     }
 
     pub async fn copy(&self, reference: &str) -> Result<Ruling> {
-        let home = self.policy.home.path();
+        let home = self.home.path();
         let copied = tempfile::tempdir_in(home)?;
         let mut command = Command::new(tool("bin/skopeo")?);
         command.env("HOME", home).env("TMPDIR", home).args(&self.arguments);
-        command.arg("--policy").arg(self.policy.rules()).arg("--registries.d").arg(self.policy.registries());
         command.args(["copy", "--src-tls-verify=false", &format!("docker://{reference}")]);
         command.arg(format!("dir:{}", copied.path().display()));
         rule(command).await
@@ -159,17 +144,17 @@ impl Skopeo {
 /// `podman pull` into a storage of its own, under such a policy.
 #[derive(Debug)]
 pub struct Podman {
-    policy: Policy,
+    home: TempDir,
 }
 
 impl Podman {
     /// Accepts what [`Skopeo::requiring`] accepts.
     pub fn requiring(public_key: &Path, host: &str) -> Result<Self> {
-        Ok(Self { policy: Policy::requiring(public_key, host, None)? })
+        Ok(Self { home: home_requiring(public_key, host, None)? })
     }
 
     pub async fn pull(&self, reference: &str) -> Result<Ruling> {
-        let home = self.policy.home.path();
+        let home = self.home.path();
         let storage = tempfile::tempdir_in(home)?;
         let mut command = Command::new(tool("bin/podman5")?);
         command.env("HOME", home).env("TMPDIR", home).env("XDG_RUNTIME_DIR", storage.path()).args(["--storage-driver", "vfs"]);

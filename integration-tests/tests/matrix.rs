@@ -153,7 +153,7 @@ fn installed(name: &str) -> Result<String> {
 
 /// By what an image is asked for.
 const ASKED: [&str; 5] =
-    ["an image by tag", "an image by digest", "an index by tag", "an index by digest", "its platform by digest"];
+    ["an image by tag", "an image by digest", "an index by tag", "an index by digest", "an index's platform by digest"];
 
 /// Where: all is run at each.
 const REGISTRIES: [Referrers; 2] = [Referrers::FallbackTag, Referrers::Api];
@@ -354,7 +354,7 @@ fn short(seen: &Seen) -> Result<String> {
                     texts[0] = format!("`{words}`");
                     write!(table, " no ({}) |", notes.number(texts.join("; ")))?;
                 }
-                Some(_) => write!(table, " yes, but ({}) |", notes.number(format!("refused is {}", texts.join("; "))))?,
+                Some(_) => write!(table, " yes, but ({}) |", notes.number(format!("not {}", texts.join("; "))))?,
             }
         }
         table.push('\n');

@@ -1,5 +1,6 @@
 #!/bin/bash
-# Brings what the tests and the demo need: a registry, stock verifiers, a KMS to talk to, a dependency checker.
+# Brings what the tests and the demo need: a registry, stock verifiers (those that are libraries, in the programs of verifiers/), a KMS to
+# talk to, a dependency checker.
 # Everything but a few Debian packages goes into .tools/ at the top of the tree, so that nothing here starts a service
 # or changes the machine's own cosign or skopeo. Run again at any time: what is there already is left alone.
 set -euo pipefail
@@ -178,10 +179,11 @@ skopeo() {
 }
 
 podman5() {
-    # As with skopeo. But it starts itself again to unpack layers, so its loader has to be named in it, and not on a command line.
-    debian_packages patchelf
+    # As with skopeo. But it starts itself again to unpack layers, so its loader has to be named in it, and not on a command line; and it
+    # starts only where there is conmon, whatever it is asked.
+    debian_packages conmon patchelf
     unpack trixie podman-5 podman netavark libc6 libgpgme11t64 libassuan9 libgpg-error0 libdevmapper1.02.1 libselinux1 libpcre2-8-0 \
-        libudev1 libcap2 libsqlite3-0 libbtrfs0t64 libsubid5 libaudit1 libcap-ng0 libcrypt1 libseccomp2
+        libudev1 libcap2 libsqlite3-0 libbtrfs0t64 libsubid5 libaudit1 libcap-ng0 libcrypt1 libbsd0 libmd0 libseccomp2
     local tree
     # The links of a work tree may go.
     tree=$(realpath "$tools/podman-5")
