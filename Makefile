@@ -18,7 +18,7 @@ demo: ## a registry, a key and countersign on this machine: push an image, see i
 	@integration-tests/demo.sh
 
 test: ## every test, the ones beside real registries, verifiers and KMSs included
-	@$(INSTALL) docker-registry ferro-oci-server cosign2 cosign3 notation oras skopeo ministack openbao softhsm postgresql rabbitmq hadolint helm
+	@$(INSTALL) docker-registry ferro-oci-server cosign2 cosign3 notation oras skopeo podman5 sigstore-rs sigstore-js ministack openbao softhsm postgresql rabbitmq hadolint helm
 	cargo build --workspace
 	cargo test --workspace --no-fail-fast
 	@echo "NOT RUN by this: make rabbitmq4 (the queue on RabbitMQ 4), make partition (root and network namespaces), make story (20,000 events), make image-test (root), make cluster-test (a kube-apiserver built from source)"

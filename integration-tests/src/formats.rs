@@ -10,7 +10,6 @@ use crate::house::{House, TOKEN};
 use crate::image::Image;
 use crate::process::eventually;
 use crate::registry::Options;
-use crate::verifier::Notation;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -70,11 +69,4 @@ pub async fn wait_for(house: &House, reference: &str, formats: &[&str]) -> Resul
         Ok(formats.iter().all(|format| found.contains(&ours(format))).then_some(()))
     })
     .await
-}
-
-/// Stock notation with what `countersign witness certificate` says that its user needs, for every repository.
-pub async fn judge(house: &House) -> Result<Notation> {
-    let answer = house.run(&["witness", "certificate", "release", "--output", "json"]).await?.expect_code(0)?.json()?;
-    let text = |member: &str| answer[member].as_str().with_context(|| format!("no {member} in {answer}"));
-    Notation::trusting(text("certificate")?, text("trusted_identity")?, "*")
 }

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::daemon::Output;
-use integration_tests::formats::judge;
 use integration_tests::house::{House, Keys, Plan, TOKEN, rule_of_all_formats};
 use integration_tests::image::{Image, Manifest};
 use integration_tests::oras::Oras;
@@ -187,7 +186,9 @@ async fn notations_signatures_are_copied(source: Options, mirror: Options) -> Re
     assert_eq!(pair.states(&source, &destination, &[]).await?, states([("present", 3)]));
     assert_eq!(oras.discover(&destination).await?, after, "a second copy writes nothing");
 
-    for (whose, notation) in [("ours", &judge(&pair.house).await?), ("theirs", &theirs), ("already", &already)] {
+    for (whose, notation) in
+        [("ours", &Notation::trusting_witness(&pair.house, "*").await?), ("theirs", &theirs), ("already", &already)]
+    {
         let ruling = notation.verify(&destination).await?;
         assert!(ruling.accepted, "notation refuses {whose} at {destination}: {}", ruling.words);
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use integration_tests::daemon;
-use integration_tests::formats::{Referrers, found, judge, listed, ours, wait_for};
+use integration_tests::formats::{Referrers, found, listed, ours, wait_for};
 use integration_tests::house::{House, Keys, Plan};
 use integration_tests::image::Image;
 use integration_tests::process::eventually;
@@ -43,7 +43,7 @@ async fn every_judge_accepts(kind: Referrers, keys: Keys) -> Result<()> {
         kind.push(&house, &image, repository, "1.0").await?;
         let (tagged, pinned) = (house.reference(repository, "1.0"), house.reference(repository, &image.manifest.digest));
         wait_for(&house, &tagged, &["bundle", "cosign", format]).await?;
-        let (notation, key) = (judge(&house).await?, house.public_key_path());
+        let (notation, key) = (Notation::trusting_witness(&house, "*").await?, house.public_key_path());
         for reference in [&tagged, &pinned] {
             accepts(&notation.verify(reference).await?, &context);
             for cosign in [Cosign::V2, Cosign::V3] {
@@ -120,7 +120,7 @@ async fn signatures_of_notations_stand_beside_ours(kind: Referrers) -> Result<()
         kind.push(&house, &image, &repository, "2.0").await?;
         wait_for(&house, &house.reference(&repository, "2.0"), &["bundle", "cosign", "notation"]).await?;
         let context = format!("{kind:?}, notation {name}");
-        let judge = judge(&house).await?;
+        let judge = Notation::trusting_witness(&house, "*").await?;
         for notation in [&judge, &theirs] {
             accepts(&notation.verify(&pinned).await?, &context);
             let list = notation.list(&pinned).await?;
@@ -151,7 +151,7 @@ async fn a_signature_counts_for_as_long_as_its_rule_says_and_is_made_again_after
     let rules = rules + "\n" + &rule("lasting", "team", Keys::P256, &["notation"]) + "expiry = \"90d\"\n";
     let house = House::start(Plan { rules: Some(rules), ..Plan::default() }).await?;
     let (image, repository) = (Image::oci("ending")?, "team/ending");
-    let (tagged, notation) = (house.reference(repository, "1.0"), judge(&house).await?);
+    let (tagged, notation) = (house.reference(repository, "1.0"), Notation::trusting_witness(&house, "*").await?);
     let both = [ours("notation"), ours("notation-cose")];
     for _ in 0..2 {
         house.push(&image, repository, &["1.0"]).await?;

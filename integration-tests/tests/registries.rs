@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use integration_tests::formats::{Referrers, judge, wait_for};
+use integration_tests::formats::{Referrers, wait_for};
 use integration_tests::house::{House, Keys, Plan, TOKEN, rule, rule_of_all_formats};
 use integration_tests::image::Image;
 use integration_tests::issuer::Issuer;
 use integration_tests::process::{eventually, on_path, say_aloud};
 use integration_tests::recorder::{Mutable, Recorder, Refusal};
 use integration_tests::registry::{External, LOGIN, Options};
-use integration_tests::verifier::{Cosign, Skopeo};
+use integration_tests::verifier::{Cosign, Notation, Skopeo};
 use reqwest::StatusCode;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -231,7 +231,7 @@ async fn distribution_3_and_zot_are_signed_in_where_they_are_in_path() -> Result
                 let ruling = cosign.verify(&house.public_key_path(), &reference).await?;
                 assert!(ruling.accepted, "{name}: {cosign:?}: {}", ruling.words);
             }
-            let ruling = judge(&house).await?.verify(&reference).await?;
+            let ruling = Notation::trusting_witness(&house, "*").await?.verify(&reference).await?;
             assert!(ruling.accepted, "{name}: {}", ruling.words);
         }
         let metrics = house.wait_settled(2, LIMIT).await?;
