@@ -21,7 +21,7 @@ test: ## every test, the ones beside real registries, verifiers and KMSs include
 	@$(INSTALL) docker-registry ferro-oci-server cosign2 cosign3 notation oras skopeo podman5 sigstore-rs sigstore-js ministack openbao softhsm postgresql rabbitmq hadolint helm
 	cargo build --workspace
 	cargo test --workspace --no-fail-fast
-	@echo "NOT RUN by this: make rabbitmq4 (the queue on RabbitMQ 4), make partition (root and network namespaces), make story (20,000 events), make image-test (root), make cluster-test (a kube-apiserver built from source)"
+	@echo "NOT RUN by this: make rabbitmq4 (the queue on RabbitMQ 4), make partition (root and network namespaces), make story (20,000 events), make image-test (root), make cluster-test (a kube-apiserver built from source); and distribution 3 and zot, unless their programs \`registry\` and \`zot\` are in PATH"
 
 rabbitmq4: ## the queue's tests on RabbitMQ 4 (four minutes)
 	@$(INSTALL) rabbitmq4

@@ -46,9 +46,9 @@ pub enum Error {
     /// The repository's or the project's share of the registry's storage is used up.
     #[error("{at}: the registry's quota is used up ({reported})")]
     Quota { at: At, reported: Reported },
-    /// The registry lets nobody pull the image before it is signed, and did not make an exception for who is to sign it.
-    #[error("{at}: {account} may not pull this image before it is signed ({reported})")]
-    Unsigned { at: At, account: Account, reported: Reported },
+    /// The project lets nobody pull the image as it is (unsigned, or with vulnerabilities), and made no exception for who is to sign it.
+    #[error("{at}: a policy of the registry keeps {account} from pulling this ({reported})")]
+    Policy { at: At, account: Account, reported: Reported },
     /// Any other 4xx by which a registry refuses.
     #[error("{at}: the registry refuses ({reported})")]
     Rejected { at: At, reported: Reported },
@@ -118,7 +118,7 @@ impl Classify for Error {
             Self::Quota { .. } => {
                 Verdict::Refuse { cure: "raise the quota in the registry or delete what nobody needs there, and replay the event" }
             }
-            Self::Unsigned { .. } => Verdict::Refuse {
+            Self::Policy { .. } => Verdict::Refuse {
                 cure: "allow the registry account of the configuration to push to this repository: who may, may read there what is \
                        to be signed",
             },

@@ -28,7 +28,7 @@ use crate::{
 pub(super) const ERROR_LIMIT: usize = 64 * 1024;
 const MOST_REDIRECTS: u32 = 3;
 /// Harbor's code for what a project's policy forbids, in either spelling.
-const UNSIGNED: &[&str] = &["PROJECTPOLICYVIOLATION", "PROJECT_POLICY_VIOLATION"];
+const AGAINST_POLICY: &[&str] = &["PROJECTPOLICYVIOLATION", "PROJECT_POLICY_VIOLATION"];
 /// Reads that meet docker-registry's 500 (it gives one while the tag is being written) are repeated this often.
 const MOST_REPEATS: u32 = 4;
 /// `countersign/VERSION` first, by which its own writes are known. `cosign` is in it because Harbor asks for that: in a project
@@ -153,9 +153,9 @@ impl Answer {
             && Reported::read(self.status, &self.body, &[]).names_revision()
     }
 
-    /// Whether an image may not be pulled because it is not signed yet: Harbor, in a project with that policy.
-    fn says_unsigned(&self) -> bool {
-        self.status == StatusCode::PRECONDITION_FAILED && Reported::read(self.status, &self.body, &[]).has(UNSIGNED)
+    /// Whether an image may not be pulled as it is, such as unsigned: Harbor, in a project with that policy.
+    fn says_against_policy(&self) -> bool {
+        self.status == StatusCode::PRECONDITION_FAILED && Reported::read(self.status, &self.body, &[]).has(AGAINST_POLICY)
     }
 }
 
@@ -232,7 +232,7 @@ impl Registry {
                     tokio::time::sleep(pause(repeats)).await;
                 }
                 // Who may push may read it all the same, and has to show so.
-                StatusCode::PRECONDITION_FAILED if own && grant.access == Access::Pull && answer.says_unsigned() => {
+                _ if own && grant.access == Access::Pull && answer.says_against_policy() => {
                     grant.access = Access::Push;
                     authorization = self.authorization(&grant).await?;
                 }
@@ -321,8 +321,8 @@ impl Registry {
                 _ => refusal(at, answer, reported),
             };
         }
-        if answer.status == StatusCode::PRECONDITION_FAILED && reported.has(UNSIGNED) {
-            return Error::Unsigned { at, account: self.0.authenticator.account(), reported };
+        if answer.says_against_policy() {
+            return Error::Policy { at, account: self.0.authenticator.account(), reported };
         }
         if answer.status == StatusCode::FORBIDDEN && !reported.has(&["TOOMANYREQUESTS"]) {
             return Error::Denied { at, account: self.0.authenticator.account(), need: call.access.need(), reported };

@@ -205,8 +205,8 @@ async fn settings_that_cannot_work_are_refused_at_once() {
     assert_eq!(nested.0.base, "https://artifacts.example.com/api/docker/main/v2/");
 }
 
-/// As Harbor has it in a project with "Prevent vulnerable images from running" by signature: an image that is not signed yet may be
-/// read by who may push and is called cosign, and by nobody else.
+/// As Harbor has it in a project that lets only signed images be pulled: one that is not signed yet may be read by who may push and is
+/// called cosign, and by nobody else.
 #[tokio::test]
 async fn an_image_that_may_not_be_pulled_unsigned_is_read_by_the_right_to_push() {
     let rights = |may_push: bool| {
@@ -232,7 +232,7 @@ async fn an_image_that_may_not_be_pulled_unsigned_is_read_by_the_right_to_push()
             continue;
         }
         let error = read.unwrap_err();
-        assert!(matches!(error, Error::Unsigned { .. }), "{error:?}");
+        assert!(matches!(error, Error::Policy { .. }), "{error:?}");
         let Verdict::Refuse { cure } = error.verdict() else { panic!("{error:?}") };
         assert!(cure.contains("to push to this repository"), "{cure}");
         assert!(fake.seen().len() <= 4, "{:?}", fake.seen());
