@@ -201,11 +201,11 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
         }
         Method::PATCH => {
             let of = path.strip_suffix("/status").unwrap_or(&path).to_owned();
-            let Ok(patch) = serde_json::from_slice::<Value>(&body) else { return failure(400, "no JSON") };
+            let Ok(change) = serde_json::from_slice::<Value>(&body) else { return failure(400, "no JSON") };
             match kept.objects.get(&of).cloned() {
                 None => failure(404, "not found"),
                 Some(mut object) => {
-                    object["status"] = patch["status"].clone();
+                    object["status"] = change["status"].clone();
                     kept.store(&of, "MODIFIED", object.clone());
                     json_answer(200, &object)
                 }
@@ -252,7 +252,7 @@ fn watching(shared: Arc<Shared>, collection: &str, from: &str) -> Response {
                         (format!("{}\n", json!({"type": "ERROR", "object": status(410, "too old resource version")})), from, true)
                     } else {
                         let new = kept.history.iter().filter(|(version, path, _)| *version > from && path.starts_with(&prefix));
-                        let text: String = new.map(|(_, _, event)| format!("{event}\n")).collect();
+                        let text = new.fold(String::new(), |text, (_, _, event)| format!("{text}{event}\n"));
                         (text, kept.version, false)
                     }
                 };
