@@ -62,3 +62,18 @@ seccompProfile: {type: RuntimeDefault}
     - {protocol: TCP, port: {{ . }}}
     {{- end }}
 {{- end }}
+
+{{- /* Whether the webhook asks the cluster's API for anything: a text, or none. */ -}}
+{{- define "countersign.asks" -}}
+{{ with .Values.admission.kubernetes }}{{ if or .resources .pullSecrets .events .recheck }}yes{{ end }}{{ end }}
+{{- end }}
+
+{{- /* The line of the configuration that says so. */ -}}
+{{- define "countersign.kubernetes" -}}
+{{- if include "countersign.asks" . }}
+{{- with .Values.admission.kubernetes }}
+kubernetes = { resources = {{ .resources }}, pull_secrets = {{ .pullSecrets }}, events = {{ .events }}
+{{- with .recheck }}, recheck = { every = {{ . | quote }} }{{ end }} }
+{{- end }}
+{{- end }}
+{{- end }}
