@@ -251,7 +251,7 @@ pub struct AdmissionArgs {
     #[arg(long)]
     pub ca_bundle: bool,
 
-    /// Print the definitions of the SecurityPolicy and Witness resources, for `kubectl apply`, and do nothing else.
+    /// Print the definitions of the resources `SecurityPolicy` and `Witness`, for `kubectl apply`, and do nothing else.
     #[arg(long, conflicts_with = "ca_bundle")]
     pub crds: bool,
 }

@@ -21,6 +21,9 @@ use tokio::sync::watch;
 
 use crate::fake::decoded;
 
+/// Where it has pods, whatever their namespace.
+pub const PODS: &str = "/api/v1/pods";
+
 /// Dropping it leaves it running as long as the test's runtime.
 #[derive(Clone)]
 pub struct ApiServer {
@@ -190,22 +193,27 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
     let answer = match parts.method {
         Method::GET => match kept.objects.get(&path) {
             Some(object) => json_answer(200, object),
-            None if is_collection(&path) => list(&kept, &path),
+            None if is_collection(&path) => list(&kept, &path, &query),
             None => failure(404, &format!("{path} not found")),
         },
         Method::POST => {
             let Ok(object) = serde_json::from_slice::<Value>(&body) else { return failure(400, "no JSON") };
             let name = object["metadata"]["name"].as_str().unwrap_or("unnamed").to_owned();
-            kept.store(&format!("{path}/{name}"), "ADDED", object.clone());
-            json_answer(201, &object)
+            let path = format!("{path}/{name}");
+            if kept.objects.contains_key(&path) {
+                failure(409, &format!("{name} already exists"))
+            } else {
+                kept.store(&path, "ADDED", object.clone());
+                json_answer(201, &object)
+            }
         }
         Method::PATCH => {
             let of = path.strip_suffix("/status").unwrap_or(&path).to_owned();
-            let Ok(patch) = serde_json::from_slice::<Value>(&body) else { return failure(400, "no JSON") };
+            let Ok(change) = serde_json::from_slice::<Value>(&body) else { return failure(400, "no JSON") };
             match kept.objects.get(&of).cloned() {
                 None => failure(404, "not found"),
                 Some(mut object) => {
-                    object["status"] = patch["status"].clone();
+                    object["status"] = change["status"].clone();
                     kept.store(&of, "MODIFIED", object.clone());
                     json_answer(200, &object)
                 }
@@ -220,13 +228,22 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
 
 /// As far as tests list anything.
 fn is_collection(path: &str) -> bool {
-    path.starts_with("/apis/countersign.dev/v1/") && path.matches('/').count() == 4
+    path == PODS || path.starts_with("/apis/countersign.dev/v1/") && path.matches('/').count() == 4
 }
 
-fn list(kept: &Kept, collection: &str) -> Response {
-    let items: Vec<_> =
-        kept.objects.iter().filter(|(path, _)| path.starts_with(&format!("{collection}/"))).map(|(_, object)| object).collect();
-    let metadata = json!({"resourceVersion": kept.version.to_string()});
+/// A page of them, if one is asked for: from the object on that `continue` names.
+fn list(kept: &Kept, collection: &str, query: &BTreeMap<String, String>) -> Response {
+    let first = query.get("continue").cloned().unwrap_or_default();
+    let of_collection = |path: &str| path.starts_with(&format!("{collection}/")) && *path >= *first;
+    let mut found: Vec<_> = kept.objects.iter().filter(|(path, _)| of_collection(path)).collect();
+    let mut metadata = json!({"resourceVersion": kept.version.to_string()});
+    if let Some(limit) = query.get("limit").and_then(|limit| limit.parse::<usize>().ok())
+        && found.len() > limit
+    {
+        metadata["continue"] = json!(found[limit].0);
+        found.truncate(limit);
+    }
+    let items: Vec<_> = found.into_iter().map(|(_, object)| object).collect();
     json_answer(200, &json!({"apiVersion": "countersign.dev/v1", "kind": "List", "metadata": metadata, "items": items}))
 }
 
@@ -252,7 +269,7 @@ fn watching(shared: Arc<Shared>, collection: &str, from: &str) -> Response {
                         (format!("{}\n", json!({"type": "ERROR", "object": status(410, "too old resource version")})), from, true)
                     } else {
                         let new = kept.history.iter().filter(|(version, path, _)| *version > from && path.starts_with(&prefix));
-                        let text: String = new.map(|(_, _, event)| format!("{event}\n")).collect();
+                        let text = new.fold(String::new(), |text, (_, _, event)| format!("{text}{event}\n"));
                         (text, kept.version, false)
                     }
                 };

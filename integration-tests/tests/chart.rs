@@ -28,8 +28,14 @@ const APIS: [(&str, &[&str]); 7] = [
     ("monitoring.coreos.com/v1", &["ServiceMonitor"]),
 ];
 
-const ALL: &[&str] =
-    &["admission.caBundle=abc", "admission.pinTags=true", "daemon.enabled=true", "serviceMonitor.enabled=true", "plain=true"];
+const ALL: &[&str] = &[
+    "admission.caBundle=abc",
+    "admission.pinTags=true",
+    "admission.kubernetes.recheck=1h",
+    "daemon.enabled=true",
+    "serviceMonitor.enabled=true",
+    "plain=true",
+];
 const REPLICAS: &str = "daemon:\n  enabled: true\n  replicas: 3\n  tlsSecret: countersign-tls\n  egressPorts: [443, 5671, 5432]\n  config: |\n    \
     [server]\n    listen = \"0.0.0.0:8080\"\n    tls = { certificate = \"/run/secrets/tls/tls.crt\", key = { file = \"/run/secrets/tls/tls.key\" } }\n    \
     [queue]\n    backend = \"amqp\"\n    url = { file = \"/run/secrets/countersign/amqp-url\" }\n    \
@@ -95,11 +101,39 @@ fn deploy_kubernetes_is_made_from_the_chart() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn deploy_kubernetes_and_the_chart_have_the_definitions_that_countersign_prints() -> Result<()> {
+    let folder = scratch()?;
+    let config = folder.path().join("empty.toml");
+    fs::write(&config, "")?;
+    let config = config.to_str().context("a folder whose name is no text")?;
+    let printed = daemon::run(&["admission", "--crds", "--config", config], &[]).await?.expect_code(0)?.stdout;
+    ensure!(printed.matches("kind: CustomResourceDefinition").count() == 2, "{printed}");
+    for path in ["kubernetes/resources.yaml", "helm/countersign/crds/resources.yaml"] {
+        let path = deploy(path);
+        if std::env::var_os("BLESS").is_some() {
+            fs::create_dir_all(path.parent().context("a folder")?)?;
+            fs::write(&path, &printed)?;
+        } else {
+            let is_same = fs::read_to_string(&path).unwrap_or_default() == printed;
+            assert!(is_same, "{} is not what countersign prints: run `make manifests`", path.display());
+        }
+    }
+    Ok(())
+}
+
 /// Helm says of each document which template it is of.
 fn without_source(document: &str) -> String {
-    let lines =
-        document.lines().filter(|line| !line.starts_with("# Source: ") && !line.trim().is_empty() || line.starts_with("   "));
-    lines.map(|line| format!("{}\n", line.trim_end())).collect()
+    let mut text = String::new();
+    for line in document.lines() {
+        // What is blank inside of a configuration is indented.
+        let is_text = !line.trim().is_empty() && !line.starts_with("# Source: ");
+        if is_text || line.starts_with("   ") {
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+    }
+    text
 }
 
 #[test]
@@ -145,7 +179,8 @@ fn another_namespace_and_other_values_are_everywhere_that_they_belong() -> Resul
         "daemon.enabled=true",
     ];
     let rendered = render("guard", &values)?;
-    for ((kind, name), object) in rendered.iter().filter(|((kind, _), _)| !kind.ends_with("WebhookConfiguration")) {
+    let of_cluster = |kind: &str| kind.ends_with("WebhookConfiguration");
+    for ((kind, name), object) in rendered.iter().filter(|((kind, _), _)| !of_cluster(kind)) {
         assert_eq!(object["metadata"]["namespace"], "guard", "{kind} {name}");
     }
     let config = find(&rendered, "ConfigMap", "countersign-admission")?["data"]["countersign.toml"].as_str().context("a text")?;
@@ -174,6 +209,33 @@ fn another_namespace_and_other_values_are_everywhere_that_they_belong() -> Resul
     assert_ne!(annotations(&rendered)?, annotations(&changed)?, "pods read their configuration at the start");
     let misspelt = render("guard", &["admission.replica=3"]).unwrap_err().to_string();
     assert!(misspelt.contains("replica"), "{misspelt}");
+    Ok(())
+}
+
+#[test]
+fn the_webhook_may_do_what_it_is_asked_to_and_no_more() -> Result<()> {
+    let none = render("guard", &[])?;
+    assert!(!none.keys().any(|(kind, _)| kind.starts_with("ClusterRole")));
+    let pod = |rendered: &Objects| {
+        anyhow::Ok(find(rendered, "Deployment", "countersign-admission")?["spec"]["template"]["spec"].clone())
+    };
+    assert_eq!(pod(&none)?["automountServiceAccountToken"], false);
+    for (value, rights) in [
+        ("resources=true", json!([["securitypolicies", "witnesses"], ["securitypolicies/status", "witnesses/status"]])),
+        ("pullSecrets=true", json!([["secrets", "serviceaccounts"]])),
+        ("events=true", json!([["events"]])),
+        ("recheck=1h", json!([["pods"]])),
+    ] {
+        let rendered = render("guard", &[&format!("admission.kubernetes.{value}")])?;
+        let role = &find(&rendered, "ClusterRole", "countersign-admission")?["rules"];
+        let resources: Value = role.as_array().context("rules")?.iter().map(|rule| rule["resources"].clone()).collect();
+        assert_eq!(resources, rights, "{value}");
+        let binding = find(&rendered, "ClusterRoleBinding", "countersign-admission")?;
+        assert_eq!(binding["subjects"][0]["namespace"], "guard");
+        assert_eq!(pod(&rendered)?["automountServiceAccountToken"], true);
+        let egress = &find(&rendered, "NetworkPolicy", "countersign-admission")?["spec"]["egress"][0]["ports"];
+        assert!(egress.as_array().context("ports")?.iter().any(|port| port["port"] == 6443), "{egress}");
+    }
     Ok(())
 }
 

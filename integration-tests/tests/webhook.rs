@@ -245,12 +245,12 @@ async fn what_is_remembered_of_ever_more_images_has_a_bound() -> Result<()> {
         memory(pid, "VmRSS")
     };
     let full = verify(0..1_000).await?;
-    let end = verify(1_000..4_000).await?;
-    println!("{full:.1} MiB resident with 1,000 images asked for, {end:.1} MiB with 4,000");
-    // What is known of 3,000 more would be more than that.
-    assert!(end < full + 4.0, "{full} MiB became {end} MiB");
+    let end = verify(1_000..5_000).await?;
+    println!("{full:.1} MiB resident with 1,000 images asked for, {end:.1} MiB with 5,000");
+    // What is known of 4,000 more takes 5 MiB.
+    assert!(end < full + 2.0, "{full} MiB became {end} MiB");
     let metrics = webhook.metrics().await?;
-    assert_eq!(metrics.count("countersign_admission_images_attested_total", &[]), 4_000);
+    assert_eq!(metrics.count("countersign_admission_images_attested_total", &[]), 5_000);
     Ok(())
 }
 

@@ -46,7 +46,9 @@ impl PulledWith {
     /// Those of another object beside these, as many as are taken note of.
     pub fn add(&mut self, other: &Self) {
         for (names, others) in [(&mut self.secrets, &other.secrets), (&mut self.accounts, &other.accounts)] {
-            others.iter().for_each(|name| note(names, name.clone()));
+            for name in others {
+                note(names, name.clone());
+            }
         }
     }
 }

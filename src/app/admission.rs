@@ -95,16 +95,15 @@ impl Court<'_> {
         let policies = self.config.policies.iter().cloned().chain(resources.policies);
         let policies = Policies::with_closed(policies, resources.closed, self.cluster)?;
         let asked = asked(&policies);
-        let examiner = match examiner {
-            Some(examiner) => examiner,
-            None => {
-                let of_file = self.config.witnesses.iter().filter(|witness| asked.contains(&witness.name));
-                let mut witnesses: Vec<Known> =
-                    of_file.map(|witness| public_keys(self.config, witness)).collect::<anyhow::Result<_>>()?;
-                let of_cluster = resources.witnesses.into_iter().filter(|(name, _)| asked.contains(name));
-                witnesses.extend(of_cluster.map(|(_, (known, _))| known));
-                self.examiner(witnesses)?
-            }
+        let examiner = if let Some(examiner) = examiner {
+            examiner
+        } else {
+            let of_file = self.config.witnesses.iter().filter(|witness| asked.contains(&witness.name));
+            let mut witnesses: Vec<Known> =
+                of_file.map(|witness| public_keys(self.config, witness)).collect::<anyhow::Result<_>>()?;
+            let of_cluster = resources.witnesses.into_iter().filter(|(name, _)| asked.contains(name));
+            witnesses.extend(of_cluster.map(|(_, (known, _))| known));
+            self.examiner(witnesses)?
         };
         let kinds = settings
             .kinds

@@ -217,7 +217,7 @@ mod tests {
                     signed_as = \"tag\"\nthrough_index = true\nmax_age = \"90d\"\ntags = \"resolve\"\n\
                     allow = [\"registry.example.com/tools/**\"]\n";
         let (config, _) = super::super::Config::parse(file, Path::new("test.toml")).unwrap();
-        assert_eq!(config.policies, [from_resource.clone()]);
+        assert_eq!(config.policies, std::slice::from_ref(&from_resource));
         assert_eq!((from_resource.mode, from_resource.signed_as), (Mode::Warn, SignedAs::Tag));
         assert_eq!(from_resource.formats, [Format::Bundle]);
         assert!(!policy("p", &json!({"witness": "release", "namespace": "*", "note": null}), &["release"]).unwrap().enabled);

@@ -127,9 +127,8 @@ impl Sender {
         let event = event(notice, &self.clock, &self.instance);
         let api: Api<Event> = Api::namespaced(self.cluster.client(), &namespace);
         match self.cluster.ask(api.create(&PostParams::default(), &event)).await {
-            Ok(_) => self.counts.sent.fetch_add(1, Relaxed),
-            // Told already.
-            Err(Error::Refused { code: 409, .. }) => self.counts.sent.fetch_add(1, Relaxed),
+            // With 409, it was told already.
+            Ok(_) | Err(Error::Refused { code: 409, .. }) => self.counts.sent.fetch_add(1, Relaxed),
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
                 warn!(namespace, reason = event.reason, error, "an Event could not be written");
@@ -142,7 +141,9 @@ impl Sender {
 fn event(notice: Notice, clock: &Clock, instance: &str) -> Event {
     let mut note = notice.note;
     if note.len() > LONGEST_NOTE {
-        note.truncate(note.floor_char_boundary(LONGEST_NOTE));
+        while note.len() > LONGEST_NOTE {
+            note.pop();
+        }
         note.push('…');
     }
     Event {

@@ -4,16 +4,16 @@ use super::*;
 
 const PEM: &str = include_str!("../../../tests/data/vectors/keys/p256.pub.pem");
 
-fn objects(given: &[(&str, Value)]) -> Option<Arc<Objects>> {
+fn objects(given: &[(&str, Value)]) -> Arc<Objects> {
     let object = |(name, spec): &(&str, Value)| {
         let object = json!({"metadata": {"name": name, "generation": 3}, "spec": spec});
         ((*name).to_owned(), Arc::new(serde_json::from_value(object).unwrap()))
     };
-    Some(Arc::new(given.iter().map(object).collect()))
+    Arc::new(given.iter().map(object).collect())
 }
 
 fn read(policies: &[(&str, Value)], witnesses: &[(&str, Value)], beside: &Beside<'_>) -> Resources {
-    Resources::read(&Kept { policies: objects(policies), witnesses: objects(witnesses) }, beside)
+    Resources::read(&Kept { policies: Some(objects(policies)), witnesses: Some(objects(witnesses)) }, beside)
 }
 
 fn state<'a>(resources: &'a Resources, name: &str) -> &'a State {
@@ -35,9 +35,11 @@ fn policy(witness: &str, namespace: &str) -> Value {
 
 #[test]
 fn as_long_as_not_both_kinds_were_read_nothing_is_admitted_anywhere() {
-    for kept in
-        [Kept::default(), Kept { policies: objects(&[]), witnesses: None }, Kept { policies: None, witnesses: objects(&[]) }]
-    {
+    for kept in [
+        Kept::default(),
+        Kept { policies: Some(objects(&[])), witnesses: None },
+        Kept { policies: None, witnesses: Some(objects(&[])) },
+    ] {
         let resources = Resources::read(&kept, &Beside::default());
         assert_eq!(closed(&resources), [("(resources)", vec!["*"])]);
         let policies = Policies::with_closed(resources.policies, resources.closed, None).unwrap();

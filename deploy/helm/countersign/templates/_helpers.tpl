@@ -19,7 +19,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- define "countersign.webhook" -}}
 - name: admission.countersign.dev
   admissionReviewVersions: [v1]
-  sideEffects: None
+  sideEffects: NoneOnDryRun
   # Nothing runs that was not looked at.
   failurePolicy: {{ .root.Values.admission.failurePolicy }}
   timeoutSeconds: {{ .root.Values.admission.timeoutSeconds }}
@@ -61,4 +61,19 @@ seccompProfile: {type: RuntimeDefault}
     {{- range . }}
     - {protocol: TCP, port: {{ . }}}
     {{- end }}
+{{- end }}
+
+{{- /* Whether the webhook asks the cluster's API for anything: a text, or none. */ -}}
+{{- define "countersign.asks" -}}
+{{ with .Values.admission.kubernetes }}{{ if or .resources .pullSecrets .events .recheck }}yes{{ end }}{{ end }}
+{{- end }}
+
+{{- /* The line of the configuration that says so. */ -}}
+{{- define "countersign.kubernetes" -}}
+{{- if include "countersign.asks" . }}
+{{- with .Values.admission.kubernetes }}
+kubernetes = { resources = {{ .resources }}, pull_secrets = {{ .pullSecrets }}, events = {{ .events }}
+{{- with .recheck }}, recheck = { every = {{ . | quote }} }{{ end }} }
+{{- end }}
+{{- end }}
 {{- end }}
