@@ -220,14 +220,14 @@ impl Door {
                         Entry::Push(push) => sorted.messages.push(self.message(push, received_at)),
                         Entry::Ignored(reason) => sorted.ignored.push(reason),
                         Entry::Refused { refusal, json } => {
-                            sorted.messages.push(self.quarantined(body.slice_ref(json.as_bytes()), received_at));
+                            sorted.messages.push(quarantined(body.slice_ref(json.as_bytes()), received_at));
                             sorted.refusals.push(refusal);
                         }
                     }
                 }
             }
             Err(refusal) => {
-                sorted.messages.push(self.quarantined(body.clone(), received_at));
+                sorted.messages.push(quarantined(body.clone(), received_at));
                 sorted.refusals.push(refusal);
             }
         }
@@ -254,13 +254,13 @@ impl Door {
             replay_of: None,
         }
     }
+}
 
-    fn quarantined(&self, body: Bytes, received_at: Timestamp) -> Message {
-        let id = message_id(received_at);
-        // Nothing is known of it that another could be about as well: none waits for another.
-        let key = PartitionKey(format!("quarantine/{id}"));
-        Message { id, content_type: event::QUARANTINE_CONTENT_TYPE.to_owned(), key, body, replay_of: None }
-    }
+fn quarantined(body: Bytes, received_at: Timestamp) -> Message {
+    let id = message_id(received_at);
+    // Nothing is known of it that another could be about as well: none waits for another.
+    let key = PartitionKey(format!("quarantine/{id}"));
+    Message { id, content_type: event::QUARANTINE_CONTENT_TYPE.to_owned(), key, body, replay_of: None }
 }
 
 /// A UUID of version 7 (RFC 9562 section 5.7): sorts by time, and is random beside it.

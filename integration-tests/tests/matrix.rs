@@ -319,7 +319,7 @@ impl Notes {
     }
 
     fn list(&self) -> String {
-        self.0.iter().enumerate().map(|(at, note)| format!("{}. {note}\n", at + 1)).collect()
+        self.0.iter().enumerate().map(|(at, note)| format!("{}. {note}\n", at + 1)).collect::<Vec<_>>().concat()
     }
 }
 
