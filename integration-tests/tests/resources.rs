@@ -23,6 +23,7 @@ struct Scene {
     house: House,
     api: ApiServer,
     webhook: Webhook,
+    config: String,
     signed: String,
     unsigned: String,
     _folder: TempDir,
@@ -48,7 +49,7 @@ impl Scene {
         let webhook = Webhook::start(&config).await?;
         let signed = house.reference("team/app", &signed.manifest.digest);
         let unsigned = house.reference("other/app", &unsigned.manifest.digest);
-        Ok(Self { house, api, webhook, signed, unsigned, _folder: folder })
+        Ok(Self { house, api, webhook, config, signed, unsigned, _folder: folder })
     }
 
     async fn with_resources() -> Result<Self> {
@@ -99,6 +100,32 @@ async fn policies_come_into_force_change_and_go_as_the_cluster_has_them() -> Res
     scene.until_unsigned_is(false, "payments").await?;
     scene.api.delete(POLICIES, "payments");
     scene.until_unsigned_is(true, "payments").await
+}
+
+#[tokio::test]
+async fn nothing_is_admitted_before_the_policies_were_read_and_nothing_forgotten_when_the_configuration_is_read_again()
+-> Result<()> {
+    let mut scene = Scene::with_resources().await?;
+    scene.policy("payments", &payments());
+    scene.until_unsigned_is(false, "payments").await?;
+    scene.webhook.reload(&scene.config).await?;
+    assert!(!scene.webhook.create("payments", &scene.unsigned).await?.allowed);
+    assert!(scene.webhook.create("payments", &scene.signed).await?.allowed);
+
+    scene.webhook.kill()?;
+    scene.api.fail(Some(500));
+    scene.webhook.start_unready().await?;
+    for namespace in ["payments", "elsewhere"] {
+        let answer = scene.webhook.create(namespace, &scene.signed).await?;
+        assert!(answer.why(&scene.signed)?.contains("have not been read yet: try again in a moment"), "{answer:?}");
+    }
+    assert!(scene.webhook.get("/readyz").await.is_err(), "nobody is to be sent here");
+    scene.api.fail(None);
+    eventually("they are read", LIMIT, async || Ok(scene.webhook.get("/readyz").await.is_ok().then_some(()))).await?;
+    scene.until_unsigned_is(true, "elsewhere").await?;
+    assert!(scene.webhook.create("payments", &scene.signed).await?.allowed);
+    assert!(!scene.webhook.create("payments", &scene.unsigned).await?.allowed);
+    Ok(())
 }
 
 #[tokio::test]
