@@ -18,10 +18,10 @@ demo: ## a registry, a key and countersign on this machine: push an image, see i
 	@integration-tests/demo.sh
 
 test: ## every test, the ones beside real registries, verifiers and KMSs included
-	@$(INSTALL) docker-registry ferro-oci-server cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint helm
+	@$(INSTALL) docker-registry ferro-oci-server cosign2 cosign3 notation oras skopeo podman5 sigstore-rs sigstore-js ministack openbao softhsm postgresql rabbitmq hadolint helm
 	cargo build --workspace
 	cargo test --workspace --no-fail-fast
-	@echo "NOT RUN by this: make rabbitmq4 (the queue on RabbitMQ 4), make partition (root and network namespaces), make story (20,000 events), make image-test (root), make cluster-test (a kube-apiserver built from source)"
+	@echo "NOT RUN by this: make rabbitmq4 (the queue on RabbitMQ 4), make partition (root and network namespaces), make story (20,000 events), make image-test (root), make cluster-test (a kube-apiserver built from source); and distribution 3 and zot, unless their programs \`registry\` and \`zot\` are in PATH"
 
 rabbitmq4: ## the queue's tests on RabbitMQ 4 (four minutes)
 	@$(INSTALL) rabbitmq4
@@ -73,7 +73,7 @@ image-test: ## the image, built on a base made here (a quarter of an hour, root)
 
 bench: export COUNTERSIGN_BIN = $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)/release/countersign
 bench: ## signatures, events and bytes: how many, how fast, beside bare clients (ARGS="--quick --only signing")
-	@$(INSTALL) docker-registry cosign2 ministack postgresql rabbitmq
+	@$(INSTALL) docker-registry cosign2 cosign3 notation skopeo ministack postgresql rabbitmq
 	cargo build --release --workspace
 	cargo run --release --quiet --package integration-tests --features kms --bin bench -- $(ARGS)
 

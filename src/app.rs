@@ -98,6 +98,7 @@ pub fn rules(config: &Config) -> anyhow::Result<Rules> {
             signature_type: rule.signature_type,
             trigger: rule.trigger,
             formats: rule.formats.clone(),
+            expiry: rule.expiry,
             untagged: rule.untagged,
             enabled: rule.enabled,
         })

@@ -256,13 +256,10 @@ impl Door {
     }
 
     fn quarantined(&self, body: Bytes, received_at: Timestamp) -> Message {
-        Message {
-            id: message_id(received_at),
-            content_type: event::QUARANTINE_CONTENT_TYPE.to_owned(),
-            key: PartitionKey(format!("quarantine/{}", self.name)),
-            body,
-            replay_of: None,
-        }
+        let id = message_id(received_at);
+        // Nothing is known of it that another could be about as well: none waits for another.
+        let key = PartitionKey(format!("quarantine/{id}"));
+        Message { id, content_type: event::QUARANTINE_CONTENT_TYPE.to_owned(), key, body, replay_of: None }
     }
 }
 

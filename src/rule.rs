@@ -4,7 +4,7 @@
 //! a tree of path segments: a namespace hangs at its own place, a glob where its literal beginning ends, and an event
 //! meets only what lies on its repository's path.
 
-use std::{collections::HashMap, fmt, sync::Arc};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use globset::{Glob, GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
 use jiff::Timestamp;
@@ -36,6 +36,8 @@ pub struct Rule {
     pub trigger: Trigger,
     /// How each signature is written: every way, side by side.
     pub formats: Vec<Format>,
+    /// How long signatures of notation's formats count; None: as long as their certificate.
+    pub expiry: Option<Duration>,
     /// Whether what is pushed by digest alone is signed too.
     pub untagged: bool,
     pub enabled: bool,
@@ -376,6 +378,7 @@ mod tests {
             signature_type: SignatureType::Default,
             trigger: Trigger::Automatic,
             formats: vec![Format::Cosign],
+            expiry: None,
             untagged: false,
             enabled: true,
         }

@@ -1,8 +1,6 @@
 //! The registry client against the real thing: Debian's `docker-registry`, without authentication, with a password file, and
 //! with a token service of the test's own.
 
-#[path = "registry/issuer.rs"]
-mod issuer;
 #[path = "registry/server.rs"]
 mod server;
 
@@ -14,9 +12,9 @@ use countersign::{
     outcome::{Classify, Verdict},
     registry::{Address, Credentials, Error, Registry, Settings, Timeouts},
 };
+use integration_tests::issuer::Issuer;
 use tokio::task::JoinSet;
 
-use issuer::Issuer;
 use server::{Auth, Server};
 
 const CONFIG: &[u8] = b"{}";
@@ -137,6 +135,24 @@ async fn a_tag_that_is_read_while_it_is_written_is_read_all_the_same() {
     tasks.join_all().await;
 }
 
+/// Notation deletes the index that it has replaced: who reads the tag in between is told of a manifest that is not there.
+#[tokio::test]
+async fn a_tag_whose_manifest_is_being_deleted_is_asked_for_again_before_it_counts_as_none() {
+    let server = Server::start(&Auth::None);
+    let registry = client(&server, None);
+    let app = repository("app");
+    let digest = push(&registry, &app, "moved", b"layer").await.unwrap();
+    let absent = || server.requests().iter().filter(|line| line.contains("\" 404 ")).count();
+    assert_eq!(registry.manifest(&app, &tag("never").into()).await.unwrap(), None);
+    assert_eq!(absent(), 1);
+    server.delete_revision(app.as_str(), &digest);
+    assert_eq!(registry.manifest(&app, &tag("moved").into()).await.unwrap(), None);
+    assert!(absent() > 2, "{:#?}", server.requests());
+    let now = push(&registry, &app, "moved", b"another layer").await.unwrap();
+    let read = registry.manifest(&app, &tag("moved").into()).await.unwrap();
+    assert_eq!(read.map(|manifest| manifest.digest().clone()), Some(now));
+}
+
 #[tokio::test]
 async fn a_manifest_whose_blobs_are_missing_asks_for_them_again() {
     let server = Server::start(&Auth::None);
@@ -208,8 +224,8 @@ async fn a_password_is_asked_for_once_and_then_sent_without_being_asked() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_are_asked_for_once_per_repository_and_right() {
-    let issuer = Issuer::start().await;
-    let server = Server::start(&issuer.auth());
+    let issuer = Issuer::start(server::PASSWORD).await.unwrap();
+    let server = Server::start(&Auth::of(&issuer));
     let registry = client(&server, Some(("ann", server::PASSWORD)));
     registry.ping().await.unwrap();
     let app = repository("team/app");
@@ -233,9 +249,9 @@ async fn tokens_are_asked_for_once_per_repository_and_right() {
 
 #[tokio::test]
 async fn an_account_without_the_right_to_push_is_told_so_and_by_name() {
-    let issuer = Issuer::start().await;
-    let server = Server::start(&issuer.auth());
-    let reader = client(&server, Some(("reader", server::PASSWORD)));
+    let issuer = Issuer::start(server::PASSWORD).await.unwrap();
+    let server = Server::start(&Auth::of(&issuer));
+    let reader = client(&server, Some((Issuer::READER, server::PASSWORD)));
     let app = repository("team/app");
     push(&client(&server, Some(("ann", server::PASSWORD))), &app, "1", b"layer").await.unwrap();
     reader.manifest(&app, &tag("1").into()).await.unwrap().unwrap();
@@ -254,9 +270,9 @@ async fn an_account_without_the_right_to_push_is_told_so_and_by_name() {
 
 #[tokio::test]
 async fn a_token_is_renewed_before_it_expires() {
-    let issuer = Issuer::start().await;
+    let issuer = Issuer::start(server::PASSWORD).await.unwrap();
     issuer.expire_after(1);
-    let server = Server::start(&issuer.auth());
+    let server = Server::start(&Auth::of(&issuer));
     let registry = client(&server, Some(("ann", server::PASSWORD)));
     let app = repository("app");
     let began = std::time::Instant::now();

@@ -1,4 +1,5 @@
-//! What stands under a `.sig` tag, and the payloads in it. What was read is added to and must be readable again.
+//! What stands under a `.sig` tag, and the payloads in it. What was read is added to, and taken along as it is, and must be readable
+//! again.
 #![no_main]
 
 use countersign::{
@@ -17,6 +18,15 @@ fuzz_target!(|data: &[u8]| {
             let again = SignatureManifest::read(media_type::OCI_MANIFEST, &bytes).expect("what we write, we read");
             for layer in manifest.layers() {
                 assert!(again.contains(layer), "a signature was lost in writing");
+            }
+        }
+        let entries: Vec<_> = manifest.entries().collect();
+        let mut copy = SignatureManifest::empty();
+        if copy.add_entries(&entries).is_ok() {
+            let bytes = copy.to_bytes().expect("no input is that large");
+            let copied = SignatureManifest::read(media_type::OCI_MANIFEST, &bytes).expect("what we copy, we read");
+            for layer in manifest.layers() {
+                assert!(copied.contains(layer), "a signature was lost in copying");
             }
         }
         let bytes = manifest.to_bytes().expect("no input is that large");

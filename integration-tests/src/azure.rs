@@ -99,6 +99,13 @@ impl Fake {
         format!("azurekms://{}/{key}", self.address)
     }
 
+    /// Path, headers and body of a request for a signature of that key and version, with a token issued for it.
+    pub fn signing(&self, key: &str, digest: &[u8; 32]) -> (String, Vec<(String, String)>, String) {
+        let token = self.given().issue("application");
+        let body = json!({ "alg": "ES256", "value": BASE64_URL_SAFE_NO_PAD.encode(digest) });
+        (format!("/keys/{key}/sign?api-version=7.4"), fake::with_bearer(&token), body.to_string())
+    }
+
     /// The variables of an application with a secret.
     pub fn variables(&self) -> [(&'static str, String); 4] {
         let [id, secret] = CLIENT.map(str::to_owned);

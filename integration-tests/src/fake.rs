@@ -1,7 +1,9 @@
 //! What the fakes of the clouds' KMSs have in common: a server, real keys, and the ways in which a service fails.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
+use std::time::Duration;
 
 use aws_lc_rs::digest::{Digest as Hashed, SHA256};
 use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
@@ -13,7 +15,9 @@ use aws_lc_rs::signature::{
 };
 use axum::Router;
 use axum::body::{Body, Bytes};
+use axum::extract::{Request, State};
 use axum::http::response::Builder;
+use axum::middleware::{self, Next};
 use axum::response::Response;
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use futures::{StreamExt as _, stream};
@@ -25,6 +29,8 @@ use tokio::net::TcpListener;
 pub struct Fake<G> {
     pub address: String,
     given: Arc<Mutex<G>>,
+    /// How long an answer takes at least, in microseconds.
+    distance: Arc<AtomicU64>,
 }
 
 /// What a test wants of each fake.
@@ -35,7 +41,7 @@ pub trait Scripted {
 
 impl<G> Clone for Fake<G> {
     fn clone(&self) -> Self {
-        Self { address: self.address.clone(), given: Arc::clone(&self.given) }
+        Self { address: self.address.clone(), given: Arc::clone(&self.given), distance: Arc::clone(&self.distance) }
     }
 }
 
@@ -45,10 +51,17 @@ impl<G: Scripted + Send + 'static> Fake<G> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let given = Arc::new(Mutex::new(given(&address)));
-        let app = app.with_state(Arc::clone(&given));
+        let distance = Arc::new(AtomicU64::new(0));
+        let away = middleware::from_fn_with_state(Arc::clone(&distance), come_from_afar);
+        let app = app.with_state(Arc::clone(&given)).layer(away);
         #[expect(clippy::disallowed_methods, reason = "it ends with the test's own runtime")]
         tokio::spawn(async move { axum::serve(listener, app).await });
-        Self { address, given }
+        Self { address, given, distance }
+    }
+
+    /// From now on it is so far away: answers take that long at least.
+    pub fn stand_off(&self, distance: Duration) {
+        self.distance.store(u64::try_from(distance.as_micros()).unwrap(), Ordering::Relaxed);
     }
 
     pub fn given(&self) -> MutexGuard<'_, G> {
@@ -125,6 +138,19 @@ impl Fault {
         };
         Some(response.status(status).body(body).unwrap())
     }
+}
+
+async fn come_from_afar(State(distance): State<Arc<AtomicU64>>, request: Request, next: Next) -> Response {
+    match distance.load(Ordering::Relaxed) {
+        0 => {}
+        distance => tokio::time::sleep(Duration::from_micros(distance)).await,
+    }
+    next.run(request).await
+}
+
+/// The headers of a JSON request by who has this token.
+pub(crate) fn with_bearer(token: &str) -> Vec<(String, String)> {
+    vec![("authorization".to_owned(), format!("Bearer {token}")), ("content-type".to_owned(), "application/json".to_owned())]
 }
 
 /// As HTTP writes a time.

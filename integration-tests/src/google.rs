@@ -107,6 +107,15 @@ impl Fake {
         format!("gcpkms://{RING}/cryptoKeys/{key}?endpoint={}", self.address)
     }
 
+    /// Path, headers and body of a request for a signature of that version of a key, with a token issued for it.
+    pub fn signing(&self, version: &str, digest: &[u8; 32]) -> (String, Vec<(String, String)>, String) {
+        let (token, _) = self.given().issue_token("service account", CLOUD_SCOPE);
+        let crc = crc32c(digest).to_string();
+        let body = json!({ "digest": { "sha256": BASE64_STANDARD.encode(digest) }, "digestCrc32c": crc });
+        let path = format!("/v1/{RING}/cryptoKeys/{version}:asymmetricSign");
+        (path, fake::with_bearer(&token), body.to_string())
+    }
+
     /// The file of the service account's key, as the console gives it.
     pub fn service_account(&self) -> Value {
         let der: Pkcs8V1Der<'_> = SIGNER.as_der().expect("it can be written");

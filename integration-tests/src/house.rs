@@ -143,14 +143,14 @@ impl House {
     /// The configuration as the plan has it, for a test to write another.
     pub fn config(&self) -> String {
         let Plan { keys, key_uri, rules, queue, registry: options, ledger, .. } = &self.plan;
-        let (port, folder, host, url) = (self.port, self.folder.path().display(), self.registry.host(), &self.registry_url);
+        let (port, folder, host, url) = (self.port, self.folder.path().display(), self.registry.name(), &self.registry_url);
         let key = key_uri.clone().unwrap_or_else(|| format!("file://{folder}/release.key.pem"));
         let mut config = format!(
             "[server]\nlisten = \"127.0.0.1:{port}\"\n\n\
              [queue]\npath = \"{folder}/state\"\nretry = {{ first = \"100ms\", longest = \"2s\", give_up = \"1h\" }}\n{queue}\n\
              [[registry]]\nname = \"{host}\"\nurl = \"{url}\"\n",
         );
-        if options.login {
+        if options.login || options.tokens.is_some() {
             // A literal secret is taken, with a warning.
             writeln!(config, "username = \"{}\"\npassword = \"{}\"", LOGIN.0, LOGIN.1).expect("a String takes everything");
         }
@@ -210,7 +210,7 @@ impl House {
     /// `host/repository:tag` or `host/repository@digest`
     pub fn reference(&self, repository: &str, reference: &str) -> String {
         let separator = if reference.contains(':') { '@' } else { ':' };
-        format!("{}/{repository}{separator}{reference}", self.registry.host())
+        format!("{}/{repository}{separator}{reference}", self.registry.name())
     }
 
     /// Runs a command of countersign's with this house's configuration.

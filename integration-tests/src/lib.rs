@@ -1,12 +1,12 @@
 //! The harness of the black-box tests: it uses what an administrator has (the `countersign` binary, its configuration
 //! and its ports) beside real components, all of them on 127.0.0.1 and in folders of their own.
 //!
-//! - [`registry`] starts Debian's docker-registry, or ferro-oci-server, and talks to it; [`image`] builds what is pushed there; [`endless`] is a
-//!   registry that has any number of signed images.
+//! - [`registry`] starts Debian's docker-registry, or ferro-oci-server, and talks to it; [`image`] builds what is pushed there,
+//!   [`issuer`] gives the tokens that one may ask for, and [`endless`] is a registry that has any number of signed images.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`fleet`] is several replicas of it on one broker and one database, and [`namespace`] a network between them that can be cut.
 //! - [`verifier`] asks the judges, stock cosign, stock notation and stock skopeo; [`signature`] reads what is stored, and counts; [`formats`] is
-//!   about all formats, in registries with and without the referrers API.
+//!   about all formats, in registries with and without the referrers API; [`oras`] lists what is attached to an image, and attaches more.
 //! - [`webhook`] is `countersign admission`, called as a cluster calls it; [`kubernetes`] is a cluster that does, with kubectl.
 //!   [`api_server`] is a fake of its API that fails.
 //! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
@@ -30,11 +30,13 @@ pub mod gate;
 pub mod google;
 pub mod house;
 pub mod image;
+pub mod issuer;
 pub mod keys;
 pub mod kubernetes;
 pub mod ministack;
 pub mod namespace;
 pub mod openbao;
+pub mod oras;
 pub mod postgres;
 pub mod process;
 pub mod proxy;

@@ -133,6 +133,11 @@ impl Postgres {
         psql
     }
 
+    /// Of the server's first process.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::id)
+    }
+
     /// kill -9 of the server; its other processes notice.
     pub fn kill(&mut self) -> Result<()> {
         self.process.take().map_or(Ok(()), Process::kill)?;

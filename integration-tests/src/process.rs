@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::future::Future;
+use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -150,6 +151,18 @@ pub fn tool(name: &str) -> Result<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name(".tools").join(name);
     ensure!(path.exists(), "{} is missing: run `make tools`", path.display());
     Ok(path)
+}
+
+/// The program with this name in `PATH`, if there is one.
+pub fn on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|program| program.is_file())
+}
+
+/// Says something that is seen also where tests pass, whose output `cargo test` does not show.
+pub fn say_aloud(what: &str) {
+    // Not by a macro: what those print is what is held back.
+    let _ = writeln!(std::io::stderr(), "{what}");
 }
 
 /// Asks `question` until it answers; an error saying `what` if it has not after `limit`.

@@ -1,9 +1,10 @@
 //! An HTTP proxy that writes down what passes through it, so that a test can say who wrote what, and having read what; and that can
-//! make a registry's tags immutable, which docker-registry has no setting for.
+//! make a registry's tags immutable, throttle its writes or limit its storage, which docker-registry has no settings for.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use axum::Router;
@@ -11,7 +12,7 @@ use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use reqwest::header::{ACCEPT, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING};
+use reqwest::header::{ACCEPT, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, RETRY_AFTER, TRANSFER_ENCODING};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -27,22 +28,33 @@ pub struct Exchange {
     pub sent: Bytes,
     pub status: StatusCode,
     pub received: Bytes,
+    /// When it was answered.
+    pub at: Instant,
 }
 
 #[derive(Debug)]
 pub struct Recorder {
     port: u16,
-    exchanges: Arc<Mutex<Vec<Exchange>>>,
-    tags: Arc<AtomicU8>,
+    desk: Arc<Desk>,
     _server: JoinSet<()>,
 }
 
-#[derive(Clone)]
+#[derive(Debug)]
 struct Desk {
     target: String,
     http: reqwest::Client,
-    exchanges: Arc<Mutex<Vec<Exchange>>>,
-    tags: Arc<AtomicU8>,
+    exchanges: Mutex<Vec<Exchange>>,
+    tags: AtomicU8,
+    refusals: Mutex<VecDeque<Refusal>>,
+}
+
+/// How the next manifest is refused that is written under a tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// 429, with this many seconds to wait.
+    Throttled { retry_after: u32 },
+    /// As Harbor has it, when a project's storage is used up.
+    Quota,
 }
 
 /// Which tags can be written again.
@@ -60,14 +72,13 @@ impl Recorder {
     pub async fn start(target: &str) -> Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("bind the recorder")?;
         let port = listener.local_addr()?.port();
-        let exchanges = Arc::default();
-        let tags = Arc::new(AtomicU8::new(Mutable::All as u8));
-        let desk =
-            Desk { target: target.to_owned(), http: http_client()?, exchanges: Arc::clone(&exchanges), tags: Arc::clone(&tags) };
-        let router = Router::new().fallback(pass).with_state(desk);
+        let tags = AtomicU8::new(Mutable::All as u8);
+        let (exchanges, refusals) = (Mutex::default(), Mutex::default());
+        let desk = Arc::new(Desk { target: target.to_owned(), http: http_client()?, exchanges, tags, refusals });
+        let router = Router::new().fallback(pass).with_state(Arc::clone(&desk));
         let mut server = JoinSet::new();
         server.spawn(async move { axum::serve(listener, router).await.expect("serving ends with its task only") });
-        Ok(Self { port, exchanges, tags, _server: server })
+        Ok(Self { port, desk, _server: server })
     }
 
     pub fn url(&self) -> String {
@@ -76,12 +87,17 @@ impl Recorder {
 
     /// From now on, only these tags can be written again.
     pub fn set_mutable(&self, tags: Mutable) {
-        self.tags.store(tags as u8, Ordering::SeqCst);
+        self.desk.tags.store(tags as u8, Ordering::SeqCst);
+    }
+
+    /// The next writes of manifests under tags are refused so, one after the other.
+    pub fn refuse(&self, refusals: impl IntoIterator<Item = Refusal>) {
+        self.desk.refusals.lock().unwrap_or_else(PoisonError::into_inner).extend(refusals);
     }
 
     /// What has passed, in the order in which it was answered.
     pub fn exchanges(&self) -> Vec<Exchange> {
-        self.exchanges.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.desk.exchanges().clone()
     }
 
     /// Checks that each manifest written under this path has in this list (`layers`, `manifests`) whatever the one had that was
@@ -113,6 +129,58 @@ impl Recorder {
 }
 
 impl Desk {
+    fn exchanges(&self) -> MutexGuard<'_, Vec<Exchange>> {
+        self.exchanges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the registry answers.
+    async fn ask(&self, exchange: &Exchange, url: &str, headers: HeaderMap) -> Result<Response> {
+        let request = self.http.request(exchange.method.clone(), url).headers(headers).body(exchange.sent.clone());
+        let answer = request.send().await?;
+        let (status, headers) = (answer.status(), answer.headers().clone());
+        let mut response = Response::new(Body::from(answer.bytes().await?));
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        response.headers_mut().remove(TRANSFER_ENCODING);
+        Ok(response)
+    }
+
+    /// What a registry of another kind would answer.
+    async fn refusal(&self, exchange: &Exchange, url: &str, headers: &HeaderMap) -> Result<Option<Response>> {
+        let Some((_, tag)) = exchange.path.split_once("/manifests/").filter(|_| exchange.method == Method::PUT) else {
+            return Ok(None);
+        };
+        let answer = |status: StatusCode, code: &str, message: &str| {
+            (status, json!({"errors": [{"code": code, "message": message}]}).to_string()).into_response()
+        };
+        let next = || self.refusals.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        match (!tag.contains(':')).then(next).flatten() {
+            Some(Refusal::Throttled { retry_after }) => {
+                let mut response = answer(StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS", "too many requests");
+                response.headers_mut().insert(RETRY_AFTER, retry_after.into());
+                return Ok(Some(response));
+            }
+            Some(Refusal::Quota) => {
+                let message = "adding 1.1 KiB of storage resource, which when updated to current usage of 10.0 GiB will exceed the \
+                               configured upper limit of 10.0 GiB.";
+                return Ok(Some(answer(StatusCode::FORBIDDEN, "DENIED", message)));
+            }
+            None => {}
+        }
+        let exists = async || {
+            let head = self.http.head(url).header(ACCEPT, headers[CONTENT_TYPE].clone());
+            anyhow::Ok(head.send().await?.status().is_success())
+        };
+        if self.is_immutable(tag) && exists().await? {
+            // In ECR's words.
+            let message = format!(
+                "The image tag '{tag}' already exists in the repository and cannot be overwritten because the tag is immutable."
+            );
+            return Ok(Some(answer(StatusCode::BAD_REQUEST, "TAG_INVALID", &message)));
+        }
+        Ok(None)
+    }
+
     fn is_immutable(&self, tag: &str) -> bool {
         let mutable = self.tags.load(Ordering::SeqCst);
         let is_mutable = match tag {
@@ -123,7 +191,7 @@ impl Desk {
     }
 }
 
-async fn pass(State(desk): State<Desk>, request: Request) -> Response {
+async fn pass(State(desk): State<Arc<Desk>>, request: Request) -> Response {
     forward(&desk, request).await.unwrap_or_else(|error| (StatusCode::BAD_GATEWAY, format!("{error:#}")).into_response())
 }
 
@@ -136,25 +204,21 @@ async fn forward(desk: &Desk, request: Request) -> Result<Response> {
     headers.remove(TRANSFER_ENCODING);
     headers.remove(CONTENT_LENGTH);
     let url = format!("http://{}{}", desk.target, head.uri);
-    if let (&Method::PUT, Some((_, tag))) = (&head.method, head.uri.path().split_once("/manifests/"))
-        && desk.is_immutable(tag)
-        && desk.http.head(&url).header(ACCEPT, headers[CONTENT_TYPE].clone()).send().await?.status().is_success()
-    {
-        // In ECR's words.
-        let message = format!(
-            "The image tag '{tag}' already exists in the repository and cannot be overwritten because the tag is immutable."
-        );
-        let body = json!({"errors": [{"code": "TAG_INVALID", "message": message}]}).to_string();
-        return Ok((StatusCode::BAD_REQUEST, body).into_response());
-    }
-    let answer = desk.http.request(head.method.clone(), url).headers(headers).body(sent.clone()).send().await?;
-    let (status, headers) = (answer.status(), answer.headers().clone());
-    let received = answer.bytes().await?;
-    let exchange = Exchange { method: head.method, path: head.uri.to_string(), sent, status, received: received.clone() };
-    desk.exchanges.lock().unwrap_or_else(PoisonError::into_inner).push(exchange);
-    let mut response = Response::new(Body::from(received));
-    *response.status_mut() = status;
-    *response.headers_mut() = headers;
-    response.headers_mut().remove(TRANSFER_ENCODING);
+    let mut exchange = Exchange {
+        method: head.method,
+        path: head.uri.to_string(),
+        sent,
+        status: StatusCode::OK,
+        received: Bytes::new(),
+        at: Instant::now(),
+    };
+    let mut response = match desk.refusal(&exchange, &url, &headers).await? {
+        Some(response) => response,
+        None => desk.ask(&exchange, &url, headers).await?,
+    };
+    let received = to_bytes(std::mem::take(response.body_mut()), LONGEST).await?;
+    *response.body_mut() = Body::from(received.clone());
+    (exchange.status, exchange.received, exchange.at) = (response.status(), received, Instant::now());
+    desk.exchanges().push(exchange);
     Ok(response)
 }

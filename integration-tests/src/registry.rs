@@ -6,19 +6,20 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use jiff::{Span, Timestamp};
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
-pub use client::Client;
-
+use crate::issuer::Issuer;
 use crate::process::{Process, eventually, free_port, http_client, scratch, tool};
+pub use client::{Client, Login};
 
 /// Who is told of pushes, and how stubbornly.
 #[derive(Debug, Clone)]
@@ -52,11 +53,26 @@ pub struct Options {
     pub count_requests: bool,
     /// Asks for [`LOGIN`] with basic authentication.
     pub login: bool,
+    /// Asks for tokens of this service.
+    pub tokens: Option<Arc<Issuer>>,
+    /// Where it says that it is, if that is not where it is reached: `http://registry.example.com`.
+    pub announces: Option<&'static str>,
+    /// Another registry than Debian's, that somebody has installed.
+    pub external: Option<External>,
     /// ferro-oci-server instead of docker-registry: it has the referrers API, keeps everything in its memory, and neither asks
     /// for a login nor tells anybody of pushes nor logs requests.
     pub referrers_api: bool,
     /// Takes no writes; see [`Registry::set_read_only`].
     pub read_only: bool,
+}
+
+/// A registry that is in no package: tests take it from `PATH`.
+#[derive(Debug, Clone)]
+pub enum External {
+    /// distribution of version 3, whose program is called `registry`.
+    Distribution(PathBuf),
+    /// zot, with the referrers API; nobody is told of pushes.
+    Zot(PathBuf),
 }
 
 /// The one user of a registry that asks for a login: name and password.
@@ -107,7 +123,12 @@ impl Registry {
         Ok(registry)
     }
 
-    /// As it stands in image references: `127.0.0.1:PORT`.
+    /// As it stands in image references: its host, unless it announces another.
+    pub fn name(&self) -> String {
+        self.options.announces.map_or_else(|| self.host(), |url| url.trim_start_matches("http://").to_owned())
+    }
+
+    /// Where it is reached: `127.0.0.1:PORT`.
     pub fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
@@ -117,7 +138,13 @@ impl Registry {
     }
 
     pub fn client(&self) -> Result<Client> {
-        Client::new(&self.url(), self.options.login.then_some(LOGIN))
+        let Options { login, tokens, .. } = &self.options;
+        let login = match tokens {
+            Some(issuer) => Login::Tokens(Arc::clone(issuer)),
+            None if *login => Login::Basic(LOGIN.0, LOGIN.1),
+            None => Login::None,
+        };
+        Client::new(&self.url(), login)
     }
 
     pub fn pid(&self) -> Option<u32> {
@@ -131,7 +158,12 @@ impl Registry {
 
     /// Starts it after a kill: same port, same data.
     pub async fn start_again(&mut self) -> Result<()> {
-        let (name, mut command) = if self.options.referrers_api { self.ferro()? } else { self.docker_registry()? };
+        let (name, mut command) = match &self.options.external {
+            Some(External::Distribution(program)) => ("distribution", self.distribution(program)),
+            Some(External::Zot(program)) => ("zot", self.zot(program)?),
+            None if self.options.referrers_api => ("ferro-oci-server", self.ferro()?),
+            None => ("docker-registry", self.distribution(&tool("bin/docker-registry")?)),
+        };
         let mut process = Process::start(name, &mut command, &self.log())?;
         let (http, probe) = (http_client()?, format!("{}/v2/", self.url()));
         process.wait_ready(Duration::from_secs(20), || async { http.get(&probe).send().await.is_ok() }).await?;
@@ -147,18 +179,32 @@ impl Registry {
         self.start_again().await
     }
 
-    fn docker_registry(&self) -> Result<(&'static str, Command)> {
-        let mut command = Command::new(tool("bin/docker-registry")?);
+    fn distribution(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
         command.arg("serve").arg(self.folder.path().join("config.yml"));
         // With its default its collector takes half of the processor.
         command.env("GOGC", "1600").env("GOMEMLIMIT", "2GiB").env("OTEL_TRACES_EXPORTER", "none");
-        Ok(("docker-registry", command))
+        command
     }
 
-    fn ferro(&self) -> Result<(&'static str, Command)> {
+    fn ferro(&self) -> Result<Command> {
         let mut command = Command::new(tool("bin/ferro-oci-server")?);
         command.env("FERRO_OCI_LISTEN", self.host()).env("RUST_LOG", "warn");
-        Ok(("ferro-oci-server", command))
+        Ok(command)
+    }
+
+    fn zot(&self, program: &Path) -> Result<Command> {
+        let config = json!({
+            "distSpecVersion": "1.1.1",
+            "storage": {"rootDirectory": self.folder.path().join("data")},
+            "http": {"address": "127.0.0.1", "port": self.port.to_string()},
+            "log": {"level": "error"},
+        });
+        let path = self.folder.path().join("zot.json");
+        fs::write(&path, config.to_string())?;
+        let mut command = Command::new(program);
+        command.arg("serve").arg(path);
+        Ok(command)
     }
 
     /// Stops answering, with connections left open, until [`Registry::resume`].
@@ -218,12 +264,18 @@ impl Registry {
             "version: 0.1\n\
              log: {{level: {level}, accesslog: {{disabled: {unlogged}}}}}\n\
              storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n  maintenance: {{uploadpurging: {{enabled: false}}, readonly: {{enabled: {}}}}}\n\
-             http: {{addr: '{}', secret: test, debug: {{addr: '127.0.0.1:{}'}}}}\n",
+             http: {{addr: '{}', secret: test, host: '{}', debug: {{addr: '127.0.0.1:{}'}}}}\n",
             folder.join("data").display(),
             self.options.read_only,
             self.host(),
+            self.options.announces.unwrap_or_default(),
             self.debug_port,
         );
+        if let Some(issuer) = &self.options.tokens {
+            let (realm, certificate) = (issuer.realm(), issuer.certificate());
+            let bundle = certificate.display();
+            writeln!(config, "auth: {{token: {{realm: '{realm}', service: registry, issuer: test, rootcertbundle: {bundle}}}}}")?;
+        }
         if self.options.login {
             fs::write(folder.join("htpasswd"), HTPASSWD)?;
             writeln!(config, "auth: {{htpasswd: {{realm: test, path: {}}}}}", folder.join("htpasswd").display())?;

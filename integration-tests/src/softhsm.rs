@@ -44,17 +44,29 @@ impl SoftHsm {
     /// Runs the test of this name once more, in a process in which the module sees a new token, and fails as it fails; then there
     /// is nothing left to do. In that process, the token.
     pub fn inside(test: &str) -> Option<Self> {
-        if let Some(folder) = std::env::var_os(HERE) {
-            return Some(Self { folder: folder.into(), _owner: None });
+        if let Some(hsm) = Self::here() {
+            return Some(hsm);
         }
         let hsm = Self::start().expect("SoftHSM is installed by `make tools`");
         let mut command = Command::new(std::env::current_exe().expect("a test has a program"));
-        command.args([test, "--exact", "--nocapture"]).env(HERE, &hsm.folder).envs(hsm.environment());
+        command.args([test, "--exact", "--nocapture"]).envs(hsm.there());
         let output = command.output().expect("a test can be run again");
         let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         // One that was not found did not fail, either.
         assert!(output.status.success() && said.contains("1 passed"), "in a process of its own, {}:\n{said}", output.status);
         None
+    }
+
+    /// The token that this process was started to see.
+    pub fn here() -> Option<Self> {
+        Some(Self { folder: std::env::var_os(HERE)?.into(), _owner: None })
+    }
+
+    /// What a process needs for the token to be [`Self::here`].
+    pub fn there(&self) -> Vec<(&'static str, String)> {
+        let mut environment = self.environment();
+        environment.push((HERE, self.folder.to_str().expect("scratch folders have plain names").to_owned()));
+        environment
     }
 
     /// What a process needs to see the token.

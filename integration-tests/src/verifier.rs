@@ -1,4 +1,5 @@
-//! The judges: stock cosign 2, stock cosign 3, stock notation and stock skopeo, as their users run them.
+//! The judges: stock cosign 2 and 3, notation, skopeo and podman, as their users run them, and the libraries sigstore-rs and
+//! sigstore-js in the programs of `verifiers/`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::Command;
 
+use crate::house::House;
 use crate::process::{scratch, tool};
 
 /// What a judge said.
@@ -52,6 +54,14 @@ impl Cosign {
         must(command.arg(key.private()).arg(reference)).await
     }
 
+    /// `cosign tree`: what it finds attached to the image.
+    pub async fn tree(self, reference: &str) -> Result<Ruling> {
+        let home = scratch()?;
+        let mut command = self.command(home.path(), "tree")?;
+        command.args(["--allow-http-registry", reference]);
+        rule(command).await
+    }
+
     fn command(self, home: &Path, verb: &str) -> Result<Command> {
         let mut command = Command::new(tool(match self {
             Self::V2 => "bin/cosign2",
@@ -78,6 +88,15 @@ impl KeyPair {
         Ok(Self { folder })
     }
 
+    /// A key that was made elsewhere, in PKCS#8 PEM.
+    pub async fn import(key: &Path) -> Result<Self> {
+        let folder = scratch()?;
+        // Debian's cosign 2 refuses every key here.
+        let mut command = Cosign::V3.command(folder.path(), "import-key-pair")?;
+        must(command.current_dir(folder.path()).args(["--output-key-prefix", "cosign", "--key"]).arg(key)).await?;
+        Ok(Self { folder })
+    }
+
     pub fn public(&self) -> PathBuf {
         self.folder.path().join("cosign.pub")
     }
@@ -87,10 +106,26 @@ impl KeyPair {
     }
 }
 
+/// A home in which skopeo and podman find what they hold images against: signed by one key, and all else rejected.
+fn home_requiring(public_key: &Path, host: &str, identity: Option<&Value>) -> Result<TempDir> {
+    let home = scratch()?;
+    let folder = home.path().join(".config/containers");
+    fs::create_dir_all(folder.join("registries.d"))?;
+    let mut requirement = json!({"type": "sigstoreSigned", "keyPath": public_key});
+    if let Some(identity) = identity {
+        requirement["signedIdentity"] = identity.clone();
+    }
+    let policy = json!({"default": [{"type": "reject"}], "transports": {"docker": {host: [requirement]}}});
+    fs::write(folder.join("policy.json"), policy.to_string())?;
+    let attachments = format!("docker: {{\"{host}\": {{use-sigstore-attachments: true}}}}\n");
+    fs::write(folder.join("registries.d/registry.yaml"), attachments)?;
+    Ok(home)
+}
+
 /// `skopeo copy` under a policy that demands a signature by one key, and rejects everything else.
 #[derive(Debug)]
 pub struct Skopeo {
-    folder: TempDir,
+    home: TempDir,
     arguments: Vec<String>,
 }
 
@@ -102,17 +137,7 @@ impl Skopeo {
 
     /// The same with a `signedIdentity` of the caller's.
     pub fn with_identity(public_key: &Path, host: &str, identity: Option<&Value>) -> Result<Self> {
-        let folder = scratch()?;
-        let mut requirement = json!({"type": "sigstoreSigned", "keyPath": public_key});
-        if let Some(identity) = identity {
-            requirement["signedIdentity"] = identity.clone();
-        }
-        let policy = json!({"default": [{"type": "reject"}], "transports": {"docker": {host: [requirement]}}});
-        fs::write(folder.path().join("policy.json"), policy.to_string())?;
-        fs::create_dir(folder.path().join("registries.d"))?;
-        let attachments = format!("docker: {{\"{host}\": {{use-sigstore-attachments: true}}}}\n");
-        fs::write(folder.path().join("registries.d/registry.yaml"), attachments)?;
-        Ok(Self { folder, arguments: Vec::new() })
+        Ok(Self { home: home_requiring(public_key, host, identity)?, arguments: Vec::new() })
     }
 
     /// Pulls for another platform than this machine's.
@@ -122,16 +147,71 @@ impl Skopeo {
         self
     }
 
-    pub async fn copy(&self, reference: &str) -> Result<Ruling> {
-        let folder = self.folder.path();
-        let copied = tempfile::tempdir_in(folder)?;
+    /// `skopeo copy` that signs under the `.sig` tag: onto the image's own place, so that the signature is all that is new.
+    pub async fn sign(key: &KeyPair, reference: &str) -> Result<()> {
+        let host = reference.split('/').next().unwrap_or_default();
+        // Its policy is not asked, and where signatures go is.
+        let this = Self::requiring(&key.public(), host)?;
+        let home = this.home.path();
+        let passphrase = home.join("passphrase");
+        fs::write(&passphrase, KeyPair::PASSWORD)?;
         let mut command = Command::new(tool("bin/skopeo")?);
-        command.env("HOME", folder).env("TMPDIR", folder).args(&self.arguments);
-        command.arg("--policy").arg(folder.join("policy.json")).arg("--registries.d").arg(folder.join("registries.d"));
+        command.env("HOME", home).env("TMPDIR", home).arg("--insecure-policy");
+        command.args(["copy", "--src-tls-verify=false", "--dest-tls-verify=false", "--sign-by-sigstore-private-key"]);
+        command.arg(key.private()).arg("--sign-passphrase-file").arg(passphrase);
+        must(command.args([format!("docker://{reference}"), format!("docker://{reference}")])).await
+    }
+
+    pub async fn copy(&self, reference: &str) -> Result<Ruling> {
+        let home = self.home.path();
+        let copied = tempfile::tempdir_in(home)?;
+        let mut command = Command::new(tool("bin/skopeo")?);
+        command.env("HOME", home).env("TMPDIR", home).args(&self.arguments);
         command.args(["copy", "--src-tls-verify=false", &format!("docker://{reference}")]);
         command.arg(format!("dir:{}", copied.path().display()));
         rule(command).await
     }
+}
+
+/// `podman pull` into a storage of its own, under such a policy.
+#[derive(Debug)]
+pub struct Podman {
+    home: TempDir,
+}
+
+impl Podman {
+    /// Accepts what [`Skopeo::requiring`] accepts.
+    pub fn requiring(public_key: &Path, host: &str) -> Result<Self> {
+        Ok(Self { home: home_requiring(public_key, host, None)? })
+    }
+
+    pub async fn pull(&self, reference: &str) -> Result<Ruling> {
+        let home = self.home.path();
+        let storage = tempfile::tempdir_in(home)?;
+        let mut command = Command::new(tool("bin/podman5")?);
+        command.env("HOME", home).env("TMPDIR", home).env("XDG_RUNTIME_DIR", storage.path()).args(["--storage-driver", "vfs"]);
+        for place in ["root", "runroot", "tmpdir"] {
+            command.arg(format!("--{place}")).arg(storage.path().join(place));
+        }
+        command.args(["pull", "--quiet", "--os", "linux", "--arch", "amd64", "--tls-verify=false", reference]);
+        rule(command).await
+    }
+}
+
+/// The crate sigstore, which looks for signatures itself; see `verifiers/sigstore-rs`.
+pub async fn sigstore_rs(public_key: &Path, reference: &str) -> Result<Ruling> {
+    library("bin/sigstore-rs", public_key, reference).await
+}
+
+/// The packages `@sigstore/bundle` and `@sigstore/verify`, which are handed bundles; see `verifiers/sigstore-js`.
+pub async fn sigstore_js(public_key: &Path, reference: &str) -> Result<Ruling> {
+    library("bin/sigstore-js", public_key, reference).await
+}
+
+async fn library(program: &str, public_key: &Path, reference: &str) -> Result<Ruling> {
+    let mut command = Command::new(tool(program)?);
+    command.arg(public_key).arg(reference);
+    rule(command).await
 }
 
 /// `notation verify` at the level `strict`, under a policy that trusts one certificate.
@@ -141,7 +221,7 @@ pub struct Notation {
 }
 
 impl Notation {
-    /// Trusts signatures of `repository` (`host/path`) by `identity` (`x509.subject: …`, or `*`) under the certificate in `pem`.
+    /// Trusts signatures of `repository` (`host/path`, or `*`) by `identity` (`x509.subject: …`, or `*`) under the certificate in `pem`.
     pub fn trusting(pem: &str, identity: &str, repository: &str) -> Result<Self> {
         use std::os::unix::fs::PermissionsExt as _;
         let folder = scratch()?;
@@ -162,12 +242,30 @@ impl Notation {
         Ok(Self { folder })
     }
 
+    /// Trusts what `countersign witness certificate` says that notation's user needs, for one repository or for all (`*`).
+    pub async fn trusting_witness(house: &House, repository: &str) -> Result<Self> {
+        let answer = house.run(&["witness", "certificate", "release", "--output", "json"]).await?.expect_code(0)?.json()?;
+        let text = |member: &str| answer[member].as_str().with_context(|| format!("no {member} in {answer}"));
+        Self::trusting(text("certificate")?, text("trusted_identity")?, repository)
+    }
+
     /// One that has a key of its own, and trusts no other for `repository`.
     pub async fn signing(repository: &str) -> Result<Self> {
         let own = Self::trusting("", "*", repository)?;
         fs::remove_dir_all(own.folder.path().join("notation/truststore"))?;
         // It keeps the certificate in the store that has the key's name.
         must(own.command("cert")?.args(["generate-test", "--default", "countersign"])).await?;
+        Ok(own)
+    }
+
+    /// One that signs with a key that was made elsewhere (PKCS#8 PEM), for which there is this certificate.
+    pub fn with_key(key: &Path, certificate: &str) -> Result<Self> {
+        let own = Self::trusting(certificate, "*", "*")?;
+        let config = own.folder.path().join("notation");
+        let path = config.join("certificate.pem");
+        fs::write(&path, certificate)?;
+        let keys = json!({"default": "own", "keys": [{"name": "own", "keyPath": key, "certPath": path}]});
+        fs::write(config.join("signingkeys.json"), keys.to_string())?;
         Ok(own)
     }
 
@@ -213,7 +311,7 @@ impl Notation {
     }
 }
 
-async fn must(command: &mut Command) -> Result<()> {
+pub(crate) async fn must(command: &mut Command) -> Result<()> {
     let ruling = run(command).await?;
     ensure!(ruling.accepted, "{:?} failed:\n{}", command.as_std(), ruling.words);
     Ok(())
@@ -222,12 +320,13 @@ async fn must(command: &mut Command) -> Result<()> {
 async fn rule(mut command: Command) -> Result<Ruling> {
     let ruling = run(&mut command).await?;
     // Neither accepts nor refuses: the test is wrong, or the registry is away.
-    let broken = ["unknown flag", "connection refused", "no such host"].iter().any(|words| ruling.words.contains(words));
+    let broken =
+        ["unknown flag", "connection refused", "no such host", "cannot judge"].iter().any(|words| ruling.words.contains(words));
     ensure!(!broken, "{:?} did not get to judge:\n{}", command.as_std(), ruling.words);
     Ok(ruling)
 }
 
-async fn run(command: &mut Command) -> Result<Ruling> {
+pub(crate) async fn run(command: &mut Command) -> Result<Ruling> {
     command.stdin(Stdio::null()).kill_on_drop(true);
     let limit = Duration::from_secs(60);
     let output = tokio::time::timeout(limit, command.output()).await;

@@ -56,7 +56,8 @@ impl Webhook {
     pub async fn start(config: &str) -> Result<Self> {
         let names = format!("{{ folder = \"authority\", names = [\"127.0.0.1\", \"{SERVICE}\"] }}");
         let mut webhook = Self::prepare(Arc::new(scratch()?), config, &names)?;
-        webhook.bundle = webhook.run(&["admission", "--ca-bundle"]).await?.expect_code(0)?.stdout.trim().to_owned();
+        let printed = webhook.run(&["admission", "--ca-bundle"]).await?.expect_code(0)?;
+        printed.stdout.trim().clone_into(&mut webhook.bundle);
         webhook.roots = vec![reqwest::Certificate::from_pem(&STANDARD.decode(&webhook.bundle)?)?];
         webhook.started().await
     }
@@ -88,15 +89,15 @@ impl Webhook {
     }
 
     async fn started(mut self) -> Result<Self> {
-        self.http = self.client()?.build()?;
+        self.http = self.client().build()?;
         self.start_again().await?;
         Ok(self)
     }
 
-    fn client(&self) -> Result<reqwest::ClientBuilder> {
+    fn client(&self) -> reqwest::ClientBuilder {
         let limit = Duration::from_secs(40);
         let roots = self.roots.iter().cloned();
-        Ok(reqwest::Client::builder().no_proxy().tls_certs_only(roots).connect_timeout(limit).timeout(limit))
+        reqwest::Client::builder().no_proxy().tls_certs_only(roots).connect_timeout(limit).timeout(limit)
     }
 
     /// Starts it on the port that it had.
@@ -134,7 +135,7 @@ impl Webhook {
 
     /// The certificate that it proves its name with on a new connection: DER.
     pub async fn served(&self) -> Result<Vec<u8>> {
-        let http = self.client()?.tls_info(true).build()?;
+        let http = self.client().tls_info(true).build()?;
         let answer = http.get(format!("https://127.0.0.1:{}/livez", self.port)).send().await?;
         let certificate = answer.extensions().get::<reqwest::tls::TlsInfo>().and_then(|info| info.peer_certificate());
         Ok(certificate.context("a connection without a certificate")?.to_vec())

@@ -398,16 +398,31 @@ async fn manifests_are_judged_and_pinned_on_the_command_line_by_the_same_policie
 async fn a_child_counts_through_its_index_and_an_old_image_does_not_count() -> Result<()> {
     let house = House::start_quiet(None).await?;
     let image = Image::index("children")?;
-    house.push(&image, "team/app", &["1.0"]).await?;
     let key = KeyPair::generate().await?;
+    for repository in ["team/app", "team/bundled"] {
+        house.push(&image, repository, &["1.0"]).await?;
+    }
     Cosign::V2.sign(&key, &house.reference("team/app", &image.manifest.digest)).await?;
+    Cosign::sign_bundle(&key, &house.reference("team/bundled", &image.manifest.digest)).await?;
     let config = |more: &str| settings(&house.registry.host(), &house.registry.url(), &key.public(), &policy(more));
-    let child = format!("{}@{}", house.reference("team/app", "1.0"), image.child("amd64").digest);
+    let child = |repository| format!("{}@{}", house.reference(repository, "1.0"), image.child("amd64").digest);
+    let children = ["team/app", "team/bundled"].map(child);
+    let folder = scratch()?;
+    let manifest = folder.path().join("pods.yaml");
+    fs::write(&manifest, children.each_ref().map(|child| pod(&[child]).to_string()).join("\n---\n"))?;
+    let judge = ["verify", "-n", "payments", "-f", manifest.to_str().expect("a text")];
+
     let webhook = Webhook::start(&config("")).await?;
-    assert!(webhook.create("payments", &child).await?.why(&child)?.contains("it is not signed"));
+    for child in &children {
+        assert!(webhook.create("payments", child).await?.why(child)?.contains("it is not signed"));
+    }
+    webhook.run(&judge).await?.expect_code(1)?;
     webhook.reload(&config("through_index = true")).await?;
-    let answer = webhook.create("payments", &child).await?;
-    assert!(answer.allowed, "{answer:?}");
+    for child in &children {
+        let answer = webhook.create("payments", child).await?;
+        assert!(answer.allowed, "{answer:?}");
+    }
+    webhook.run(&judge).await?.expect_code(0)?;
     // The images of these tests do not say when they were built.
     webhook.reload(&config("max_age = \"90d\"")).await?;
     let index = house.reference("team/app", &image.manifest.digest);

@@ -3,12 +3,9 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use futures::future::try_join_all;
 use integration_tests::formats::{Referrers, found, ours, wait_for};
 use integration_tests::house::{House, Keys, Plan, rule_of_all_formats};
 use integration_tests::image::Image;
-use integration_tests::recorder::Recorder;
-use integration_tests::registry::Options;
 use integration_tests::signature::tag_of;
 use integration_tests::verifier::{Cosign, KeyPair, Skopeo};
 use serde_json::json;
@@ -134,60 +131,6 @@ async fn what_we_write_comes_back_as_events_and_is_not_signed() -> Result<()> {
     let explained = house.run(&["explain", &house.reference("team/app", "1.0")]).await?.expect_code(0)?.stdout;
     for words in ["ok: cosign signature", "ok: bundle signature"] {
         assert!(explained.contains(words), "{explained}");
-    }
-    Ok(())
-}
-
-#[tokio::test]
-async fn a_signature_in_both_formats_costs_as_many_requests_as_the_readme_says() -> Result<()> {
-    let plan = plan(Referrers::FallbackTag, Keys::P256);
-    let registry = Options { count_requests: true, ..Options::default() };
-    let house = House::start(Plan { registry, ..plan }).await?;
-    let count = || anyhow::Ok(house.registry.count_requests("countersign/")?.values().sum::<usize>());
-    let mut before = count()?;
-    // What a repository needs once (the config), and the registry (whether it has the API), comes with the first.
-    for (name, tag, expected) in [("first", "1", 14 + 2 + 1), ("second", "2", 14), ("second", "2", 5)] {
-        let image = Image::oci(name)?;
-        house.push(&image, "team/app", &[tag]).await?;
-        house.registry.wait_delivered(LIMIT).await?;
-        house.wait_settled(1, LIMIT).await?;
-        let now = count()?;
-        assert_eq!(now - before, expected, "{name}: {:?}", house.registry.requests()?);
-        before = now;
-    }
-    Ok(())
-}
-
-/// As `race.rs` has it for the `.sig` tag: what countersign found or wrote, it keeps; and what it had signed is there in the end.
-#[tokio::test]
-async fn countersign_beside_cosigns_that_write_bundles_loses_nothing_that_it_found_or_wrote() -> Result<()> {
-    let mut house = House::build(plan(Referrers::FallbackTag, Keys::P256)).await?;
-    let recorder = Recorder::start(&house.registry.host()).await?;
-    house.route_registry(&recorder.url())?;
-    house.daemon.start().await?;
-    let keys = try_join_all((0..3).map(|_| KeyPair::generate())).await?;
-    for round in 0..4 {
-        let image = Image::oci(&format!("beside {round}"))?;
-        let (repository, digest) = (format!("team/app-{round}"), &image.manifest.digest);
-        house.push(&image, &repository, &[]).await?;
-        let reference = house.reference(&repository, digest);
-        let cosigns = try_join_all(keys.iter().map(|key| Cosign::sign_bundle(key, &reference)));
-        // A cosign needs most of its time to open its key.
-        let ours = async {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            house.push(&image, &repository, &["1", "2"]).await
-        };
-        tokio::try_join!(cosigns, ours)?;
-        house.registry.wait_delivered(LIMIT).await?;
-        house.wait_settled(1, LIMIT).await?;
-
-        // cosign may have written over ours after we were done: the same push again puts that right.
-        house.push(&image, &repository, &["1"]).await?;
-        wait_for(&house, &house.reference(&repository, "1"), &BOTH).await?;
-        let ruling = Cosign::V3.verify(&house.public_key_path(), &reference).await?;
-        assert!(ruling.accepted, "round {round}: {}", ruling.words);
-        let path = format!("/v2/{repository}/manifests/{}", tag_of(digest).trim_end_matches(".sig"));
-        recorder.ensure_what_was_found_was_kept(&path, "manifests")?;
     }
     Ok(())
 }

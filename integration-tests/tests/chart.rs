@@ -124,9 +124,16 @@ async fn deploy_kubernetes_and_the_chart_have_the_definitions_that_countersign_p
 
 /// Helm says of each document which template it is of.
 fn without_source(document: &str) -> String {
-    let lines =
-        document.lines().filter(|line| !line.starts_with("# Source: ") && !line.trim().is_empty() || line.starts_with("   "));
-    lines.map(|line| format!("{}\n", line.trim_end())).collect()
+    let mut text = String::new();
+    for line in document.lines() {
+        // What is blank inside of a configuration is indented.
+        let is_text = !line.trim().is_empty() && !line.starts_with("# Source: ");
+        if is_text || line.starts_with("   ") {
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+    }
+    text
 }
 
 #[test]

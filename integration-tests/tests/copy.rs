@@ -8,16 +8,17 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::daemon::Output;
 use integration_tests::house::{House, Keys, Plan, TOKEN, rule_of_all_formats};
 use integration_tests::image::{Image, Manifest};
+use integration_tests::oras::Oras;
 use integration_tests::process::eventually;
 use integration_tests::registry::{LOGIN, Options, Registry};
 use integration_tests::signature::tag_of;
-use integration_tests::verifier::{Cosign, KeyPair, Skopeo};
+use integration_tests::verifier::{Cosign, KeyPair, Notation, Skopeo};
 use reqwest::StatusCode;
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// An installation that signs `team` as `default` and `global` as `simple`, and a mirror that its configuration names too.
+/// An installation that signs `team` as `default`, `global` as `simple` and `notary` for notation, and a mirror that its configuration names too.
 struct Pair {
     house: House,
     mirror: Registry,
@@ -26,7 +27,8 @@ struct Pair {
 impl Pair {
     async fn start(source: Options, mirror: Options) -> Result<Self> {
         let simple = rule_of_all_formats("global", "global", Keys::P256) + "signature_type = \"simple\"\n";
-        let rules = rule_of_all_formats("team", "team", Keys::P256) + "\n" + &simple;
+        let notary = rule_of_all_formats("notary", "notary", Keys::P256) + "formats = [\"notation\", \"notation-cose\"]\n";
+        let rules = [rule_of_all_formats("team", "team", Keys::P256), simple, notary].join("\n");
         let house = House::build(Plan { rules: Some(rules), registry: source, ..Plan::default() }).await?;
         let login = mirror.login;
         let mirror = Registry::start_with(mirror).await?;
@@ -163,6 +165,45 @@ async fn everybodys_signatures_are_copied_to_a_registry_that_lists_referrers() -
 #[tokio::test]
 async fn everybodys_signatures_are_copied_to_a_registry_that_does_not() -> Result<()> {
     everybodys_signatures_are_copied(Options { referrers_api: true, ..Options::default() }, Options::default()).await
+}
+
+/// Ours in both envelopes, and notation's own, which it lists under the fallback tag whatever the registry can.
+async fn notations_signatures_are_copied(source: Options, mirror: Options) -> Result<()> {
+    let pair = Pair::start(source, mirror).await?;
+    let (image, repository, oras) = (Image::oci("notary")?, "notary/app", Oras::new()?);
+    let source = pair.push_signed(&image, repository).await?;
+    let (theirs, already) = (Notation::signing("*").await?, Notation::signing("*").await?);
+    theirs.sign(&pair.house.reference(repository, &image.manifest.digest), true).await?;
+    let destination = pair.at_mirror(repository, "stable");
+    pair.mirror.client()?.push(&image, repository, &["stable"]).await?;
+    already.sign(&format!("{}/{repository}@{}", pair.mirror.host(), image.manifest.digest), true).await?;
+
+    assert_eq!(pair.states(&source, &destination, &["--dry-run"]).await?, states([("missing", 3)]));
+    assert_eq!(pair.states(&source, &destination, &[]).await?, states([("copied", 3)]));
+    let after = oras.discover(&destination).await?;
+    assert_eq!(after.len(), 4, "{after:?}");
+    assert!(after.iter().all(|one| one.artifact_type == "application/vnd.cncf.notary.signature"), "{after:?}");
+    assert_eq!(pair.states(&source, &destination, &[]).await?, states([("present", 3)]));
+    assert_eq!(oras.discover(&destination).await?, after, "a second copy writes nothing");
+
+    for (whose, notation) in
+        [("ours", &Notation::trusting_witness(&pair.house, "*").await?), ("theirs", &theirs), ("already", &already)]
+    {
+        let ruling = notation.verify(&destination).await?;
+        assert!(ruling.accepted, "notation refuses {whose} at {destination}: {}", ruling.words);
+    }
+    assert_eq!(pair.found(&destination).await?, [said("notation", "verified"), said("notation-cose", "verified")]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn notations_signatures_are_copied_to_a_registry_that_lists_referrers() -> Result<()> {
+    notations_signatures_are_copied(Options::default(), Options { referrers_api: true, ..Options::default() }).await
+}
+
+#[tokio::test]
+async fn notations_signatures_are_copied_to_a_registry_that_does_not() -> Result<()> {
+    notations_signatures_are_copied(Options { referrers_api: true, ..Options::default() }, Options::default()).await
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use integration_tests::image::{self, Image};
 use integration_tests::ministack::{Credentials, Ministack};
 use integration_tests::process::{eventually, free_port, http_client};
 use integration_tests::proxy::Proxy;
-use integration_tests::registry::{Client, Notify, Options, Registry};
+use integration_tests::registry::{Client, Login, Notify, Options, Registry};
 use integration_tests::signature::{PublicKey, signatures, signed_references};
 use integration_tests::verifier::{Cosign, KeyPair, Skopeo};
 use serde_json::json;
@@ -111,7 +111,7 @@ async fn every_kind_of_image_is_stored_by_tag_and_by_digest() -> Result<()> {
     assert_ne!(Image::oci("one seed")?.manifest.digest, Image::oci("another")?.manifest.digest);
     assert_eq!(images[4].1.child("arm64").media_type, image::OCI_MANIFEST);
 
-    let stranger = Client::new(&registry.url(), None)?;
+    let stranger = Client::new(&registry.url(), Login::None)?;
     assert!(stranger.push(&Image::oci("refused")?, "kinds", &["x"]).await.is_err(), "a registry with a login let a stranger in");
     Ok(())
 }
@@ -190,7 +190,7 @@ async fn ministack_signs_for_its_users_and_for_nobody_else() -> Result<()> {
 async fn the_proxy_is_slow_cuts_and_refuses_when_told_to() -> Result<()> {
     let registry = Registry::start().await?;
     let proxy = Proxy::start(&registry.host()).await?;
-    let client = Client::new(&proxy.url(), None)?;
+    let client = Client::new(&proxy.url(), Login::None)?;
     client.push(&Image::oci("through")?, "through", &["1"]).await?;
 
     let delay = Duration::from_millis(150);

@@ -1,8 +1,10 @@
-//! Which verifier reads which of our signatures, run for real: the table in the README is what this test saw.
+//! Which verifier reads which of our signatures, run for real: the table in the README, and all of it in docs/verifiers.md.
 //!
-//! `BLESS=1 cargo test -p integration-tests --test matrix` writes the table anew. A further verifier is a line in `Verifier::ALL` and
-//! an arm in `Signed::ask`; a further format, or several written together, is a line in `WRITTEN`.
+//! `BLESS=1 cargo test -p integration-tests --test matrix` writes both anew. A further verifier is a line in `Verifier::ALL` and an
+//! arm in `Signed::ask`; a further format, or several written together, is a line in `WRITTEN`.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,12 +12,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
-use integration_tests::house::{House, Keys, Plan, TOKEN, rule_of_all_formats};
+use integration_tests::formats::{Referrers, wait_for};
+use integration_tests::house::{House, Keys, Plan};
 use integration_tests::image::Image;
-use integration_tests::process::{eventually, tool};
-use integration_tests::registry::Options;
-use integration_tests::verifier::{Cosign, Ruling, Skopeo};
-use reqwest::StatusCode;
+use integration_tests::process::tool;
+use integration_tests::verifier::{Cosign, KeyPair, Notation, Podman, Ruling, Skopeo, sigstore_js, sigstore_rs};
 
 const LIMIT: Duration = Duration::from_secs(120);
 const AT_ONCE: usize = 3;
@@ -26,15 +27,56 @@ const END: &str = "<!-- the end of the matrix -->";
 struct Written {
     /// The namespace that it is about.
     name: &'static str,
+    keys: Keys,
+    /// `algorithm` in the rule.
+    algorithm: &'static str,
     /// `formats` in the rule.
     formats: &'static [&'static str],
 }
 
+const PKCS1: &str = "RSA_PKCS1_SHA_256";
+const ECDSA: &str = "ECDSA_SHA_256";
+const PSS: &str = "RSA_PSS_SHA_256";
+
 const WRITTEN: &[Written] = &[
-    Written { name: "cosign", formats: &["cosign"] },
-    Written { name: "bundle", formats: &["bundle"] },
-    Written { name: "both", formats: &["cosign", "bundle"] },
+    Written { name: "cosign", keys: Keys::Rsa2048, algorithm: PKCS1, formats: &["cosign"] },
+    Written { name: "bundle", keys: Keys::Rsa2048, algorithm: PKCS1, formats: &["bundle"] },
+    Written { name: "both", keys: Keys::Rsa2048, algorithm: PKCS1, formats: &["cosign", "bundle"] },
+    Written { name: "cosign", keys: Keys::P256, algorithm: ECDSA, formats: &["cosign"] },
+    Written { name: "bundle", keys: Keys::P256, algorithm: ECDSA, formats: &["bundle"] },
+    Written { name: "both", keys: Keys::P256, algorithm: ECDSA, formats: &["cosign", "bundle"] },
+    Written { name: "jws", keys: Keys::P256, algorithm: ECDSA, formats: &["notation"] },
+    Written { name: "cose", keys: Keys::P256, algorithm: ECDSA, formats: &["notation-cose"] },
+    Written { name: "jws", keys: Keys::Rsa2048, algorithm: PSS, formats: &["notation"] },
+    Written { name: "cose", keys: Keys::Rsa2048, algorithm: PSS, formats: &["notation-cose"] },
+    Written { name: "pss", keys: Keys::Rsa2048, algorithm: PSS, formats: &["cosign"] },
 ];
+
+impl Written {
+    fn rule(&self) -> String {
+        let Self { name, algorithm, formats, .. } = self;
+        let insists = self.is_unreadable();
+        format!(
+            "[[rule]]\nname = \"{name}\"\nscope = \"{name}\"\nwitness = \"release\"\nalgorithm = \"{algorithm}\"\n\
+             formats = {formats:?}\nallow_unreadable = {insists}\n\n"
+        )
+    }
+
+    /// `check` refuses it to who does not insist.
+    fn is_unreadable(&self) -> bool {
+        self.algorithm == PSS && self.formats == ["cosign"]
+    }
+
+    /// The first two columns of its line.
+    fn title(&self) -> String {
+        let keys = match self.keys {
+            Keys::P256 => "P-256",
+            Keys::Rsa2048 => "RSA 2048",
+        };
+        let insists = if self.is_unreadable() { ", `allow_unreadable`" } else { "" };
+        format!("`{}`, {keys} | `{}`{insists}", self.algorithm, self.formats.join("`, `"))
+    }
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verifier {
@@ -42,10 +84,23 @@ enum Verifier {
     Cosign2,
     Cosign3,
     Skopeo,
+    Podman,
+    SigstoreRs,
+    SigstoreJs,
+    Notation,
 }
 
 impl Verifier {
-    const ALL: &[Self] = &[Self::Countersign, Self::Cosign2, Self::Cosign3, Self::Skopeo];
+    const ALL: &[Self] = &[
+        Self::Countersign,
+        Self::Cosign2,
+        Self::Cosign3,
+        Self::Skopeo,
+        Self::Podman,
+        Self::SigstoreRs,
+        Self::SigstoreJs,
+        Self::Notation,
+    ];
 
     /// With the version that is run.
     fn name(self) -> Result<String> {
@@ -54,7 +109,38 @@ impl Verifier {
             Self::Cosign2 => format!("cosign {}", installed("cosign-2")?),
             Self::Cosign3 => format!("cosign {}", installed("cosign-3")?),
             Self::Skopeo => format!("skopeo {}", installed("skopeo")?),
+            Self::Podman => format!("podman {}", installed("podman-5")?),
+            Self::SigstoreRs => format!("sigstore-rs {}", installed("sigstore-rs")?),
+            Self::SigstoreJs => format!("sigstore-js {}", installed("sigstore-js")?),
+            Self::Notation => format!("notation {}", installed("notation")?),
         })
+    }
+
+    /// How it is asked.
+    fn question(self) -> &'static str {
+        match self {
+            Self::Countersign => "`countersign verify IMAGE`.",
+            Self::Cosign2 | Self::Cosign3 => {
+                "`cosign verify --key release.pub --insecure-ignore-tlog=true --allow-http-registry IMAGE`."
+            }
+            Self::Skopeo => {
+                "`skopeo --override-os linux --override-arch amd64 copy docker://IMAGE dir:COPY`, with the `policy.json` and \
+                 `registries.d` of the README."
+            }
+            Self::Podman => "`podman pull --os linux --arch amd64 IMAGE`, with the same.",
+            Self::SigstoreRs => {
+                "The crate `sigstore`: `trusted_signature_layers`, and `verify_constraints` with a `PublicKeyVerifier` of the public key \
+                 ([the program](../integration-tests/verifiers/sigstore-rs/src/main.rs))."
+            }
+            Self::SigstoreJs => {
+                "The package `@sigstore/verify`: a `Verifier` that is given the public key and no authorities. It verifies bundles, and it \
+                 is handed them ([the program](../integration-tests/verifiers/sigstore-js/verify.js)): that there is none is said by us."
+            }
+            Self::Notation => {
+                "`notation verify --insecure-registry IMAGE`, at the level `strict`, with the certificate and the identity that `countersign \
+                 witness certificate` prints."
+            }
+        }
     }
 }
 
@@ -66,59 +152,44 @@ fn installed(name: &str) -> Result<String> {
 }
 
 /// By what an image is asked for.
-const ASKED: [&str; 5] = ["an image by tag", "by digest", "an index by tag", "by digest", "its platform by digest"];
+const ASKED: [&str; 5] =
+    ["an image by tag", "an image by digest", "an index by tag", "an index by digest", "an index's platform by digest"];
 
-/// Where, and signed with which keys: each cell is run in all of these.
-const SETTINGS: [(bool, Keys); 4] = [(false, Keys::Rsa2048), (false, Keys::P256), (true, Keys::Rsa2048), (true, Keys::P256)];
+/// Where: all is run at each.
+const REGISTRIES: [Referrers; 2] = [Referrers::FallbackTag, Referrers::Api];
 
-fn setting_name((referrers_api, keys): (bool, Keys)) -> String {
-    let registry = if referrers_api { "ferro-oci-server" } else { "docker-registry" };
-    let keys = match keys {
-        Keys::P256 => "P-256",
-        Keys::Rsa2048 => "RSA",
-    };
-    format!("{keys} at {registry}")
+fn registry_name(registry: Referrers) -> &'static str {
+    match registry {
+        Referrers::FallbackTag => "docker-registry",
+        Referrers::Api => "ferro-oci-server",
+    }
 }
 
-/// An installation with images signed in every way of [`WRITTEN`].
+/// An installation with images signed in every way of [`WRITTEN`] that its key can.
 struct Signed {
     house: House,
-    setting: (bool, Keys),
     image: Image,
     index: Image,
+    notation: Notation,
 }
 
 impl Signed {
-    async fn start(setting @ (referrers_api, keys): (bool, Keys)) -> Result<Self> {
-        let registry = Options { referrers_api, ..Options::default() };
-        let rules = WRITTEN
-            .iter()
-            .map(|Written { name, formats }| format!("{}formats = {formats:?}\n\n", rule_of_all_formats(name, name, keys)));
-        let rules = Some(rules.collect());
-        let house = House::start(Plan { keys, registry, rules, ..Plan::default() }).await?;
-        let signed = Self { house, setting, image: Image::oci("matrix")?, index: Image::index("matrix")? };
-        for written in WRITTEN {
-            signed.sign(written, "image", &signed.image).await?;
-            signed.sign(written, "index", &signed.index).await?;
+    async fn start(registry: Referrers, keys: Keys) -> Result<Self> {
+        let written = || WRITTEN.iter().filter(|written| written.keys == keys);
+        let rules = Some(written().map(Written::rule).collect());
+        let house = House::start(Plan { keys, registry: registry.registry(), rules, ..Plan::default() }).await?;
+        let (image, index) = (Image::oci("matrix")?, Image::index("matrix")?);
+        for Written { name, formats, .. } in written() {
+            for (kind, image) in [("image", &image), ("index", &index)] {
+                let repository = format!("{name}/{kind}");
+                registry.push(&house, image, &repository, "1.0").await?;
+                wait_for(&house, &house.reference(&repository, "1.0"), formats).await?;
+            }
         }
-        Ok(signed)
-    }
-
-    async fn sign(&self, written: &Written, name: &str, image: &Image) -> Result<()> {
-        let repository = format!("{}/{name}", written.name);
-        self.house.push(image, &repository, &["1.0"]).await?;
-        let event = House::event(&self.house.registry.host(), &repository, Some("1.0"), &image.manifest.digest);
-        ensure!(self.house.notify(Some(TOKEN), &event).await? == StatusCode::ACCEPTED);
-        let reference = self.house.reference(&repository, "1.0");
-        eventually(&format!("{reference} is signed"), LIMIT, async || {
-            let answer = self.house.run(&["verify", &reference, "--output", "json"]).await?.json()?;
-            let found = answer[0]["signatures"].as_array().context("no signatures")?;
-            let is_there = |format: &str| found.iter().any(|one| one["format"] == format && one["verdict"] == "verified");
-            Ok(written.formats.iter().all(|format| is_there(format)).then_some(()))
-        })
-        .await?;
         // The children come with the index, but not before it.
-        self.house.wait_settled(1, LIMIT).await.map(drop)
+        house.wait_settled(1, LIMIT).await?;
+        let notation = Notation::trusting_witness(&house, "*").await?;
+        Ok(Self { house, image, index, notation })
     }
 
     /// In the order of [`ASKED`].
@@ -133,25 +204,43 @@ impl Signed {
         ]
     }
 
-    async fn ask(&self, verifier: Verifier, reference: &str) -> Result<Ruling> {
-        let (key, host) = (self.house.public_key_path(), self.house.registry.host());
+    async fn ask(&self, verifier: Verifier, reference: &str, key: &Path) -> Result<Ruling> {
+        let host = self.house.registry.host();
         match verifier {
             Verifier::Countersign => {
                 let output = self.house.run(&["verify", reference]).await?;
                 ensure!(matches!(output.code, Some(0 | 1)), "{output:?}");
                 Ok(Ruling { accepted: output.code == Some(0), words: output.stdout + &output.stderr })
             }
-            Verifier::Cosign2 => Cosign::V2.verify(&key, reference).await,
-            Verifier::Cosign3 => Cosign::V3.verify(&key, reference).await,
-            Verifier::Skopeo => Skopeo::requiring(&key, &host)?.architecture("amd64").copy(reference).await,
+            Verifier::Cosign2 => Cosign::V2.verify(key, reference).await,
+            Verifier::Cosign3 => Cosign::V3.verify(key, reference).await,
+            Verifier::Skopeo => Skopeo::requiring(key, &host)?.architecture("amd64").copy(reference).await,
+            Verifier::Podman => Podman::requiring(key, &host)?.pull(reference).await,
+            Verifier::SigstoreRs => sigstore_rs(key, reference).await,
+            Verifier::SigstoreJs => sigstore_js(key, reference).await,
+            Verifier::Notation => self.notation.verify(reference).await,
         }
+    }
+
+    /// That a yes depends on the key, of those verifiers that are given one.
+    async fn refused_by_another_key(&self) -> Result<()> {
+        let other = KeyPair::generate().await?;
+        let [reference, ..] =
+            self.references(WRITTEN.iter().find(|written| written.name == "both").context("nothing is written in both")?);
+        for verifier in Verifier::ALL {
+            if !matches!(verifier, Verifier::Countersign | Verifier::Notation) {
+                let ruling = self.ask(*verifier, &reference, &other.public()).await?;
+                ensure!(!ruling.accepted, "{verifier:?} accepts what another key signed: {}", ruling.words);
+            }
+        }
+        Ok(())
     }
 
     /// What was said, without what differs from run to run.
     fn without_names(&self, words: &str) -> String {
         let mut text = words.replace(&self.house.registry.host(), "HOST");
-        for written in WRITTEN {
-            text = text.replace(&format!("{}/image", written.name), "IMAGE").replace(&format!("{}/index", written.name), "IMAGE");
+        for Written { name, .. } in WRITTEN {
+            text = text.replace(&format!("{name}/image"), "IMAGE").replace(&format!("{name}/index"), "IMAGE");
         }
         for manifest in [&self.image.manifest, &self.index.manifest, self.index.child("amd64")] {
             text = text.replace(&manifest.digest, "DIGEST");
@@ -163,104 +252,181 @@ impl Signed {
 /// Why it was refused, in the verifier's own words: the line that says so, shortened.
 fn refusal(words: &str) -> String {
     const MOST: usize = 160;
-    let is_reason =
-        |line: &&str| ["Error: ", "level=fatal", "it has no signatures", "does not count"].iter().any(|mark| line.contains(mark));
-    let line = words.lines().find(is_reason).or_else(|| words.lines().next_back()).unwrap_or_default().trim();
+    // What sigstore-rs passes over it names before it says that nothing is left.
+    let marks = ["Skipping Sigstore", "Error: ", "level=fatal", "it has no signatures", "does not count"];
+    let of_mark = |mark: &&str| words.lines().find(|line| line.contains(*mark));
+    let line = marks.iter().find_map(of_mark).or_else(|| words.lines().next_back()).unwrap_or_default().trim();
     let line = line.split_once("msg=").map_or(line, |(_, message)| message.trim_matches('"'));
-    let line = line.trim_start_matches("Error: ").trim_start_matches("copying system image from manifest list: ");
+    let line = line.find("Source image rejected").map_or(line, |start| &line[start..]);
+    let line = line.trim_start_matches("WARN ").trim_start_matches("Error: ").replace('`', "'");
     match line.char_indices().nth(MOST) {
         Some((end, _)) => format!("{}…", &line[..end]),
-        None => line.to_owned(),
+        None => line,
     }
 }
 
 /// One run: None if it was accepted, otherwise why not.
 type Cell = Option<String>;
 
-/// One line of the table: each cell in each of [`SETTINGS`].
-struct Line {
-    verifier: Verifier,
-    written: &'static Written,
-    cells: Vec<Vec<Cell>>,
-}
+/// By index into [`WRITTEN`], [`Verifier::ALL`] and [`ASKED`]: what was seen at each of [`REGISTRIES`].
+type Seen = BTreeMap<(usize, usize, usize), Vec<Cell>>;
 
-async fn run() -> Result<Vec<Line>> {
-    let mut lines: Vec<Line> = Verifier::ALL
-        .iter()
-        .flat_map(|verifier| {
-            WRITTEN.iter().map(|written| Line { verifier: *verifier, written, cells: vec![vec![]; ASKED.len()] })
-        })
-        .collect();
-    for setting in SETTINGS {
-        let signed = Signed::start(setting).await?;
-        let asked: Vec<(usize, usize, Verifier, String)> = lines
-            .iter()
-            .enumerate()
-            .flat_map(|(row, line)| {
-                let references = signed.references(line.written).into_iter().enumerate();
-                references.map(move |(column, reference)| (row, column, line.verifier, reference))
-            })
-            .collect();
-        let answers: Vec<(usize, usize, Cell)> = stream::iter(asked)
-            .map(async |(row, column, verifier, reference)| {
-                let Ruling { accepted, words } = signed.ask(verifier, &reference).await?;
-                anyhow::Ok((row, column, (!accepted).then(|| refusal(&signed.without_names(&words)))))
-            })
-            .buffered(AT_ONCE)
-            .try_collect()
-            .await
-            .with_context(|| setting_name(signed.setting))?;
-        for (row, column, cell) in answers {
-            lines[row].cells[column].push(cell);
+async fn run() -> Result<Seen> {
+    let mut seen = Seen::new();
+    for registry in REGISTRIES {
+        for keys in [Keys::Rsa2048, Keys::P256] {
+            let signed = Signed::start(registry, keys).await?;
+            let written = WRITTEN.iter().enumerate().filter(|(_, written)| written.keys == keys);
+            let asked = written.flat_map(|(row, written)| {
+                signed.references(written).into_iter().enumerate().flat_map(move |(place, reference)| {
+                    Verifier::ALL
+                        .iter()
+                        .enumerate()
+                        .map(move |(column, verifier)| ((row, column, place), *verifier, reference.clone()))
+                })
+            });
+            let asked: Vec<_> = asked.collect();
+            let answers: Vec<_> = stream::iter(asked)
+                .map(async |(place, verifier, reference)| {
+                    let Ruling { accepted, words } = signed.ask(verifier, &reference, &signed.house.public_key_path()).await?;
+                    anyhow::Ok((place, (!accepted).then(|| refusal(&signed.without_names(&words)))))
+                })
+                .buffered(AT_ONCE)
+                .try_collect()
+                .await
+                .with_context(|| format!("{keys:?} at {}", registry_name(registry)))?;
+            for (place, cell) in answers {
+                seen.entry(place).or_default().push(cell);
+            }
+            signed.refused_by_another_key().await?;
         }
     }
-    Ok(lines)
+    Ok(seen)
 }
 
-/// The table and its notes.
-fn render(lines: &[Line]) -> Result<String> {
-    let mut notes: Vec<String> = vec![];
-    let mut note = |why: &str| {
-        let at = notes.iter().position(|known| known == why).unwrap_or_else(|| {
-            notes.push(why.to_owned());
-            notes.len() - 1
-        });
-        format!("no ({})", at + 1)
-    };
-    let mut table = format!("| verifier | written | {} |\n|{}\n", ASKED.join(" | "), " --- |".repeat(ASKED.len() + 2));
-    for Line { verifier, written, cells } in lines {
-        write!(table, "| {} | `{}` |", verifier.name()?, written.formats.join("`, `"))?;
-        for runs in cells {
-            let mut word = |cell: &Cell| cell.as_deref().map_or_else(|| "yes".to_owned(), &mut note);
-            let words: Vec<String> = runs.iter().map(&mut word).collect();
-            if words.iter().all(|word| *word == words[0]) {
-                write!(table, " {} |", words[0])?;
-            } else {
-                let named = words.iter().zip(SETTINGS).map(|(word, setting)| format!("{}: {word}", setting_name(setting)));
-                write!(table, " {} |", named.collect::<Vec<_>>().join("; "))?;
+/// What is quoted under a table, each text once.
+#[derive(Default)]
+struct Notes(Vec<String>);
+
+impl Notes {
+    /// The number of the note with this text.
+    fn number(&mut self, text: String) -> usize {
+        let known = self.0.iter().position(|known| *known == text);
+        known.unwrap_or_else(|| {
+            self.0.push(text);
+            self.0.len() - 1
+        }) + 1
+    }
+
+    fn list(&self) -> String {
+        self.0.iter().enumerate().map(|(at, note)| format!("{}. {note}\n", at + 1)).collect()
+    }
+}
+
+fn head(columns: &[String]) -> String {
+    format!("| {} |\n|{}\n", columns.join(" | "), " --- |".repeat(columns.len()))
+}
+
+/// The README's table: one line for what a rule writes, one column a verifier.
+fn short(seen: &Seen) -> Result<String> {
+    let names: Vec<String> = Verifier::ALL.iter().map(|verifier| verifier.name()).collect::<Result<_>>()?;
+    let mut table = head(&[&["algorithm, key".to_owned(), "written".to_owned()][..], &names].concat());
+    let mut notes = Notes::default();
+    for (row, written) in WRITTEN.iter().enumerate() {
+        write!(table, "| {} |", written.title())?;
+        for column in 0..Verifier::ALL.len() {
+            // Where it is refused, by the words that say so.
+            let mut refused: BTreeMap<&str, Vec<(usize, Referrers)>> = BTreeMap::new();
+            for place in 0..ASKED.len() {
+                for (cell, registry) in seen[&(row, column, place)].iter().zip(REGISTRIES) {
+                    if let Some(words) = cell {
+                        refused.entry(words).or_default().push((place, registry));
+                    }
+                }
+            }
+            let everywhere = refused.values().map(Vec::len).sum::<usize>() == ASKED.len() * REGISTRIES.len();
+            let mut refused: Vec<_> = refused.into_iter().collect();
+            refused.sort_by_key(|(_, places)| Reverse(places.len()));
+            let mut texts = refused.iter().map(|(words, places)| format!("{}: `{words}`", joined(places))).collect::<Vec<_>>();
+            match refused.first() {
+                None => table.push_str(" yes |"),
+                Some((words, _)) if everywhere => {
+                    texts[0] = format!("`{words}`");
+                    write!(table, " no ({}) |", notes.number(texts.join("; ")))?;
+                }
+                Some(_) => write!(table, " yes, but ({}) |", notes.number(format!("not {}", texts.join("; "))))?,
             }
         }
         table.push('\n');
     }
-    table.push('\n');
-    for (at, note) in notes.iter().enumerate() {
-        writeln!(table, "{}. `{note}`", at + 1)?;
+    Ok(format!("{table}\n{}", notes.list()))
+}
+
+/// `an index by tag at docker-registry`, or without the registry where it is said of each.
+fn joined(places: &[(usize, Referrers)]) -> String {
+    let mut texts = vec![];
+    for (place, asked) in ASKED.iter().enumerate() {
+        let at: Vec<_> = places.iter().filter(|(other, _)| *other == place).map(|(_, registry)| *registry).collect();
+        if at == REGISTRIES {
+            texts.push((*asked).to_owned());
+        } else {
+            texts.extend(at.iter().map(|registry| format!("{asked} at {}", registry_name(*registry))));
+        }
     }
-    Ok(table)
+    texts.join(", ")
+}
+
+/// The page with every cell: a table for each verifier.
+fn long(seen: &Seen) -> Result<String> {
+    let mut page = "# What each verifier says of each signature\n\n\
+        Written by integration-tests/tests/matrix.rs, which ran every cell, at docker-registry 2.8 (fallback tag) and at ferro-oci-server 1.0 \
+        (referrers API); where they differ, both are told. A *no* quotes the verifier.\n"
+        .to_owned();
+    let mut notes = Notes::default();
+    for (column, verifier) in Verifier::ALL.iter().enumerate() {
+        let columns: Vec<String> = ["algorithm, key", "written"].iter().chain(&ASKED).map(|&name| name.to_owned()).collect();
+        write!(page, "\n## {}\n\n{}\n\n{}", verifier.name()?, verifier.question(), head(&columns))?;
+        for (row, written) in WRITTEN.iter().enumerate() {
+            write!(page, "| {} |", written.title())?;
+            for place in 0..ASKED.len() {
+                let mut word = |cell: &Cell| match cell {
+                    Some(words) => format!("no ({})", notes.number(format!("`{words}`"))),
+                    None => "yes".to_owned(),
+                };
+                let words: Vec<String> = seen[&(row, column, place)].iter().map(&mut word).collect();
+                if words.iter().all(|word| *word == words[0]) {
+                    write!(page, " {} |", words[0])?;
+                } else {
+                    let named =
+                        words.iter().zip(REGISTRIES).map(|(word, registry)| format!("{}: {word}", registry_name(registry)));
+                    write!(page, " {} |", named.collect::<Vec<_>>().join("; "))?;
+                }
+            }
+            page.push('\n');
+        }
+    }
+    Ok(format!("{page}\n## In their words\n\n{}", notes.list()))
 }
 
 #[tokio::test]
 async fn the_readme_shows_what_every_verifier_says_of_every_format() -> Result<()> {
-    let table = render(&run().await?)?;
-    let path: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("README.md");
-    let readme = fs::read_to_string(&path)?;
+    let seen = run().await?;
+    let top: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("");
+    let readme = fs::read_to_string(top.join("README.md"))?;
     let (before, rest) = readme.split_once(BEGIN).context("the README has no matrix")?;
-    let (shown, after) = rest.split_once(END).context("the README's matrix has no end")?;
-    let expected = format!("\n{table}");
-    if std::env::var_os("BLESS").is_some() {
-        fs::write(&path, format!("{before}{BEGIN}{expected}{END}{after}"))?;
-    } else {
-        assert_eq!(shown, expected, "the README shows another table than was seen: BLESS=1 writes it anew");
+    let (_, after) = rest.split_once(END).context("the README's matrix has no end")?;
+    let expected =
+        [("README.md", format!("{before}{BEGIN}\n{}{END}{after}", short(&seen)?)), ("docs/verifiers.md", long(&seen)?)];
+    for (name, text) in expected {
+        if std::env::var_os("BLESS").is_some() {
+            fs::write(top.join(name), text)?;
+        } else {
+            assert_eq!(
+                fs::read_to_string(top.join(name))?,
+                text,
+                "{name} shows another table than was seen: BLESS=1 writes it anew"
+            );
+        }
     }
     Ok(())
 }

@@ -9,10 +9,8 @@ use integration_tests::daemon;
 use integration_tests::formats::{Referrers, found, listed, ours, wait_for};
 use integration_tests::house::{House, Keys, Plan};
 use integration_tests::image::Image;
-use integration_tests::registry::Options;
+use integration_tests::process::eventually;
 use integration_tests::verifier::{Cosign, Notation, Ruling};
-
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// A rule; RSA keys sign by the first of these algorithms that these formats take.
 fn rule(name: &str, scope: &str, keys: Keys, formats: &[&str]) -> String {
@@ -33,13 +31,6 @@ fn plan(kind: Referrers, keys: Keys) -> Plan {
     Plan { keys, registry: kind.registry(), rules: Some(rules), ..Plan::default() }
 }
 
-/// Stock notation with what `countersign witness certificate` says that its user needs.
-async fn judge(house: &House, repository: &str) -> Result<Notation> {
-    let answer = house.run(&["witness", "certificate", "release", "--output", "json"]).await?.expect_code(0)?.json()?;
-    let text = |member: &str| answer[member].as_str().with_context(|| format!("no {member} in {answer}"));
-    Notation::trusting(text("certificate")?, text("trusted_identity")?, &format!("{}/{repository}", house.registry.host()))
-}
-
 fn accepts(ruling: &Ruling, context: &str) {
     assert!(ruling.accepted, "{context}: {}", ruling.words);
 }
@@ -52,7 +43,7 @@ async fn every_judge_accepts(kind: Referrers, keys: Keys) -> Result<()> {
         kind.push(&house, &image, repository, "1.0").await?;
         let (tagged, pinned) = (house.reference(repository, "1.0"), house.reference(repository, &image.manifest.digest));
         wait_for(&house, &tagged, &["bundle", "cosign", format]).await?;
-        let (notation, key) = (judge(&house, repository).await?, house.public_key_path());
+        let (notation, key) = (Notation::trusting_witness(&house, "*").await?, house.public_key_path());
         for reference in [&tagged, &pinned] {
             accepts(&notation.verify(reference).await?, &context);
             for cosign in [Cosign::V2, Cosign::V3] {
@@ -129,7 +120,7 @@ async fn signatures_of_notations_stand_beside_ours(kind: Referrers) -> Result<()
         kind.push(&house, &image, &repository, "2.0").await?;
         wait_for(&house, &house.reference(&repository, "2.0"), &["bundle", "cosign", "notation"]).await?;
         let context = format!("{kind:?}, notation {name}");
-        let judge = judge(&house, &repository).await?;
+        let judge = Notation::trusting_witness(&house, "*").await?;
         for notation in [&judge, &theirs] {
             accepts(&notation.verify(&pinned).await?, &context);
             let list = notation.list(&pinned).await?;
@@ -154,21 +145,27 @@ async fn signatures_of_notations_stand_beside_ours_with_the_referrers_api() -> R
 }
 
 #[tokio::test]
-async fn a_notation_signature_costs_as_many_requests_as_the_readme_says() -> Result<()> {
-    let registry = Options { count_requests: true, ..Options::default() };
-    let rules = Some(rule("jws", "team", Keys::P256, &["notation"]));
-    let house = House::start(Plan { registry, rules, ..Plan::default() }).await?;
-    let count = || anyhow::Ok(house.registry.count_requests("countersign/")?.values().sum::<usize>());
-    let mut before = count()?;
-    // What a repository needs once (the config), and the registry (whether it has the API), comes with the first.
-    for (name, tag, expected) in [("first", "1", 8 + 2 + 1), ("second", "2", 8), ("second", "2", 4)] {
-        let image = Image::oci(name)?;
-        house.push(&image, "team/app", &[tag]).await?;
-        house.registry.wait_delivered(LIMIT).await?;
-        house.wait_settled(1, LIMIT).await?;
-        let now = count()?;
-        assert_eq!(now - before, expected, "{name}: {:?}", house.registry.requests()?);
-        before = now;
+async fn a_signature_counts_for_as_long_as_its_rule_says_and_is_made_again_after_that() -> Result<()> {
+    let rules = rule("ending", "team", Keys::P256, &["notation", "notation-cose"]) + "expiry = \"15s\"\n";
+    // Another rule that wants the same for longer.
+    let rules = rules + "\n" + &rule("lasting", "team", Keys::P256, &["notation"]) + "expiry = \"90d\"\n";
+    let house = House::start(Plan { rules: Some(rules), ..Plan::default() }).await?;
+    let (image, repository) = (Image::oci("ending")?, "team/ending");
+    let (tagged, notation) = (house.reference(repository, "1.0"), Notation::trusting_witness(&house, "*").await?);
+    let both = [ours("notation"), ours("notation-cose")];
+    for _ in 0..2 {
+        house.push(&image, repository, &["1.0"]).await?;
+        wait_for(&house, &tagged, &["notation", "notation-cose"]).await?;
+        accepts(&notation.verify(&tagged).await?, "before they end");
+        eventually("they end", Duration::from_secs(60), async || {
+            let found = found(&house, &tagged).await?;
+            Ok((!both.iter().any(|one| found.contains(one))).then_some(()))
+        })
+        .await?;
+        let answer = house.run(&["verify", &tagged, "--output", "json"]).await?.expect_code(1)?.stdout;
+        assert!(answer.contains("signature_expired"), "{answer}");
+        let ruling = notation.verify(&tagged).await?;
+        assert!(!ruling.accepted && ruling.words.contains("expired"), "{}", ruling.words);
     }
     Ok(())
 }

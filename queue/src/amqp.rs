@@ -19,6 +19,7 @@ mod feed;
 mod inbox;
 mod layouts;
 mod past;
+mod returns;
 mod session;
 mod settle;
 mod shares;

@@ -67,7 +67,7 @@ impl Rounds {
         let before = mem::replace(&mut self.known, known);
         for finding in denied() {
             if !before.contains(&(finding.namespace.clone(), finding.verdict.text.clone())) {
-                self.log(finding);
+                log(finding);
             }
             self.tell(finding);
         }
@@ -97,19 +97,19 @@ impl Rounds {
             });
         }
     }
+}
 
-    fn log(&self, finding: &Finding) {
-        let reasons: Vec<_> =
-            finding.verdict.enforced().take(8).map(|unmet| (unmet.bound.policy.name.as_str(), unmet.why.name())).collect();
-        warn!(
-            namespace = finding.namespace,
-            image = shown(&finding.verdict.text),
-            pods = finding.pods.len(),
-            pod = finding.pods.first().map(|pod| pod.name.as_str()),
-            reasons = ?reasons,
-            "an image runs that would be denied now"
-        );
-    }
+fn log(finding: &Finding) {
+    let reasons: Vec<_> =
+        finding.verdict.enforced().take(8).map(|unmet| (unmet.bound.policy.name.as_str(), unmet.why.name())).collect();
+    warn!(
+        namespace = finding.namespace,
+        image = shown(&finding.verdict.text),
+        pods = finding.pods.len(),
+        pod = finding.pods.first().map(|pod| pod.name.as_str()),
+        reasons = ?reasons,
+        "an image runs that would be denied now"
+    );
 }
 
 /// What `countersign report` looks at.

@@ -1,4 +1,7 @@
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 
@@ -40,6 +43,8 @@ pub struct Rule {
     pub trigger: Trigger,
     /// At least one, each once; every one can be verified with `algorithm`.
     pub formats: Vec<Format>,
+    /// How long signatures of notation's formats count; None: as long as their certificate.
+    pub expiry: Option<Duration>,
     /// Whether a format and an algorithm are written together that no other verifier takes.
     pub allow_unreadable: bool,
     /// Whether images pushed by digest alone are signed as well.
@@ -94,6 +99,13 @@ pub(crate) static TABLE: Table = Table {
             Kind::List(&Kind::Choice(&FORMAT)),
             "[\"cosign\", \"bundle\"]",
             "How the signature is written, and so who can verify it. With RSA_PSS_SHA_256: [\"notation\"].",
+        ),
+        Key::optional(
+            "expiry",
+            Kind::Duration { least: 1_000, most: 100 * 365 * 86_400_000 },
+            "\"90d\"",
+            "How long notation's signatures count after they are made, which other formats cannot say. As long as their certificate, if \
+             absent. The first event of an image after that signs it again.",
         ),
         Key::defaulted(
             "allow_unreadable",
@@ -173,6 +185,7 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Rule> {
     });
     let written = section.written("formats").is_some();
     let formats = section.value("formats").and_then(|value| formats(&value));
+    let expiry = section.value("expiry").map(|value| Some((value.duration()?, value)));
     let allow_unreadable = section.value("allow_unreadable").and_then(|value| value.flag());
     // In the order of the declared words.
     let algorithm = section.value("algorithm").and_then(|value| Some((value.choice(Algorithm::ALL)?, value)));
@@ -183,6 +196,11 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Rule> {
     let algorithm = algorithm.map(|(algorithm, value)| {
         check_formats(&value, algorithm, formats.as_deref().unwrap_or_default(), allow_unreadable == Some(true));
         algorithm
+    });
+    let expiry = expiry.map(|expiry| {
+        let (expiry, value) = expiry?;
+        check_expiry(&value, formats.as_deref()?);
+        Some(expiry)
     });
     let signature_type =
         section.value("signature_type").and_then(|value| value.choice([SignatureType::Default, SignatureType::Simple]));
@@ -205,6 +223,7 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Rule> {
         signature_type: signature_type?,
         trigger: trigger?,
         formats: formats?,
+        expiry: optional(expiry)?,
         allow_unreadable: allow_unreadable?,
         untagged: untagged?,
         enabled: enabled?,
@@ -217,7 +236,7 @@ pub(crate) fn report_same(report: &Report<'_>, rules: &[Rule]) {
     let mut earlier = HashMap::new();
     for rule in rules {
         let which = (&rule.registry, &rule.scope, &rule.exclude, &rule.tags, rule.created, rule.untagged, rule.enabled);
-        let how = (&rule.witness, rule.algorithm, rule.signature_type.name(), rule.trigger.name(), &rule.formats);
+        let how = (&rule.witness, rule.algorithm, rule.signature_type.name(), rule.trigger.name(), &rule.formats, rule.expiry);
         if let Some(first) = earlier.insert((which, how), &rule.name) {
             let message = format!("rule \"{}\" does the same as rule \"{first}\"", rule.name);
             report.warning(report.names.rules.span(&rule.name), message, "remove one of the two".to_owned());
@@ -327,6 +346,16 @@ fn check_formats(value: &Value<'_>, algorithm: Algorithm, formats: &[Format], al
             value.report.error(span, message, format!("{insists}for notation write formats = [\"notation\"]; else {PKCS1}"));
         }
         Algorithm::RsaPkcs1Sha256 | Algorithm::RsaPssSha256 | Algorithm::EcdsaSha256 => {}
+    }
+}
+
+/// What cannot end by itself is not said to.
+fn check_expiry(value: &Value<'_>, formats: &[Format]) {
+    if !formats.iter().any(|format| format.envelope().is_some()) {
+        let message = format!("signatures{} do not expire", named(formats));
+        let help =
+            "take `expiry` out, or add \"notation\" or \"notation-cose\" to `formats`: those alone can say until when they count";
+        value.report.error(value.span.clone(), message, help.to_owned());
     }
 }
 

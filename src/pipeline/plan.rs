@@ -114,9 +114,13 @@ pub fn plan(
                 if !is_read {
                     continue;
                 }
+                // Of rules that want the same signature, the strictest says for how long.
+                let same =
+                    signing.iter().filter(|(other, signer)| signer.name() == witness.name() && other.formats.contains(format));
+                let lifetime = same.filter_map(|(other, _)| other.expiry).min();
                 let prepared = match (format.envelope(), witness.certificates().first()) {
                     (Some(envelope), Some(chain)) => {
-                        Prepared::Notation(notation::Prepared::new(envelope, subject, chain, now, None))
+                        Prepared::Notation(notation::Prepared::new(envelope, subject, chain, now, lifetime))
                     }
                     // Such a rule was left out above.
                     (Some(_), None) => continue,

@@ -35,8 +35,8 @@ use crate::{
 use referrers::ReferrerStore;
 use signature_tag::SignatureTag;
 
-/// A tag that was resolved longer ago than this is resolved again before it is signed for.
-const TAG_IS_FRESH: Duration = Duration::from_secs(2);
+/// What was looked up longer ago than this is looked up again before it is relied on: what a tag names, and which referrers there are.
+const LOOK_IS_FRESH: Duration = Duration::from_secs(2);
 
 /// A place in a registry where signatures of one digest are kept.
 trait Store {
@@ -202,7 +202,7 @@ impl Desk<'_> {
     /// The tag, if one of these names it and it has moved on since it was resolved a while ago.
     async fn moved_tag<'t>(&self, target: &'t Target, ready: &[Ready<'_>]) -> Result<Option<&'t Tag>, Error> {
         let Some((tag, digest)) = &target.tag else { return Ok(None) };
-        if self.located.elapsed() <= TAG_IS_FRESH || !ready.iter().any(|one| names_tag(one.wanted)) {
+        if self.located.elapsed() <= LOOK_IS_FRESH || !ready.iter().any(|one| names_tag(one.wanted)) {
             return Ok(None);
         }
         let now = self.registry.resolve(target.subject.repository(), tag).await?;

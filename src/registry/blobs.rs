@@ -176,6 +176,9 @@ impl Registry {
             Error::Rejected { at, reported } | Error::Denied { at, reported, .. } if says_read_only(&reported) => {
                 Error::ReadOnly { at, reported }
             }
+            Error::Rejected { at, reported } | Error::Denied { at, reported, .. } if says_full(&reported) => {
+                Error::Quota { at, reported }
+            }
             Error::Rejected { at, reported } | Error::Denied { at, reported, .. } if says_immutable(call, &reported) => {
                 Error::ImmutableTag { at, reported }
             }
@@ -189,6 +192,13 @@ impl Registry {
 fn says_read_only(reported: &Reported) -> bool {
     let message = reported.message().to_ascii_lowercase();
     reported.status() == StatusCode::METHOD_NOT_ALLOWED || message.contains("read only") || message.contains("read-only")
+}
+
+/// Whether a write was refused for a quota. Harbor has `DENIED` for that too: "adding 1 KiB of storage resource, which when updated
+/// to current usage of 10 GiB will exceed the configured upper limit of 10 GiB"; others name the quota.
+fn says_full(reported: &Reported) -> bool {
+    let message = reported.message().to_ascii_lowercase();
+    message.contains("quota") || message.contains("exceed the configured upper limit")
 }
 
 /// Whether a refused write of a tag was refused for its immutability. There is no code for that: ECR says `TAG_INVALID`,

@@ -43,6 +43,12 @@ pub enum Error {
     /// The registry takes no writes at all: it is in maintenance, or the replica of another.
     #[error("{at}: the registry is read-only ({reported})")]
     ReadOnly { at: At, reported: Reported },
+    /// The repository's or the project's share of the registry's storage is used up.
+    #[error("{at}: the registry's quota is used up ({reported})")]
+    Quota { at: At, reported: Reported },
+    /// The project lets nobody pull the image as it is (unsigned, or with vulnerabilities), and made no exception for who is to sign it.
+    #[error("{at}: a policy of the registry keeps {account} from pulling this ({reported})")]
+    Policy { at: At, account: Account, reported: Reported },
     /// Any other 4xx by which a registry refuses.
     #[error("{at}: the registry refuses ({reported})")]
     Rejected { at: At, reported: Reported },
@@ -109,6 +115,13 @@ impl Classify for Error {
             Self::ImmutableTag { .. } => {
                 Verdict::Refuse { cure: "exempt tags of the form sha256-* from the registry's tag immutability" }
             }
+            Self::Quota { .. } => {
+                Verdict::Refuse { cure: "raise the quota in the registry or delete what nobody needs there, and replay the event" }
+            }
+            Self::Policy { .. } => Verdict::Refuse {
+                cure: "allow the registry account of the configuration to push to this repository: who may, may read there what is \
+                       to be signed",
+            },
             Self::Rejected { .. } => {
                 Verdict::Refuse { cure: "see what the registry says, correct it there, and replay the event" }
             }
@@ -171,6 +184,8 @@ pub struct Reported {
     message: Arc<str>,
     /// The body was no error document, and not empty either.
     foreign: bool,
+    /// distribution's detail of a manifest that it looked for by its digest.
+    revision: bool,
 }
 
 impl Reported {
@@ -186,6 +201,8 @@ impl Reported {
             code: Option<String>,
             #[serde(default)]
             message: Option<String>,
+            #[serde(default)]
+            detail: serde_json::Value,
         }
         const MOST: usize = 8;
 
@@ -205,7 +222,8 @@ impl Reported {
             Some(_) => "withheld, because it repeats a credential".to_owned(),
             None => String::new(),
         };
-        Self { status, codes, message: message.into(), foreign }
+        let revision = entries.iter().any(|entry| entry.detail.get("Revision").is_some());
+        Self { status, codes, message: message.into(), foreign, revision }
     }
 
     /// The HTTP status of the answer.
@@ -224,6 +242,11 @@ impl Reported {
 
     pub(super) fn message(&self) -> &str {
         &self.message
+    }
+
+    /// Whether it is about a manifest by its digest, however that was asked for.
+    pub(super) fn names_revision(&self) -> bool {
+        self.revision
     }
 
     /// Whether there was a body that no registry writes.

@@ -27,8 +27,14 @@ use crate::{
 /// Error bodies are read this far, and token answers may not be longer.
 pub(super) const ERROR_LIMIT: usize = 64 * 1024;
 const MOST_REDIRECTS: u32 = 3;
+/// Harbor's code for what a project's policy forbids, in either spelling.
+const AGAINST_POLICY: &[&str] = &["PROJECTPOLICYVIOLATION", "PROJECT_POLICY_VIOLATION"];
 /// Reads that meet docker-registry's 500 (it gives one while the tag is being written) are repeated this often.
 const MOST_REPEATS: u32 = 4;
+/// `countersign/VERSION` first, by which its own writes are known. `cosign` is in it because Harbor asks for that: in a project
+/// that lets only signed images be pulled, a client of that name that may push may read what it is about to sign (Harbor's
+/// `SkipPolicyChecking`).
+const AGENT: &str = concat!("countersign/", env!("CARGO_PKG_VERSION"), " (signs as cosign does)");
 /// No peer can put an event off for longer than this.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
@@ -77,7 +83,7 @@ impl Outgoing {
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = self.target.clone();
         let headers = request.headers_mut();
-        headers.insert(USER_AGENT, const { HeaderValue::from_static(concat!("countersign/", env!("CARGO_PKG_VERSION"))) });
+        headers.insert(USER_AGENT, const { HeaderValue::from_static(AGENT) });
         if self.accept_manifests {
             headers.insert(ACCEPT, const { HeaderValue::from_static(media_type::ACCEPT_MANIFESTS) });
         }
@@ -138,6 +144,19 @@ impl Answer {
         }
         reported.has(ABSENT) && !reported.message().to_ascii_lowercase().contains("accept header")
     }
+
+    /// Whether a 404 for a tag says that the tag is there, and the manifest that it named is not any more: distribution looks the
+    /// one up after the other, and in between somebody wrote the tag and deleted what it had named. Notation does so each time.
+    fn says_tag_was_written(&self, call: &Call<'_>) -> bool {
+        self.status == StatusCode::NOT_FOUND
+            && matches!(call.item, Some((':', _)))
+            && Reported::read(self.status, &self.body, &[]).names_revision()
+    }
+
+    /// Whether an image may not be pulled as it is, such as unsigned: Harbor, in a project with that policy.
+    fn says_against_policy(&self) -> bool {
+        self.status == StatusCode::PRECONDITION_FAILED && Reported::read(self.status, &self.body, &[]).has(AGAINST_POLICY)
+    }
 }
 
 impl Registry {
@@ -169,7 +188,7 @@ impl Registry {
     async fn exchange_unobserved(&self, call: &Call<'_>, outgoing: Outgoing, limit: usize) -> Result<Answer, Error> {
         let since = Instant::now();
         let mut outgoing = outgoing;
-        let grant = Grant { repository: call.repository.cloned(), access: call.access };
+        let mut grant = Grant { repository: call.repository.cloned(), access: call.access };
         let mut authorization = self.authorization(&grant).await?;
         let (mut own, mut challenged, mut lost) = (true, false, false);
         let (mut redirects, mut repeats) = (0, 0);
@@ -203,9 +222,19 @@ impl Registry {
                     challenged = true;
                     authorization = met;
                 }
-                StatusCode::INTERNAL_SERVER_ERROR if own && outgoing.is_read() && repeats < MOST_REPEATS => {
+                status
+                    if own
+                        && outgoing.is_read()
+                        && repeats < MOST_REPEATS
+                        && (status == StatusCode::INTERNAL_SERVER_ERROR || answer.says_tag_was_written(call)) =>
+                {
                     repeats += 1;
                     tokio::time::sleep(pause(repeats)).await;
+                }
+                // Who may push may read it all the same, and has to show so.
+                _ if own && grant.access == Access::Pull && answer.says_against_policy() => {
+                    grant.access = Access::Push;
+                    authorization = self.authorization(&grant).await?;
                 }
                 status if status.is_redirection() && outgoing.is_read() && redirects < MOST_REDIRECTS => {
                     redirects += 1;
@@ -291,6 +320,9 @@ impl Registry {
                 }
                 _ => refusal(at, answer, reported),
             };
+        }
+        if answer.says_against_policy() {
+            return Error::Policy { at, account: self.0.authenticator.account(), reported };
         }
         if answer.status == StatusCode::FORBIDDEN && !reported.has(&["TOOMANYREQUESTS"]) {
             return Error::Denied { at, account: self.0.authenticator.account(), need: call.access.need(), reported };

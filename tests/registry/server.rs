@@ -8,7 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use countersign::oci::RegistryName;
+use countersign::oci::{Digest, RegistryName};
+use integration_tests::issuer::Issuer;
 use tempfile::TempDir;
 
 pub const PASSWORD: &str = "correct horse";
@@ -19,6 +20,12 @@ pub enum Auth {
     None,
     Password,
     Token { realm: String, certificate: PathBuf },
+}
+
+impl Auth {
+    pub fn of(issuer: &Issuer) -> Self {
+        Self::Token { realm: issuer.realm(), certificate: issuer.certificate() }
+    }
 }
 
 pub struct Server {
@@ -80,6 +87,12 @@ impl Server {
 
     pub fn name(&self) -> RegistryName {
         format!("127.0.0.1:{}", self.port).parse().unwrap()
+    }
+
+    /// Takes a manifest away and leaves the tags that name it: what a reader sees in the middle of a deletion.
+    pub fn delete_revision(&self, repository: &str, digest: &Digest) {
+        let revisions = format!("data/docker/registry/v2/repositories/{repository}/_manifests/revisions/sha256");
+        fs::remove_dir_all(self.folder.path().join(revisions).join(digest.encoded())).unwrap();
     }
 
     /// The access log's lines: `… "GET /v2/ HTTP/1.1" 200 …`.

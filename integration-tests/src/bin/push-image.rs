@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::image::Image;
-use integration_tests::registry::Client;
+use integration_tests::registry::{Client, Login};
 
 #[tokio::main]
 async fn main() -> Result<()> {
@@ -13,7 +13,7 @@ async fn main() -> Result<()> {
         let (host, rest) = reference.split_once('/').with_context(|| format!("{reference} has no host"))?;
         let (repository, tag) = rest.rsplit_once(':').with_context(|| format!("{reference} has no tag"))?;
         let image = Image::index(&reference)?;
-        Client::new(&format!("http://{host}"), None)?.push(&image, repository, &[tag]).await?;
+        Client::new(&format!("http://{host}"), Login::None)?.push(&image, repository, &[tag]).await?;
         println!("pushed {reference}");
         println!("  index        {}", image.manifest.digest);
         for (platform, manifest) in &image.children {

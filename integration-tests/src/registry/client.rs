@@ -1,5 +1,6 @@
 //! The few requests that tests make of a registry themselves.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -9,6 +10,7 @@ use reqwest::header::{ACCEPT, CONTENT_TYPE, LOCATION};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 
 use crate::image::{DOCKER_LIST, DOCKER_MANIFEST, Image, Manifest, OCI_INDEX, OCI_MANIFEST, digest};
+use crate::issuer::Issuer;
 use crate::process::http_client;
 
 /// Talks to one registry; cheap to clone.
@@ -16,11 +18,20 @@ use crate::process::http_client;
 pub struct Client {
     http: reqwest::Client,
     base: Url,
-    login: Option<(&'static str, &'static str)>,
+    login: Login,
+}
+
+/// How it shows that it may.
+#[derive(Debug, Clone)]
+pub enum Login {
+    None,
+    Basic(&'static str, &'static str),
+    /// By a token for the repository that it is about.
+    Tokens(Arc<Issuer>),
 }
 
 impl Client {
-    pub fn new(url: &str, login: Option<(&'static str, &'static str)>) -> Result<Self> {
+    pub fn new(url: &str, login: Login) -> Result<Self> {
         Ok(Self { http: http_client()?, base: Url::parse(url)?, login })
     }
 
@@ -59,8 +70,11 @@ impl Client {
         ensure!(response.status() == StatusCode::ACCEPTED, "begin an upload to {repository}: {}", complaint(response).await);
         let location = response.headers().get(LOCATION).context("an upload without a Location")?.to_str()?;
         let mut location = self.base.join(location)?;
+        // It may announce another name than the one it is reached by.
+        location.set_host(self.base.host_str())?;
+        location.set_port(self.base.port()).ok().context("a base that cannot have a port")?;
         location.query_pairs_mut().append_pair("digest", &digest(bytes));
-        let response = self.with_login(self.http.put(location)).body(bytes.clone()).send().await?;
+        let response = self.with_login(self.http.put(location), repository).body(bytes.clone()).send().await?;
         ensure!(response.status() == StatusCode::CREATED, "upload a blob to {repository}: {}", complaint(response).await);
         Ok(())
     }
@@ -103,14 +117,18 @@ impl Client {
         Ok(serde_json::from_value(list["tags"].clone()).unwrap_or_default())
     }
 
+    /// `path` begins with the repository.
     fn request(&self, method: Method, path: &str) -> Result<RequestBuilder> {
-        Ok(self.with_login(self.http.request(method, self.base.join("/v2/")?.join(path)?)))
+        let kinds = ["/manifests/", "/blobs/", "/tags/"];
+        let repository = kinds.iter().find_map(|kind| path.rsplit_once(kind)).map_or("", |(repository, _)| repository);
+        Ok(self.with_login(self.http.request(method, self.base.join("/v2/")?.join(path)?), repository))
     }
 
-    fn with_login(&self, request: RequestBuilder) -> RequestBuilder {
-        match self.login {
-            Some((name, password)) => request.basic_auth(name, Some(password)),
-            None => request,
+    fn with_login(&self, request: RequestBuilder, repository: &str) -> RequestBuilder {
+        match &self.login {
+            Login::None => request,
+            Login::Basic(name, password) => request.basic_auth(name, Some(password)),
+            Login::Tokens(issuer) => request.bearer_auth(issuer.token(&format!("repository:{repository}:pull,push"))),
         }
     }
 }

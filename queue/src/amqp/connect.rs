@@ -21,6 +21,7 @@ use tokio_rustls::rustls::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
+    returns::Returns,
     session::unavailable,
     wire::{Kit, Patience, Wire},
 };
@@ -131,13 +132,13 @@ fn client_config(access: &Access) -> Result<Arc<ClientConfig>, Error> {
     Ok(Arc::new(config))
 }
 
-/// One connection, which ends at the latest when `cut` is cancelled.
+/// One connection, which ends at the latest when `cut` is cancelled, and what comes back on it.
 pub(super) async fn open(
     address: &Address,
     name: &str,
     tracker: &TaskTracker,
     cut: &CancellationToken,
-) -> Result<Connection, Error> {
+) -> Result<(Connection, Returns), Error> {
     let what = |cause: Option<&io::Error>| {
         let cure =
             cause.and_then(|cause| cure(cause, address.tls.as_deref())).map(|cure| format!(": {cure}")).unwrap_or_default();
@@ -146,7 +147,9 @@ pub(super) async fn open(
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     let AMQPAuthority { host, port, .. } = &address.uri.authority;
     let patience = Patience::new(address.uri.query.heartbeat.unwrap_or(HEARTBEAT));
-    let connected = timeout(LIMIT, Wire::open(host, *port, address.tls.clone(), cut.clone(), patience.clone())).await;
+    let returns = Returns::default();
+    let wire = Wire::open(host, *port, address.tls.clone(), cut.clone(), patience.clone(), returns.clone());
+    let connected = timeout(LIMIT, wire).await;
     let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
     let wire = connected.map_err(|error| Error::Unavailable { what: what(Some(&error)), source: Some(error.into()) })?;
     // lapin would connect itself, but leaves a task behind for each time that it could not.
@@ -164,7 +167,7 @@ pub(super) async fn open(
                 _ => unavailable(what(None), error),
             })?;
             patience.agree(connection.configuration().heartbeat());
-            Ok(connection)
+            Ok((connection, returns))
         }
         Err(_) => Err(Error::Unavailable { what: what(None), source: None }),
     }

@@ -93,7 +93,7 @@ impl Feed {
         let _guard = cut.clone().drop_guard();
         let mut last = Error::Unavailable { what: "no URL of a broker is configured".to_owned(), source: None };
         for address in connect::addresses(&access)? {
-            let connection = match connect::open(&address, &self.name, &tracker, &cut).await {
+            let (connection, _) = match connect::open(&address, &self.name, &tracker, &cut).await {
                 Ok(connection) => connection,
                 Err(error) => {
                     last = error;
@@ -144,7 +144,7 @@ impl Feed {
     ) -> Result<std::convert::Infallible, Error> {
         let cut = CancellationToken::new();
         let _guard = cut.clone().drop_guard();
-        let connection = connect::open(address, &self.name, tracker, &cut).await?;
+        let (connection, _) = connect::open(address, &self.name, tracker, &cut).await?;
         let trouble = |error| unavailable(format!("the queue {} cannot be consumed", self.queue), error);
         let channel = connection.create_channel().await.map_err(trouble)?;
         if let Some((exchange, key)) = &self.exchange {

@@ -6,7 +6,6 @@ use std::{
     time::Duration,
 };
 
-use futures::future::try_join_all;
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::{
@@ -36,8 +35,8 @@ pub(super) async fn look(core: &Core, session: &Session) -> Result<(), Error> {
     let known = session.layouts();
     let unknown: Vec<Layout> = core.topology.other_layouts().filter(|layout| !known.contains(layout)).collect();
     let (exchange, marks) = (core.topology.layouts(), unknown.iter().map(Layout::mark).collect::<Vec<_>>());
-    let there = try_join_all(marks.iter().map(|mark| session.leads_somewhere(&exchange, mark))).await?;
-    for layout in unknown.into_iter().zip(there).filter_map(|(layout, there)| there.then_some(layout)) {
+    let there = session.leading_somewhere(&exchange, marks).await?;
+    for layout in unknown.into_iter().filter(|layout| there.contains(&layout.mark())) {
         learn(core, session, layout).await?;
     }
     for layout in session.layouts() {

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt as _, stream::SelectAll};
+use futures::{StreamExt as _, future::try_join_all, stream::SelectAll};
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, Consumer, Event,
     options::{
@@ -30,6 +30,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     connect::{self, Address},
+    returns::Returns,
     topology::{self, Layout, Topology},
 };
 use crate::Error;
@@ -37,12 +38,31 @@ use crate::Error;
 /// How long the broker may take to confirm a message, or to answer.
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// What no queue takes comes back to us, and is not lost.
+const MANDATORY: BasicPublishOptions = BasicPublishOptions {
+    mandatory: true,
+    // RabbitMQ knows it no more.
+    immediate: false,
+};
+
+/// The broker's word on a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Word {
+    Kept,
+    /// It, or another that was under way with it, was taken by no queue.
+    SentBack,
+    Refused,
+}
+
 pub(super) struct Session {
     pub number: u64,
     began: Instant,
     publishing: Connection,
     consuming: Connection,
     publish: Channel,
+    /// What is published there may come back.
+    probing: Channel,
+    returns: Returns,
     pub consume: Channel,
     /// Cancelled when anything is wrong, and at the end.
     cut: CancellationToken,
@@ -97,12 +117,15 @@ impl Session {
         // Whatever was begun ends with an error in here.
         let guard = cut.clone().drop_guard();
         let opening = async {
-            let consuming = connect::open(address, name, tracker, &cut).await?;
-            let publishing = connect::open(address, name, tracker, &cut).await?;
+            let (consuming, _) = connect::open(address, name, tracker, &cut).await?;
+            let (publishing, returns) = connect::open(address, name, tracker, &cut).await?;
             let open = |error| unavailable("the broker opened no channel", error);
             let consume = consuming.create_channel().await.map_err(open)?;
             let publish = publishing.create_channel().await.map_err(open)?;
-            publish.confirm_select(ConfirmSelectOptions { nowait: false }).await.map_err(open)?;
+            let probing = publishing.create_channel().await.map_err(open)?;
+            for channel in [&publish, &probing] {
+                channel.confirm_select(ConfirmSelectOptions { nowait: false }).await.map_err(open)?;
+            }
             if is_known && topology::is_bare(&consuming.create_channel().await.map_err(open)?, topology).await? {
                 tracing::error!(
                     broker = address.shown(),
@@ -112,10 +135,11 @@ impl Session {
                 );
             }
             topology::declare(&consume, topology).await?;
-            Ok((consuming, publishing, consume, publish))
+            Ok(((consuming, consume), (publishing, publish, probing, returns)))
         };
         let late = || Error::Unavailable { what: format!("{} does not answer", address.shown()), source: None };
-        let (consuming, publishing, consume, publish) = timeout(2 * LIMIT, opening).await.map_err(|_| late())??;
+        let ((consuming, consume), (publishing, publish, probing, returns)) =
+            timeout(2 * LIMIT, opening).await.map_err(|_| late())??;
         guard.disarm();
         let session = Arc::new(Self {
             number,
@@ -123,6 +147,8 @@ impl Session {
             publishing,
             consuming,
             publish,
+            probing,
+            returns,
             consume,
             cut,
             blocked: watch::Sender::new(None),
@@ -256,7 +282,14 @@ impl Session {
                 }
                 None if sources.left.contains(&number) => {}
                 None => {
-                    let what = format!("the broker ended the consumer of {:?}", sources.all.get(number));
+                    let what = match sources.all.get(number) {
+                        Some(Source::Partition { route }) => format!(
+                            "the broker ended the consumer of partition {route}, as it does when somebody deletes its queue, which is \
+                             declared again: what was in it, and what was pushed meanwhile, is in the past alone, where \
+                             `countersign queue replay --since` finds it"
+                        ),
+                        other => format!("the broker ended the consumer of {other:?}"),
+                    };
                     self.fail(&Error::Unavailable { what, source: None });
                     end = Poll::Ready(());
                 }
@@ -280,52 +313,61 @@ impl Session {
         &self,
         exchange: &str,
         route: &str,
-        sending: impl Future<Output = lapin::Result<Confirmation>>,
+        sending: impl Future<Output = lapin::Result<Word>>,
     ) -> Result<(), Error> {
         match self.confirmed(sending).await? {
-            Confirmation::Ack(None) => Ok(()),
-            Confirmation::Ack(Some(returned)) | Confirmation::Nack(Some(returned)) => {
-                let what = format!("no queue takes messages of {exchange} for \"{route}\": {}", returned.reply_text);
+            Word::Kept => Ok(()),
+            Word::SentBack => {
+                let what = format!("no queue takes messages of {exchange} for \"{route}\", or of others that are published now");
                 let error = Error::Unavailable { what, source: None };
                 // Someone has deleted it. The next session declares it again.
                 self.fail(&error);
                 Err(error)
             }
-            Confirmation::Nack(None) => {
+            Word::Refused => {
                 let what = format!("the broker refused a message of {exchange} for \"{route}\": is a length limit reached?");
                 Err(Error::Unavailable { what, source: None })
-            }
-            Confirmation::NotRequested => {
-                Err(Error::Unavailable { what: "the broker confirms nothing".to_owned(), source: None })
             }
         }
     }
 
-    /// Whether a queue takes what is published with this routing key. Found out by publishing a message of no meaning.
-    pub async fn leads_somewhere(&self, exchange: &str, route: &str) -> Result<bool, Error> {
-        let properties = BasicProperties::default().with_delivery_mode(2);
-        let sending = self.send(exchange, route, properties, b"probe");
-        Ok(matches!(self.confirmed(sending).await?, Confirmation::Ack(None)))
+    /// Those of these routing keys for which a queue takes what is published. Found out by publishing messages of no meaning.
+    pub async fn leading_somewhere(&self, exchange: &str, routes: Vec<String>) -> Result<HashSet<String>, Error> {
+        let probing = async {
+            let mut sending = Vec::with_capacity(routes.len());
+            for route in &routes {
+                let properties = BasicProperties::default().with_delivery_mode(2);
+                let probe = self.probing.basic_publish(exchange.into(), route.as_str().into(), MANDATORY, b"probe", properties);
+                sending.push(probe.await?);
+            }
+            // What comes back may come with the word on another, but with one of these.
+            let mut leading: HashSet<String> = routes.iter().cloned().collect();
+            for confirmation in try_join_all(sending).await? {
+                match confirmation {
+                    Confirmation::Ack(Some(returned)) | Confirmation::Nack(Some(returned)) => {
+                        leading.remove(returned.routing_key.as_str());
+                    }
+                    Confirmation::Ack(None) | Confirmation::Nack(None) | Confirmation::NotRequested => {}
+                }
+            }
+            Ok(leading)
+        };
+        self.confirmed(probing).await
     }
 
     /// Publishes, and waits for the broker's word as long as it takes.
-    pub async fn send(
-        &self,
-        exchange: &str,
-        route: &str,
-        properties: BasicProperties,
-        body: &[u8],
-    ) -> lapin::Result<Confirmation> {
-        let options = BasicPublishOptions {
-            // What no queue takes comes back to us, and is not lost.
-            mandatory: true,
-            // RabbitMQ knows it no more.
-            immediate: false,
-        };
-        self.publish.basic_publish(exchange.into(), route.into(), options, body, properties).await?.await
+    pub async fn send(&self, exchange: &str, route: &str, properties: BasicProperties, body: &[u8]) -> lapin::Result<Word> {
+        let sent = self.publish.basic_publish(exchange.into(), route.into(), MANDATORY, body, properties).await?;
+        let confirmation = sent.await?;
+        Ok(match confirmation {
+            // Whose it is cannot be told.
+            _ if self.returns.any_on(self.publish.id()) => Word::SentBack,
+            Confirmation::Ack(_) => Word::Kept,
+            Confirmation::Nack(_) | Confirmation::NotRequested => Word::Refused,
+        })
     }
 
-    async fn confirmed(&self, sending: impl Future<Output = lapin::Result<Confirmation>>) -> Result<Confirmation, Error> {
+    async fn confirmed<T>(&self, sending: impl Future<Output = lapin::Result<T>>) -> Result<T, Error> {
         let mut blocked = self.blocked.subscribe();
         tokio::select! {
             biased;

@@ -20,11 +20,16 @@ use std::{
 
 use futures::{StreamExt as _, TryStreamExt as _, future::join_all, stream};
 use jiff::Timestamp;
-use lapin::Confirmation;
 use rusqlite::{Connection, params};
 use tokio::{sync::oneshot, task::spawn_blocking, time::sleep};
 
-use super::{Core, envelope::Envelope, lock, session::Session, stats::BEAT};
+use super::{
+    Core,
+    envelope::Envelope,
+    lock,
+    session::{Session, Word},
+    stats::BEAT,
+};
 use crate::{Error, Message, PartitionKey};
 
 /// Those that are remembered, at most: so many are hardly ever under way at once.
@@ -152,7 +157,7 @@ async fn send_one(
     session: Arc<Session>,
     route: String,
     envelope: Envelope,
-    tell: oneshot::Sender<lapin::Result<Confirmation>>,
+    tell: oneshot::Sender<lapin::Result<Word>>,
 ) {
     let envelope = Arc::new(envelope);
     let number = core.unanswered.begin(&envelope, &session);
@@ -163,7 +168,7 @@ async fn send_one(
         answer = sending => answer,
         () = session.failed() => return,
     };
-    if matches!(answer, Ok(Confirmation::Ack(None))) {
+    if matches!(answer, Ok(Word::Kept)) {
         core.past.pushed.confirmed(sent);
         core.unanswered.forget(number);
     } else {

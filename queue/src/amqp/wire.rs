@@ -37,6 +37,8 @@ use tokio_util::{
     task::TaskTracker,
 };
 
+use super::returns::{Returns, Scanner};
+
 /// The runtime that lapin is given.
 #[derive(Clone, Debug)]
 pub(super) struct Kit {
@@ -134,6 +136,7 @@ pub(super) struct Wire {
     patience: Patience,
     /// When silence has been too long.
     late: Pin<Box<Sleep>>,
+    scanner: Scanner,
 }
 
 /// How long a broker may be silent, while it owes a heartbeat.
@@ -173,6 +176,7 @@ impl Wire {
         tls: Option<Arc<ClientConfig>>,
         cut: CancellationToken,
         patience: Patience,
+        returns: Returns,
     ) -> io::Result<Compat<Self>> {
         let tcp = TcpStream::connect((host.trim_matches(['[', ']']), port)).await?;
         tcp.set_nodelay(true)?;
@@ -186,7 +190,8 @@ impl Wire {
             }
         };
         let late = Box::pin(sleep_until(patience.end()));
-        Ok(Self { stream, cut: Box::pin(cut.cancelled_owned()), patience, late }.compat())
+        let (cut, scanner) = (Box::pin(cut.cancelled_owned()), Scanner::new(returns));
+        Ok(Self { stream, cut, patience, late, scanner }.compat())
     }
 
     fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {
@@ -200,8 +205,10 @@ impl Wire {
 impl AsyncRead for Wire {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.check(context)?;
+        let before = into.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(context, into);
         if read.is_ready() {
+            self.scanner.see(&into.filled()[before..]);
             let end = self.patience.end();
             self.late.as_mut().reset(end);
         } else if self.late.as_mut().poll(context).is_ready() {

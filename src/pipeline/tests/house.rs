@@ -271,6 +271,7 @@ pub(crate) fn rule(name: &str, witness: &str) -> Rule {
         signature_type: SignatureType::Default,
         trigger: Trigger::Automatic,
         formats: vec![Format::Cosign],
+        expiry: None,
         untagged: false,
         enabled: true,
     }

@@ -194,6 +194,30 @@ async fn an_equal_bundle_that_another_replica_lists_meanwhile_is_not_doubled() {
     assert_eq!(house.outcome(&digest).await.0, Outcome::AlreadySigned);
 }
 
+/// There nothing is read before the write, unless signing took so long that another replica may have been at it.
+#[tokio::test]
+async fn an_equal_bundle_that_another_replica_stores_while_the_key_is_slow_is_not_doubled() {
+    let house = House::new().await;
+    house.registry.store().has_api = true;
+    let digest = house.image("slow");
+    let theirs = house.bundle_from_elsewhere("slow", "2026-01-01T00:00:00Z").await;
+    *house.key.slow.lock().unwrap() = Duration::from_millis(2100);
+    let mut looks = 0;
+    house.registry.on_request(move |asked, store| {
+        if asked.starts_with("GET team/app/referrers/") {
+            looks += 1;
+            if looks == 2 {
+                store_referrer(store, &theirs);
+            }
+        }
+        Act::Serve
+    });
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(bundles())).await;
+    assert_eq!(house.bundled(&digest), 1);
+    assert_eq!(house.outcome(&digest).await.0, Outcome::AlreadySigned);
+}
+
 #[tokio::test]
 async fn a_bundle_is_found_however_it_is_listed_and_none_but_a_signature_counts() {
     let house = House::new().await;

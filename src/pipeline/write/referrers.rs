@@ -6,10 +6,11 @@ use std::collections::{HashMap, HashSet};
 use bytes::Bytes;
 use futures::future::try_join_all;
 use jiff::Timestamp;
+use tokio::time::Instant;
 use tracing::debug;
 
 use super::{
-    Numbered, Ready, Store,
+    LOOK_IS_FRESH, Numbered, Ready, Store,
     tag::{self, Addition, Merged, pause},
 };
 use crate::{
@@ -36,8 +37,9 @@ pub(super) struct ReferrerStore<'a> {
     subject: &'a Digest,
     manifest: notation::Target,
     now: Timestamp,
-    /// Whether the registry listed them itself.
+    /// Whether the registry listed them itself, and when.
     by_api: bool,
+    looked: Instant,
     /// What has been read of them: None of those that are no signatures.
     read: HashMap<Digest, Option<(Format, Claim)>>,
 }
@@ -46,7 +48,7 @@ impl<'a> ReferrerStore<'a> {
     pub(super) fn new(registry: &'a Registry, target: &'a Target, now: Timestamp) -> Self {
         let (repository, subject) = (target.subject.repository(), target.subject.digest());
         let manifest = notation::Target::of(&target.subject);
-        Self { registry, repository, subject, manifest, now, by_api: false, read: HashMap::new() }
+        Self { registry, repository, subject, manifest, now, by_api: false, looked: Instant::now(), read: HashMap::new() }
     }
 
     /// Which of these are among the listed, valid.
@@ -152,6 +154,7 @@ impl Store for ReferrerStore<'_> {
     }
 
     async fn look(&mut self, wanted: &[Numbered<'_>]) -> Result<HashSet<usize>, Error> {
+        self.looked = Instant::now();
         let listed = self.registry.referrers(self.repository, self.subject).await?;
         self.by_api = listed.is_by_api();
         self.find(&listed, wanted).await
@@ -162,13 +165,23 @@ impl Store for ReferrerStore<'_> {
     }
 
     async fn write(&mut self, ready: &[Ready<'_>]) -> Result<HashSet<usize>, Error> {
-        self.put(artifacts(ready).map(|(_, referrer)| referrer)).await?;
-        let written: Vec<_> = artifacts(ready).map(|(_, referrer)| referrer.digest()).collect();
+        let mut ready: Vec<&Ready<'_>> = ready.iter().collect();
+        // Nobody has to read what the registry keeps. But after a while another replica may have signed, and this one be late.
+        if self.by_api && self.looked.elapsed() > LOOK_IS_FRESH {
+            let wanted: Vec<Numbered<'_>> = ready.iter().map(|one| (one.index, one.wanted)).collect();
+            let theirs = self.look(&wanted).await?;
+            ready.retain(|one| !theirs.contains(&one.index));
+        }
+        if ready.is_empty() {
+            return Ok(HashSet::new());
+        }
+        self.put(artifacts(&ready).map(|(_, referrer)| referrer)).await?;
+        let written: Vec<_> = artifacts(&ready).map(|(_, referrer)| referrer.digest()).collect();
         if self.by_api && are_listed(self.registry, self.repository, self.subject, &written).await? {
             return Ok(ready.iter().map(|one| one.index).collect());
         }
         let (registry, repository, tag) = (self.registry, self.repository, Tag::referrers(self.subject));
-        let mut entries = Entries { store: self, ready, merged: vec![], ours: HashSet::new() };
+        let mut entries = Entries { store: self, ready: &ready, merged: vec![], ours: HashSet::new() };
         tag::add(registry, repository, &tag, &mut entries).await?;
         Ok(entries.ours)
     }
@@ -177,7 +190,7 @@ impl Store for ReferrerStore<'_> {
 /// What is added to the index under the fallback tag.
 struct Entries<'a, 's> {
     store: &'a mut ReferrerStore<'s>,
-    ready: &'a [Ready<'a>],
+    ready: &'a [&'a Ready<'a>],
     /// What the last merge added, and what was written of it.
     merged: Vec<usize>,
     ours: HashSet<usize>,
@@ -230,6 +243,6 @@ impl Entries<'_, '_> {
     }
 }
 
-fn artifacts<'a>(ready: &'a [Ready<'_>]) -> impl Iterator<Item = (&'a Ready<'a>, &'a Referrer)> {
-    ready.iter().filter_map(|one| Some((one, one.fresh.artifact().referrer()?)))
+fn artifacts<'a>(ready: &'a [&'a Ready<'a>]) -> impl Iterator<Item = (&'a Ready<'a>, &'a Referrer)> {
+    ready.iter().filter_map(|one| Some((*one, one.fresh.artifact().referrer()?)))
 }

@@ -91,6 +91,9 @@ impl ReferrersIndex {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use proptest::prelude::*;
     use serde_json::{Value, json};
 
     use super::*;
@@ -119,6 +122,24 @@ mod tests {
         let again = ReferrersIndex::read(media_type::OCI_INDEX, &bytes).unwrap();
         assert_eq!(again.entries().len(), 2);
         assert!(again.contains(&Digest::of(b"ours")));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(names: BTreeSet<String>, artifact_type: Option<String>, annotations: BTreeMap<String, String>) {
+            let with = |name: &String| Descriptor {
+                artifact_type: artifact_type.clone(),
+                annotations: annotations.clone(),
+                ..entry(name)
+            };
+            let entries: Vec<_> = names.iter().map(with).collect();
+            let mut written = ReferrersIndex::empty();
+            for one in entries.iter().chain(&entries) {
+                written.add(one).unwrap();
+            }
+            let read = ReferrersIndex::read(media_type::OCI_INDEX, &written.to_bytes().unwrap()).unwrap();
+            prop_assert_eq!(read.entries(), &entries);
+        }
     }
 
     #[test]

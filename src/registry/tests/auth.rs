@@ -204,3 +204,37 @@ async fn settings_that_cannot_work_are_refused_at_once() {
     let nested = Registry::new(settings("https://artifacts.example.com/api/docker/main/")).unwrap();
     assert_eq!(nested.0.base, "https://artifacts.example.com/api/docker/main/v2/");
 }
+
+/// As Harbor has it in a project that lets only signed images be pulled: one that is not signed yet may be read by who may push and is
+/// called cosign, and by nobody else.
+#[tokio::test]
+async fn an_image_that_may_not_be_pulled_unsigned_is_read_by_the_right_to_push() {
+    let rights = |may_push: bool| {
+        Fake::start(move |seen| {
+            let scope = if seen.target.contains("push") && may_push { "pull,push" } else { "pull" };
+            respond(200, &[], format!(r#"{{"token":"{scope}","expires_in":300}}"#))
+        })
+    };
+    for may_push in [true, false] {
+        let service = rights(may_push).await;
+        let value = bearer(&service);
+        let fake = Fake::start(move |seen| match seen.header("authorization") {
+            Some("Bearer pull,push") if seen.header("user-agent").unwrap().contains("cosign") => serve_image(),
+            Some(_) => refuse(412, "PROJECTPOLICYVIOLATION", "The image is not signed by cosign."),
+            None => challenge(&value),
+        })
+        .await;
+        let registry = fake.member();
+        let read = registry.manifest(&app(), &one()).await;
+        if may_push {
+            read.unwrap().unwrap();
+            assert_eq!((fake.seen().len(), service.seen().len()), (3, 2), "the challenge, the refusal, the image");
+            continue;
+        }
+        let error = read.unwrap_err();
+        assert!(matches!(error, Error::Policy { .. }), "{error:?}");
+        let Verdict::Refuse { cure } = error.verdict() else { panic!("{error:?}") };
+        assert!(cure.contains("to push to this repository"), "{cure}");
+        assert!(fake.seen().len() <= 4, "{:?}", fake.seen());
+    }
+}

@@ -72,6 +72,26 @@ async fn not_there_is_believed_only_in_a_registrys_own_words() {
 }
 
 #[tokio::test]
+async fn a_tag_whose_manifest_is_deleted_in_that_moment_is_not_taken_for_no_tag() {
+    let gone = || {
+        let detail = serde_json::json!({ "Name": "team/app", "Revision": Digest::of(b"before") });
+        let body =
+            serde_json::json!({ "errors": [{ "code": "MANIFEST_UNKNOWN", "message": "manifest unknown", "detail": detail }] });
+        respond(404, &[("content-type", "application/json")], body.to_string())
+    };
+    let fake = Fake::in_turn(vec![gone, gone, serve_image]).await;
+    assert!(fake.client().manifest(&app(), &one()).await.unwrap().is_some());
+    // A tag that names nothing for good is as good as none.
+    let fake = Fake::start(move |_| gone()).await;
+    assert_eq!(fake.client().manifest(&app(), &one()).await.unwrap(), None);
+    assert!((2..10).contains(&fake.seen().len()));
+    // By its digest it is simply not there.
+    let fake = Fake::start(move |_| gone()).await;
+    assert_eq!(fake.client().manifest(&app(), &Digest::of(b"before").into()).await.unwrap(), None);
+    assert_eq!(fake.seen().len(), 1);
+}
+
+#[tokio::test]
 async fn a_tag_is_resolved_by_its_content_where_the_header_is_missing() {
     let fake = Fake::start(|seen| if seen.method == Method::HEAD { status(200) } else { serve_image() }).await;
     assert_eq!(fake.client().resolve(&app(), &tag("1")).await.unwrap(), Some(Digest::of(&image())));
@@ -176,9 +196,25 @@ async fn refused_writes_say_whether_to_come_again() {
         assert!(matches!(error, Error::ReadOnly { .. }), "{error:?}");
         assert_eq!(error.verdict(), Verdict::TRANSIENT);
     }
-    let error = put(|| refuse(403, "DENIED", "quota\n\u{1b}[31m exceeded")).await;
+    for answer in [
+        || {
+            refuse(
+                403,
+                "DENIED",
+                "adding 1.0 KiB of storage resource, which when updated to … will exceed the configured upper limit",
+            )
+        },
+        || refuse(403, "DENIED", "quota\n\u{1b}[31m exceeded"),
+        || refuse(400, "QUOTA_EXCEEDED", "Quota has been exceeded on namespace"),
+    ] {
+        let error = put(answer).await;
+        assert!(matches!(error, Error::Quota { .. }), "{error:?}");
+        let Verdict::Refuse { cure } = error.verdict() else { panic!("{error:?}") };
+        assert!(cure.contains("quota") && !error.to_string().contains('\n'), "{error}: {cure}");
+    }
+    let error = put(|| refuse(403, "DENIED", "no\n\u{1b}[31m way")).await;
     assert!(matches!(error, Error::Denied { .. }), "{error:?}");
-    assert!(error.to_string().contains(r"quota\n\u{1b}[31m exceeded"), "{error}");
+    assert!(error.to_string().contains(r"no\n\u{1b}[31m way"), "{error}");
     let error = put(|| refuse(413, "SIZE_INVALID", &"long ".repeat(10_000))).await;
     assert!(matches!(error, Error::Rejected { .. }), "{error:?}");
     assert!(error.to_string().len() < 600, "{error}");

@@ -134,7 +134,8 @@ async fn requests_have_what_registries_need_to_see() {
     registry.put_manifest(&app(), &one(), media_type::OCI_MANIFEST, image()).await.unwrap();
     let seen = fake.seen();
     assert_eq!(seen.len(), 4);
-    assert!(seen.iter().all(|request| request.header("user-agent").unwrap().starts_with("countersign/")));
+    let agent = |request: &Seen| request.header("user-agent").unwrap().to_owned();
+    assert!(seen.iter().map(agent).all(|agent| agent.starts_with("countersign/") && agent.contains("cosign ")), "{seen:?}");
     assert!(seen.iter().all(|request| request.header("accept-encoding").is_none()));
     assert!(seen[0].is("GET", "/v2/team/app/manifests/1"));
     assert_eq!(seen[0].header("accept"), Some(media_type::ACCEPT_MANIFESTS));

@@ -196,6 +196,10 @@ impl Layer {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
     use super::*;
     use crate::{
         kms::RawSignature,
@@ -230,6 +234,32 @@ mod tests {
         assert_eq!(after["layers"].as_array().unwrap()[..3], document["layers"].as_array().unwrap()[..3]);
         assert_eq!(after["layers"].as_array().unwrap().len(), 4);
         assert_eq!(after["mediaType"], media_type::OCI_MANIFEST);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(
+            tag in "[A-Za-z0-9_][A-Za-z0-9._-]{0,40}",
+            path in "[a-z0-9]{1,9}(/[a-z0-9]{1,9}){0,4}",
+            signatures: BTreeSet<Vec<u8>>,
+        ) {
+            let reference = format!("registry.example.com:5000/{path}:{tag}");
+            let prepared = prepared(&reference);
+            let layers: Vec<_> = signatures.iter().map(|one| prepared.assemble(&RawSignature(one.clone()))).collect();
+            let mut written = SignatureManifest::empty();
+            written.add(layers.clone()).unwrap();
+            let read = SignatureManifest::read(media_type::OCI_MANIFEST, &written.to_bytes().unwrap()).unwrap();
+            prop_assert_eq!(read.layers(), &layers);
+            for (layer, signature) in read.layers().iter().zip(signatures) {
+                let claim = layer.claim(prepared.payload()).unwrap();
+                prop_assert_eq!((claim.signature, claim.signed_sha256), (signature, *prepared.payload_sha256()));
+                prop_assert_eq!((claim.reference, claim.digests), (Some(reference.clone()), vec![Digest::of(IMAGE)]));
+            }
+            // And taken along to another place.
+            let mut copied = SignatureManifest::empty();
+            copied.add_entries(&read.entries().collect::<Vec<_>>()).unwrap();
+            prop_assert_eq!(copied.to_bytes().unwrap(), written.to_bytes().unwrap());
+        }
     }
 
     #[test]

@@ -38,7 +38,8 @@ pub async fn measure(scale: Scale) -> Result<Table> {
     let plan = Plan { queue, environment, ..Plan::new(registry.host(), 32, rule("bench", "bench", Keys::P256)) };
     let stage = Stage::start(plan).await?;
     let begun = Instant::now();
-    at_once(stage.host(), 64, Until::Count(letters), &Arc::new(Deadly(Flood::new(&registry.host(), "bench/app")))).await?;
+    let deadly = Arc::new(Deadly(Flood::new(&registry.host(), "bench/app")));
+    at_once(stage.host(), 64, Until::Count(letters), &deadly).await.with_context(|| stage.log_end())?;
     let wanted = u64::try_from(letters)?;
     let buried = async || Ok((Box::pin(dead(&stage)).await?.0 == wanted).then_some(()));
     eventually("all are buried", Duration::from_secs(900), buried).await?;

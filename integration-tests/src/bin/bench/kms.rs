@@ -1,6 +1,7 @@
 //! Signatures per second and the time that one takes, through countersign's clients of KMSs and by the same requests made bare.
 
 use std::future::Future;
+use std::process::{Command, ExitStatus};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -14,11 +15,17 @@ use bytes::Bytes;
 use countersign::clock::Clock;
 use countersign::kms::{self, Algorithm, Environment, KeySpec};
 use countersign::witness::{Witness, WitnessSettings};
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::{Attribute, ObjectClass};
+use cryptoki::slot::Slot;
 use integration_tests::alibaba::{self, Fake, NEW};
 use integration_tests::house::Keys;
 use integration_tests::keys::{in_ministack, in_openbao};
 use integration_tests::ministack::{Credentials, Ministack};
 use integration_tests::openbao::OpenBao;
+use integration_tests::softhsm::{MODULE, SoftHsm, TOKEN};
+use integration_tests::{azure, google};
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::json;
 use tokio::task::JoinSet;
@@ -26,6 +33,11 @@ use tokio::task::JoinSet;
 use crate::Scale;
 use crate::report::{Aim, Cell, Table, float, median, milliseconds, number, percentile, text};
 use crate::wire::Done;
+
+/// Of the clouds' fakes: nearer than any cloud, and far enough that what is compared is not this machine's processor with itself.
+const DISTANCE: Duration = Duration::from_millis(2);
+/// Of the key in the token.
+const LABEL: &str = "release";
 
 /// As many as a witness has under way at most.
 const AT_ONCE: usize = 16;
@@ -61,6 +73,7 @@ pub async fn measure(scale: Scale) -> Result<Table> {
 
     #[expect(clippy::disallowed_methods, reason = "the fake has a clock of its own")]
     let fake = Fake::start(Arc::new(jiff::Timestamp::now)).await;
+    fake.stand_off(DISTANCE);
     let names = ["ALIBABA_CLOUD_ACCESS_KEY_ID", "ALIBABA_CLOUD_ACCESS_KEY_SECRET"];
     let environment: Vec<_> = names.into_iter().zip(alibaba::BASE.map(str::to_owned)).collect();
     let ours = witness(&format!("alibabakms://http://{}//key-ec/versions/{NEW}", fake.address), &environment).await?;
@@ -70,8 +83,35 @@ pub async fn measure(scale: Scale) -> Result<Table> {
     };
     compare(&mut table, scale, "Alibaba Cloud (fake)", &ours, bare, 6000).await?;
 
+    #[expect(clippy::disallowed_methods, reason = "the fake has a clock of its own")]
+    let fake = google::Fake::start(Arc::new(jiff::Timestamp::now)).await;
+    fake.stand_off(DISTANCE);
+    let account = tempfile::NamedTempFile::new()?;
+    std::fs::write(account.path(), fake.service_account().to_string())?;
+    let account = account.path().to_str().context("a path that is no text")?.to_owned();
+    let version = "EC_SIGN_P256_SHA256/cryptoKeyVersions/10";
+    let ours = witness(&fake.uri(version), &[("GOOGLE_APPLICATION_CREDENTIALS", account)]).await?;
+    let bare = |digest: &[u8; 32]| {
+        let (path, headers, body) = fake.signing(version, digest);
+        Request::new(format!("http://{}{path}", fake.address), headers, body)
+    };
+    compare(&mut table, scale, "Google Cloud (fake)", &ours, bare, 6000).await?;
+
+    #[expect(clippy::disallowed_methods, reason = "the fake has a clock of its own")]
+    let fake = azure::Fake::start(Arc::new(jiff::Timestamp::now)).await;
+    fake.stand_off(DISTANCE);
+    let key = format!("EC-P256/{}", azure::NEW);
+    let ours = witness(&fake.uri(&key), &fake.variables()).await?;
+    let bare = |digest: &[u8; 32]| {
+        let (path, headers, body) = fake.signing(&key, digest);
+        Request::new(format!("http://{}{path}", fake.address), headers, body)
+    };
+    compare(&mut table, scale, "Azure (fake)", &ours, bare, 6000).await?;
+
+    soft_hsm(&mut table, scale).await?;
     file(&mut table, scale).await?;
     table.note("ours: credentials, the request's signature, the KMS's answer, and its signature verified; bare: requests made beforehand, on one reqwest client");
+    table.note("the fakes of clouds answer after 2 ms, which no cloud's KMS does sooner");
     table.note("rounds of the two are interleaved; times and ratios are medians; KMSs and clients share the machine");
     table.close();
     Ok(table)
@@ -155,6 +195,64 @@ async fn compare(
         }
     }
     Ok(())
+}
+
+/// A key in SoftHSM, beside bare calls of its module, a session for each that is under way. This process sees the token because
+/// [`with_a_token`] has started it.
+async fn soft_hsm(table: &mut Table, scale: Scale) -> Result<()> {
+    let hsm = SoftHsm::here().context("this process sees no token")?;
+    let ours = witness(&hsm.uri(LABEL), &[]).await?;
+    let module = Pkcs11::new(MODULE)?;
+    // The witness has done so.
+    let _ = module.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK));
+    let slots = module.get_slots_with_initialized_token()?;
+    let is_ours = |slot: &&Slot| module.get_token_info(**slot).is_ok_and(|token| token.label() == TOKEN);
+    let slot = *slots.iter().find(is_ours).context("the token is there")?;
+    let sessions = (0..AT_ONCE).map(|_| {
+        let session = module.open_ro_session(slot)?;
+        let wanted = [Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::Label(LABEL.into())];
+        let key = *session.find_objects(&wanted)?.first().context("the key is there")?;
+        anyhow::Ok(std::sync::Mutex::new((session, key)))
+    });
+    let sessions: Arc<Vec<_>> = Arc::new(sessions.collect::<Result<_>>()?);
+    for (at_once, count) in [(1, scale.of(1500)), (AT_ONCE, scale.of(6000))] {
+        let mut rounds = Vec::new();
+        for _ in 0..scale.rounds {
+            let sessions = Arc::clone(&sessions);
+            let bare = run(at_once, count, move |number| {
+                let sessions = Arc::clone(&sessions);
+                async move {
+                    let signing = tokio::task::spawn_blocking(move || {
+                        let held = sessions[number % at_once].lock();
+                        let (session, key) = &*held.unwrap_or_else(std::sync::PoisonError::into_inner);
+                        session.sign(&Mechanism::Ecdsa, *key, &[7; 32]).map(drop)
+                    });
+                    Ok(signing.await??)
+                }
+            })
+            .await?;
+            let ours = Arc::clone(&ours);
+            let signed = run(at_once, count, move |_| {
+                let ours = Arc::clone(&ours);
+                async move { Ok(ours.sign(Algorithm::EcdsaSha256, &[7; 32]).await.map(drop)?) }
+            })
+            .await?;
+            rounds.push((signed, bare));
+        }
+        row(table, "SoftHSM (bare: its module alone)", at_once, rounds);
+    }
+    Ok(())
+}
+
+/// Runs this command once more, as a process that sees a token with a key: a module reads from its environment which it sees.
+pub fn with_a_token() -> Result<Option<ExitStatus>> {
+    if SoftHsm::here().is_some() {
+        return Ok(None);
+    }
+    let hsm = SoftHsm::start()?;
+    hsm.key("EC:prime256v1", LABEL, 1)?;
+    let mut again = Command::new(std::env::current_exe()?);
+    Ok(Some(again.args(std::env::args_os().skip(1)).envs(hsm.there()).status()?))
 }
 
 /// A key in a file, beside the library that signs for it.

@@ -33,15 +33,38 @@ use integration_tests::{daemon, process};
 use crate::report::{load_average, summary, target};
 
 #[cfg(feature = "kms")]
-const PARTS: [&str; 11] =
-    ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign", "admission", "kms"];
+const PARTS: [&str; 12] = [
+    "signing",
+    "requests",
+    "latency",
+    "events",
+    "memory",
+    "rules",
+    "rabbitmq-intake",
+    "rabbitmq-signing",
+    "dead-letters",
+    "cosign",
+    "admission",
+    "kms",
+];
 #[cfg(not(feature = "kms"))]
-const PARTS: [&str; 10] =
-    ["signing", "requests", "latency", "events", "memory", "rules", "rabbitmq", "dead-letters", "cosign", "admission"];
+const PARTS: [&str; 11] = [
+    "signing",
+    "requests",
+    "latency",
+    "events",
+    "memory",
+    "rules",
+    "rabbitmq-intake",
+    "rabbitmq-signing",
+    "dead-letters",
+    "cosign",
+    "admission",
+];
 const USAGE: &str = "usage: bench [--quick] [--only NAME]...
   --quick       small numbers and one round, to see that it works
-  --only NAME   only this part: signing, requests, latency, events, memory, rules, rabbitmq,
-                dead-letters, cosign, admission or, with the feature kms, kms";
+  --only NAME   only this part: signing, requests, latency, events, memory, rules,
+                rabbitmq-intake, rabbitmq-signing, dead-letters, cosign, admission or, with the feature kms, kms";
 
 /// How much of it.
 #[derive(Debug, Clone, Copy)]
@@ -70,6 +93,12 @@ async fn main() -> Result<ExitCode> {
         eprintln!("{USAGE}");
         return Ok(ExitCode::from(2));
     };
+    #[cfg(feature = "kms")]
+    if parts.contains(&"kms")
+        && let Some(status) = kms::with_a_token()?
+    {
+        return Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
     process::be_quiet();
     let begun = Instant::now();
     println!("{}; {} processors, load average {}", daemon::binary()?.display(), processors(), load_average());
@@ -85,7 +114,8 @@ async fn main() -> Result<ExitCode> {
             "events" => events::measure(scale).await,
             "memory" => memory::measure(scale).await,
             "rules" => rules::measure(scale).await,
-            "rabbitmq" => rabbitmq::measure(scale).await,
+            "rabbitmq-intake" => rabbitmq::intake(scale).await,
+            "rabbitmq-signing" => rabbitmq::signing(scale).await,
             "dead-letters" => dead_letters::measure(scale).await,
             "cosign" => cosign::measure(scale).await,
             "admission" => admission::measure(scale).await,

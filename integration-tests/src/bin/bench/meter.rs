@@ -18,6 +18,14 @@ pub fn cpu(pid: u32) -> Result<f64> {
     Ok((ticks(11)? + ticks(12)?) / 100.0)
 }
 
+/// The same of a process and those that it has started.
+pub fn cpu_of_family(pid: u32) -> Result<f64> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    // One that has ended meanwhile is none any more.
+    let children = children.split_whitespace().filter_map(|child| cpu(child.parse().ok()?).ok());
+    Ok(cpu(pid)? + children.sum::<f64>())
+}
+
 /// The library that counts a program's syncs and slows them down, of the queue's own benchmark.
 pub struct Syncs {
     folder: TempDir,

@@ -50,6 +50,8 @@ impl Plan {
     }
 }
 
+const KEY: &str = "release.key.pem";
+
 pub struct Stage {
     // Dropped in this order: the daemon first.
     daemon: Daemon,
@@ -66,7 +68,7 @@ impl Stage {
         let on_disk = || tempfile::Builder::new().prefix("bench-").tempdir_in(target()?).context("make a folder on the disk");
         let state = plan.on_disk.then(on_disk).transpose()?;
         let state_path = state.as_ref().map_or_else(|| folder.path().join("state"), |state| state.path().join("state"));
-        let key_path = folder.path().join("release.key.pem");
+        let key_path = folder.path().join(KEY);
         let key_uri = if let Some(uri) = &plan.key_uri {
             uri.clone()
         } else {
@@ -163,7 +165,7 @@ impl Stage {
             );
             // A scrape costs both sides something: ask seldom while there is much left, and often towards the end.
             let left = float(wanted - ended) / float(ended - before).max(1.0) * begun.elapsed().as_secs_f64();
-            tokio::time::sleep(Duration::from_secs_f64((left * 0.4).clamp(0.001, 0.05))).await;
+            tokio::time::sleep(Duration::from_secs_f64((left * 0.4).clamp(0.005, 0.5))).await;
         }
     }
 
@@ -181,12 +183,27 @@ impl Stage {
 
     /// The witness's public key.
     pub async fn public_key_pem(&self) -> Result<String> {
-        let config = self.folder.path().join("countersign.toml");
-        let arguments = ["witness", "public-key", "release", "--config", config.to_str().context("no text")?];
+        self.of_witness("public-key").await
+    }
+
+    /// The certificate that its notation signatures name.
+    pub async fn certificate_pem(&self) -> Result<String> {
+        self.of_witness("certificate").await
+    }
+
+    /// The private key, where [`Plan::key_uri`] names no other.
+    pub fn key(&self) -> PathBuf {
+        self.folder.path().join(KEY)
+    }
+
+    async fn of_witness(&self, what: &str) -> Result<String> {
+        let config = self.config();
+        let arguments = ["witness", what, "release", "--config", config.to_str().context("no text")?];
         Ok(daemon::run(&arguments, &self.plan.environment).await?.expect_code(0)?.stdout)
     }
 
-    fn log_end(&self) -> String {
+    /// The last lines of its log.
+    pub fn log_end(&self) -> String {
         let logged = self.daemon.logged();
         let lines: Vec<&str> = logged.lines().collect();
         lines[lines.len().saturating_sub(20)..].join("\n")
