@@ -144,6 +144,8 @@ async fn a_bad_policy_closes_its_namespace_says_why_and_harms_no_other() -> Resu
     let said = scene.until_ready_is(POLICIES, "shop", "False").await?;
     assert!(said.contains("no Witness is named \"nobody\"") && said.ends_with("nothing is admitted to shop"), "{said}");
     assert!(scene.webhook.create("payments", &scene.signed).await?.allowed);
+    let logged = scene.webhook.logged();
+    assert_eq!(logged.matches("a resource of the cluster cannot be used kind=SecurityPolicy name=shop").count(), 1, "{logged}");
     let metrics = scene.webhook.metrics().await?;
     let refused = [("kind", "SecurityPolicy"), ("state", "refused")];
     assert_eq!(metrics.count("countersign_admission_resources", &refused), 1);

@@ -1,7 +1,7 @@
 //! What the webhook has of its cluster's API: the resources that it follows, the secrets that it reads, the Events that it
 //! writes. All of it runs beside the reviews, and none of them waits for it but to read a secret.
 
-use std::{future::ready, sync::Arc, time::Duration};
+use std::{collections::HashSet, future::ready, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, StreamExt as _, stream};
 use kube::{
@@ -119,11 +119,19 @@ impl OfCluster {
         }
     }
 
-    /// Has each resource's status say what became of it.
+    /// Has each resource's status say what became of it, and the log of those that cannot be used, once.
     pub(super) fn tell(&self, states: Vec<State>) {
-        if let Some(followed) = &self.followed {
-            followed.states.send_replace(Arc::new(states));
+        fn refused(states: &[State]) -> impl Iterator<Item = (&'static str, &str, &str)> {
+            let refused = states.iter().filter(|state| !state.is_ready);
+            refused.map(|state| (state.kind.name(), state.name(), state.message.as_str()))
         }
+        let Some(followed) = &self.followed else { return };
+        let told = followed.states.borrow().clone();
+        let told: HashSet<_> = refused(&told).collect();
+        for (kind, name, problem) in refused(&states).filter(|problem| !told.contains(problem)) {
+            warn!(kind, name, problem, "a resource of the cluster cannot be used");
+        }
+        followed.states.send_replace(Arc::new(states));
     }
 
     /// Ready once the resources have been read. That they cannot be read any more takes nobody out of service.
