@@ -251,7 +251,8 @@ async fn a_registry_is_logged_in_to_with_the_secrets_of_the_pod_or_of_its_servic
     assert!(by_account.allowed, "{by_account:?}");
     scene.api.requests();
     assert!(create(&of(&["wrong", "good"])).await?.allowed);
-    assert_eq!(scene.api.requests(), [""; 0], "what is known of the image needs no secret");
+    let read: Vec<_> = scene.api.requests().into_iter().filter(|request| request.contains("/namespaces/payments/")).collect();
+    assert_eq!(read, [""; 0], "what is known of the image needs no secret");
     assert!(!scene.webhook.logged().contains(&BASE64_STANDARD.encode(auths.to_string())));
     Ok(())
 }
