@@ -18,8 +18,11 @@ use crate::process::{Process, free_ports, scratch, tool};
 pub const ADMIN: &str = "admin";
 /// May do everything, and is of the group `oncall`.
 pub const ANNA: &str = "anna";
+/// May do nothing that it is not granted.
+pub const WEBHOOK: &str = "webhook";
 
-const TOKENS: &str = "token-of-admin,admin,1,\"system:masters\"\ntoken-of-anna,anna,2,\"system:masters,oncall\"\n";
+const TOKENS: &str = "token-of-admin,admin,1,\"system:masters\"\ntoken-of-anna,anna,2,\"system:masters,oncall\"\n\
+                      token-of-webhook,webhook,3\n";
 /// Writes what webhooks annotate into the audit log.
 const AUDIT: &str = "apiVersion: audit.k8s.io/v1\nkind: Policy\nomitStages: [RequestReceived]\nrules: [{level: Metadata}]\n";
 const READY: Duration = Duration::from_secs(120);
@@ -97,7 +100,7 @@ impl Cluster {
             http.get(&url).bearer_auth("token-of-admin").send().await.is_ok_and(|answer| answer.status().is_success())
         };
         self.server.wait_ready(READY, ready).await?;
-        for user in [ADMIN, ANNA] {
+        for user in [ADMIN, ANNA, WEBHOOK] {
             fs::write(self.kubeconfig(user), self.login(user).to_string())?;
         }
         Ok(())

@@ -102,11 +102,20 @@ impl Webhook {
 
     /// Starts it on the port that it had.
     pub async fn start_again(&mut self) -> Result<()> {
+        self.start_until("/readyz").await
+    }
+
+    /// The same, and waits only until it answers.
+    pub async fn start_unready(&mut self) -> Result<()> {
+        self.start_until("/livez").await
+    }
+
+    async fn start_until(&mut self, probe: &str) -> Result<()> {
         let mut command = Command::new(binary()?);
         command.arg("admission").arg("--config").arg(&self.config);
         let process =
             self.process.insert(Process::start("countersign admission", &mut command, &self.config.with_extension("log"))?);
-        let (http, probe) = (&self.http, format!("https://127.0.0.1:{}/readyz", self.port));
+        let (http, probe) = (&self.http, format!("https://127.0.0.1:{}{probe}", self.port));
         let ready = || async { http.get(&probe).send().await.is_ok_and(|answer| answer.status().is_success()) };
         process.wait_ready(Duration::from_secs(60), ready).await
     }

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use integration_tests::daemon::Output;
 use integration_tests::house::{House, Plan};
 use integration_tests::image::Image;
-use integration_tests::kubernetes::{ADMIN, ANNA, Cluster};
+use integration_tests::kubernetes::{ADMIN, ANNA, Cluster, WEBHOOK};
 use integration_tests::process::{eventually, scratch};
 use integration_tests::webhook::{SERVICE, Webhook};
 use serde_json::{Value, json};
@@ -44,7 +44,7 @@ impl Scene {
              {{ group = \"argoproj.io\", kind = \"Rollout\", paths = [\"spec.template\"] }},\n]\n\
              [[registry]]\nname = \"{}\"\nurl = \"{}\"\n\
              [[witness]]\nname = \"release\"\nkey = \"awskms:///alias/never-asked?region=eu-west-1\"\npublic_key = \"{}\"\n{}{}{}{}",
-            cluster.kubeconfig(ADMIN).display(),
+            cluster.kubeconfig(WEBHOOK).display(),
             house.registry.host(),
             house.registry.url(),
             house.public_key_path().display(),
@@ -53,6 +53,7 @@ impl Scene {
             policy("warned", "warn"),
             policy("audited", "audit") + &(policy("pinned", "enforce") + "tags = \"resolve\"\n"),
         );
+        grant(&cluster, "events.k8s.io", &["events"], &["create"]).await?;
         let webhook = Webhook::start(&config).await?;
         for namespace in ["payments", "exempt", "warned", "audited", "pinned"] {
             cluster.kubectl(&["create", "namespace", namespace]).await?.expect_code(0)?;
@@ -90,6 +91,29 @@ impl Scene {
         let arguments = ["--namespace=payments", "patch", &named(object), "--type=json", "--patch", &patch];
         self.cluster.kubectl(&arguments).await.map(Some)
     }
+}
+
+/// Lets the webhook do this, as the README says what it needs.
+async fn grant(cluster: &Cluster, group: &str, resources: &[&str], verbs: &[&str]) -> Result<()> {
+    let role = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRole",
+        "metadata": {"name": format!("webhook-{}", resources[0].replace('/', "-"))},
+        "rules": [{"apiGroups": [group], "resources": resources, "verbs": verbs}],
+    });
+    let name = &role["metadata"]["name"];
+    let binding = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": name},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": WEBHOOK}],
+    });
+    cluster
+        .apply(&json!({"apiVersion": "v1", "kind": "List", "items": [role, binding]}).to_string(), &[])
+        .await?
+        .expect_code(0)?;
+    Ok(())
 }
 
 /// One image that is signed, and one that is not.
@@ -399,11 +423,15 @@ async fn policies_that_the_cluster_keeps_are_in_force_and_it_says_of_each_whethe
     }
     cluster.kubectl(&["create", "namespace", "payments"]).await?.expect_code(0)?;
     let config = format!(
-        "kubernetes = {{ kubeconfig = \"{}\", resources = true }}\n[[registry]]\nname = \"{}\"\nurl = \"{}\"\n",
-        cluster.kubeconfig(ADMIN).display(),
+        "kubernetes = {{ kubeconfig = \"{}\", resources = true, pull_secrets = true }}\n\
+         [[registry]]\nname = \"{}\"\nurl = \"{}\"\n",
+        cluster.kubeconfig(WEBHOOK).display(),
         house.registry.host(),
         house.registry.url(),
     );
+    grant(&cluster, "countersign.dev", &["securitypolicies", "witnesses"], &["get", "list", "watch"]).await?;
+    grant(&cluster, "countersign.dev", &["securitypolicies/status", "witnesses/status"], &["patch"]).await?;
+    grant(&cluster, "", &["secrets", "serviceaccounts"], &["get"]).await?;
     let webhook = Webhook::start(&config).await?;
     let resource = |kind: &str, name: &str, spec: &Value| {
         json!({"apiVersion": "countersign.dev/v1", "kind": kind, "metadata": {"name": name}, "spec": spec}).to_string()
@@ -433,7 +461,16 @@ async fn policies_that_the_cluster_keeps_are_in_force_and_it_says_of_each_whethe
     let pem = fs::read_to_string(scene.house.public_key_path())?;
     scene.cluster.apply(&resource("Witness", "release", &json!({"publicKey": pem})), &[]).await?.expect_code(0)?;
     until_ready_is(&scene.cluster, "True").await?;
-    scene.create(ADMIN, "payments", &pod("web", &scene.signed)).await?.expect_code(0)?;
+    // Pulled with a secret of its own, which the webhook reads and this registry does not mind.
+    let server = format!("--docker-server={}", scene.house.registry.host());
+    let secret = ["--namespace=payments", "create", "secret", "docker-registry", "pull", &server];
+    let login = ["--docker-username=tester", "--docker-password=tester"];
+    scene.cluster.kubectl(&[&secret[..], &login].concat()).await?.expect_code(0)?;
+    let mut web = pod("web", &scene.signed);
+    web["spec"]["imagePullSecrets"] = json!([{"name": "pull"}]);
+    scene.create(ADMIN, "payments", &web).await?.expect_code(0)?;
+    let read = scene.cluster.audited("pull")?.into_iter().find(|event| event["verb"] == "get").context("the secret was read")?;
+    assert_eq!((&read["user"]["username"], &read["responseStatus"]["code"]), (&json!(WEBHOOK), &json!(200)), "{read}");
     let why = denied(&scene.create(ADMIN, "payments", &pod("other", &scene.unsigned)).await?, &scene.unsigned);
     assert_eq!(why, "  policy payments: it is not signed, and witness release must have signed it");
     scene.cluster.kubectl(&["delete", "securitypolicy", "payments"]).await?.expect_code(0)?;

@@ -35,7 +35,7 @@ const AT_ONCE: usize = 128;
 /// Images that are remembered for not being signed.
 const DENIALS: usize = 4096;
 /// Accounts of registries, other than those of the configuration, whose tokens are kept.
-const ACCOUNTS: usize = 1024;
+const ACCOUNTS: usize = 256;
 
 /// The signatures of one digest in one repository.
 #[derive(Debug)]

@@ -86,7 +86,8 @@ pub struct Resources {
     pub closed: Vec<Closed>,
     /// By name, each with the `spec` that it was read from.
     pub witnesses: BTreeMap<String, (Known, Value)>,
-    pub states: Vec<State>,
+    /// None: they have not been read yet.
+    pub states: Option<Vec<State>>,
 }
 
 impl Resources {
@@ -96,7 +97,7 @@ impl Resources {
             let everywhere = Closed { name: "(resources)".to_owned(), namespaces: vec!["*".to_owned()], reason: UNREAD.into() };
             return Self { closed: vec![everywhere], ..Self::default() };
         };
-        let mut this = Self::default();
+        let (mut this, mut states) = (Self::default(), vec![]);
         let mut unusable: HashMap<&str, Option<String>> = beside.witnesses.clone();
         for (name, object) in &**witnesses {
             let read = if beside.witnesses.contains_key(name.as_str()) {
@@ -116,15 +117,16 @@ impl Resources {
                     State::refused(Kind::Witness, object, &problem)
                 }
             };
-            this.states.push(state);
+            states.push(state);
         }
         for (name, object) in &**policies {
             let state = match this.take_policy(name, spec(object), beside, &unusable) {
                 Ok((reason, message)) => State::ready(Kind::SecurityPolicy, object, reason, message),
                 Err(problem) => State::refused(Kind::SecurityPolicy, object, &this.close(name, spec(object), problem, beside)),
             };
-            this.states.push(state);
+            states.push(state);
         }
+        this.states = Some(states);
         this
     }
 

@@ -318,7 +318,7 @@ impl Reloader {
 
     /// Changes nothing where nothing but a status is new.
     fn put_into_force(&mut self, mut resources: Resources) -> anyhow::Result<()> {
-        let states = std::mem::take(&mut resources.states);
+        let states = resources.states.take();
         let wanted = resources.policies.iter().chain(&self.config.policies).flat_map(|policy| &policy.witnesses);
         let spec = |name: &String| resources.witnesses.get(name).map(|(_, spec)| spec.clone());
         let new = InForce {
@@ -376,18 +376,18 @@ impl Reloader {
         let court = self.court(&config);
         let kept = self.of_cluster.as_ref().and_then(OfCluster::kept);
         let mut resources = kept.map_or_else(Resources::default, |kept| court.resources(&kept));
-        let states = std::mem::take(&mut resources.states);
+        let states = resources.states.take();
         let judge = court.judge(resources, None)?;
         let policies = judge.policies.all().len();
         // Nothing below can fail.
-        if let Some(of_cluster) = &self.of_cluster {
-            of_cluster.tell(states);
-        }
         if let Err(error) = self.log.set_filter(&config.log.level.to_string()) {
             tracing::warn!(error = &error as &dyn std::error::Error, "the log level stays as it was");
         }
         self.webhook.replace(judge);
         self.in_force = None;
+        if let Some(of_cluster) = &self.of_cluster {
+            of_cluster.tell(states);
+        }
         self.config = config;
         Ok(policies)
     }

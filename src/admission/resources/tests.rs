@@ -17,7 +17,7 @@ fn read(policies: &[(&str, Value)], witnesses: &[(&str, Value)], beside: &Beside
 }
 
 fn state<'a>(resources: &'a Resources, name: &str) -> &'a State {
-    resources.states.iter().find(|state| state.name() == name).unwrap()
+    resources.states.iter().flatten().find(|state| state.name() == name).unwrap()
 }
 
 fn closed<'a>(resources: &'a Resources) -> Vec<(&'a str, Vec<&'a str>)> {
@@ -41,6 +41,7 @@ fn as_long_as_not_both_kinds_were_read_nothing_is_admitted_anywhere() {
         Kept { policies: None, witnesses: Some(objects(&[])) },
     ] {
         let resources = Resources::read(&kept, &Beside::default());
+        assert!(resources.states.is_none());
         assert_eq!(closed(&resources), [("(resources)", vec!["*"])]);
         let policies = Policies::with_closed(resources.policies, resources.closed, None).unwrap();
         assert_eq!(policies.of("anywhere").len(), 1);

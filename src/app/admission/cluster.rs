@@ -1,7 +1,7 @@
 //! What the webhook has of its cluster's API: the resources that it follows, the secrets that it reads, the Events that it
 //! writes. All of it runs beside the reviews, and none of them waits for it but to read a secret.
 
-use std::{future::ready, sync::Arc, time::Duration};
+use std::{collections::HashSet, future::ready, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, StreamExt as _, stream};
 use kube::{
@@ -48,12 +48,15 @@ pub(super) struct OfCluster {
     followed: Option<Followed>,
 }
 
+type Told = Option<Arc<Vec<State>>>;
+
 /// The resources of both kinds, and what they are to be told.
 #[derive(Clone)]
 struct Followed {
     policies: watch::Receiver<Seen>,
     witnesses: watch::Receiver<Seen>,
-    states: watch::Sender<Arc<Vec<State>>>,
+    /// What became of those that are in force. None: they were not read yet.
+    states: watch::Sender<Told>,
     clock: Clock,
 }
 
@@ -119,11 +122,19 @@ impl OfCluster {
         }
     }
 
-    /// Has each resource's status say what became of it.
-    pub(super) fn tell(&self, states: Vec<State>) {
-        if let Some(followed) = &self.followed {
-            followed.states.send_replace(Arc::new(states));
+    /// Now that they are in force: has each resource's status say what became of it, and the log of those that cannot be used, once.
+    pub(super) fn tell(&self, states: Option<Vec<State>>) {
+        fn refused(states: &[State]) -> impl Iterator<Item = (&'static str, &str, &str)> {
+            let refused = states.iter().filter(|state| !state.is_ready);
+            refused.map(|state| (state.kind.name(), state.name(), state.message.as_str()))
         }
+        let (Some(followed), Some(states)) = (&self.followed, states) else { return };
+        let told = followed.states.borrow().clone().unwrap_or_default();
+        let told: HashSet<_> = refused(&told).collect();
+        for (kind, name, problem) in refused(&states).filter(|problem| !told.contains(problem)) {
+            warn!(kind, name, problem, "a resource of the cluster cannot be used");
+        }
+        followed.states.send_replace(Some(Arc::new(states)));
     }
 
     /// Ready once the resources have been read. That they cannot be read any more takes nobody out of service.
@@ -137,7 +148,8 @@ impl OfCluster {
                     let why = seen.lost.map(|lost| format!(": {}", lost.why)).unwrap_or_default();
                     format!("the {} resources have not been read yet{why}", kind.name())
                 });
-                async move { unread.map_or(Ok(()), Err) }
+                let waits = || read.states.borrow().is_none().then(|| "the resources are not in force yet".to_owned());
+                ready(unread.or_else(waits).map_or(Ok(()), Err))
             })
             .note(CHECK, move || {
                 let lost = lost.each().find_map(|(kind, seen)| Some((kind, seen.lost?)));
@@ -158,7 +170,7 @@ impl Followed {
             receiver
         };
         let (policies, witnesses) = (watched(ResourceKind::SecurityPolicy), watched(ResourceKind::Witness));
-        let (states, told) = watch::channel(Arc::default());
+        let (states, told) = watch::channel(None);
         lifecycle.spawn("statuses", write_statuses(cluster.clone(), clock.clone(), told, lifecycle.drain()));
         Self { policies, witnesses, states, clock: clock.clone() }
     }
@@ -174,7 +186,7 @@ impl Followed {
             let seconds = seen.lost.map_or(0, |lost| now.duration_since(lost.since).as_secs());
             Sample { name: FAMILIES[1].0, labels: vec![("kind", kind.name().to_owned())], value: seconds.try_into().unwrap_or(0) }
         });
-        let states = self.states.borrow().clone();
+        let states = self.states.borrow().clone().unwrap_or_default();
         let counts = ResourceKind::ALL.into_iter().flat_map(|kind| {
             [(true, "ready"), (false, "refused")].map(|(is_ready, word)| {
                 let count = states.iter().filter(|state| state.kind == kind && state.is_ready == is_ready).count();
@@ -193,9 +205,9 @@ pub(super) async fn read(cluster: &Cluster) -> Result<Kept, kubernetes::Error> {
 }
 
 /// Writes what is to be said and is not said yet, and the newest only.
-async fn write_statuses(cluster: Cluster, clock: Clock, mut told: watch::Receiver<Arc<Vec<State>>>, drain: CancellationToken) {
+async fn write_statuses(cluster: Cluster, clock: Clock, mut told: watch::Receiver<Told>, drain: CancellationToken) {
     loop {
-        let states = told.borrow_and_update().clone();
+        let states = told.borrow_and_update().clone().unwrap_or_default();
         let writes: Vec<_> = states.iter().map(|state| write_status(&cluster, &clock, state).boxed()).collect();
         let written = stream::iter(writes).buffer_unordered(AT_ONCE).take_until(drain.cancelled());
         let failed: Vec<_> = written.filter_map(|written| ready(written.err())).collect().await;
