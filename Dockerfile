@@ -14,7 +14,9 @@ COPY . .
 ARG CARGO_PROFILE_RELEASE_LTO=thin
 # What every file is dated: seconds since 1970.
 ARG SOURCE_DATE_EPOCH=0
-ENV CARGO_PROFILE_RELEASE_STRIP=symbols \
+# "s": every node pulls this image, and the time of a signature is that of the registry and the KMS.
+ENV CARGO_PROFILE_RELEASE_OPT_LEVEL=s \
+    CARGO_PROFILE_RELEASE_STRIP=symbols \
     CARGO_TARGET_DIR=/target \
     RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=/src=countersign --remap-path-prefix=/usr/local/cargo=cargo"
 # The target is named, or procedural macros would be asked to be static as well.
