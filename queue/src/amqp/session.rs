@@ -14,12 +14,10 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt as _, future::try_join_all, stream::SelectAll};
+use futures::{StreamExt as _, stream::SelectAll};
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection, Consumer, Event,
-    options::{
-        BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions,
-    },
+    Channel, Connection, Consumer, Event,
+    options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions},
     types::FieldTable,
 };
 use tokio::{
@@ -28,6 +26,9 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+mod publish;
+
+pub(super) use self::publish::Word;
 use super::{
     connect::{self, Address},
     returns::Returns,
@@ -37,22 +38,6 @@ use crate::Error;
 
 /// How long the broker may take to confirm a message, or to answer.
 const LIMIT: Duration = Duration::from_secs(10);
-
-/// What no queue takes comes back to us, and is not lost.
-const MANDATORY: BasicPublishOptions = BasicPublishOptions {
-    mandatory: true,
-    // RabbitMQ knows it no more.
-    immediate: false,
-};
-
-/// The broker's word on a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Word {
-    Kept,
-    /// It, or another that was under way with it, was taken by no queue.
-    SentBack,
-    Refused,
-}
 
 pub(super) struct Session {
     pub number: u64,
@@ -303,97 +288,6 @@ impl Session {
         end
     }
 
-    /// Has a message kept: returns once the broker has confirmed it.
-    pub async fn publish(&self, exchange: &str, route: &str, properties: BasicProperties, body: &[u8]) -> Result<(), Error> {
-        self.kept(exchange, route, self.send(exchange, route, properties, body)).await
-    }
-
-    /// As [`Session::publish`], of what is being sent.
-    pub async fn kept(
-        &self,
-        exchange: &str,
-        route: &str,
-        sending: impl Future<Output = lapin::Result<Word>>,
-    ) -> Result<(), Error> {
-        match self.confirmed(sending).await? {
-            Word::Kept => Ok(()),
-            Word::SentBack => {
-                let what = format!("no queue takes messages of {exchange} for \"{route}\", or of others that are published now");
-                let error = Error::Unavailable { what, source: None };
-                // Someone has deleted it. The next session declares it again.
-                self.fail(&error);
-                Err(error)
-            }
-            Word::Refused => {
-                let what = format!("the broker refused a message of {exchange} for \"{route}\": is a length limit reached?");
-                Err(Error::Unavailable { what, source: None })
-            }
-        }
-    }
-
-    /// Those of these routing keys for which a queue takes what is published. Found out by publishing messages of no meaning.
-    pub async fn leading_somewhere(&self, exchange: &str, routes: Vec<String>) -> Result<HashSet<String>, Error> {
-        let probing = async {
-            let mut sending = Vec::with_capacity(routes.len());
-            for route in &routes {
-                let properties = BasicProperties::default().with_delivery_mode(2);
-                let probe = self.probing.basic_publish(exchange.into(), route.as_str().into(), MANDATORY, b"probe", properties);
-                sending.push(probe.await?);
-            }
-            // What comes back may come with the word on another, but with one of these.
-            let mut leading: HashSet<String> = routes.iter().cloned().collect();
-            for confirmation in try_join_all(sending).await? {
-                match confirmation {
-                    Confirmation::Ack(Some(returned)) | Confirmation::Nack(Some(returned)) => {
-                        leading.remove(returned.routing_key.as_str());
-                    }
-                    Confirmation::Ack(None) | Confirmation::Nack(None) | Confirmation::NotRequested => {}
-                }
-            }
-            Ok(leading)
-        };
-        self.confirmed(probing).await
-    }
-
-    /// Publishes, and waits for the broker's word as long as it takes.
-    pub async fn send(&self, exchange: &str, route: &str, properties: BasicProperties, body: &[u8]) -> lapin::Result<Word> {
-        let sent = self.publish.basic_publish(exchange.into(), route.into(), MANDATORY, body, properties).await?;
-        let confirmation = sent.await?;
-        Ok(match confirmation {
-            // Whose it is cannot be told.
-            _ if self.returns.any_on(self.publish.id()) => Word::SentBack,
-            Confirmation::Ack(_) => Word::Kept,
-            Confirmation::Nack(_) | Confirmation::NotRequested => Word::Refused,
-        })
-    }
-
-    async fn confirmed<T>(&self, sending: impl Future<Output = lapin::Result<T>>) -> Result<T, Error> {
-        let mut blocked = self.blocked.subscribe();
-        tokio::select! {
-            biased;
-            Ok(reason) = blocked.wait_for(Option::is_some) => Err(takes_none(reason.as_deref())),
-            confirmation = self.asked(sending) => confirmation,
-        }
-    }
-
-    /// An error while the broker takes no messages.
-    pub fn takes(&self) -> Result<(), Error> {
-        self.blocked().map_or(Ok(()), |reason| Err(takes_none(Some(&reason))))
-    }
-
-    /// Sends what may be lost.
-    pub async fn tell(&self, exchange: &str, from: &str, body: &[u8]) -> Result<(), Error> {
-        if self.blocked().is_some() {
-            return Ok(());
-        }
-        let properties = BasicProperties::default().with_app_id(from.into());
-        let options = BasicPublishOptions { mandatory: false, immediate: false };
-        self.asked(async {
-            self.publish.basic_publish(exchange.into(), "".into(), options, body, properties).await?.await.map(drop)
-        })
-        .await
-    }
-
     /// Messages that are ready in a queue, and its consumers.
     pub async fn depth(&self, queue: &str) -> Result<(u64, u32), Error> {
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
@@ -517,11 +411,6 @@ async fn watch_events(session: Arc<Session>, mut events: futures::stream::BoxStr
 
 fn tag(source: usize) -> String {
     format!("countersign-{source}")
-}
-
-fn takes_none(reason: Option<&str>) -> Error {
-    let what = format!("the broker takes no messages: {}", reason.unwrap_or_default());
-    Error::Unavailable { what, source: None }
 }
 
 pub(super) fn unavailable(what: impl Into<String>, source: lapin::Error) -> Error {

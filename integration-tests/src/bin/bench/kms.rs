@@ -218,29 +218,19 @@ async fn soft_hsm(table: &mut Table, scale: Scale) -> Result<()> {
     });
     let sessions: Arc<Vec<_>> = Arc::new(sessions.collect::<Result<_>>()?);
     for (at_once, count) in [(1, scale.of(1500)), (AT_ONCE, scale.of(6000))] {
-        let mut rounds = Vec::new();
-        for _ in 0..scale.rounds {
+        let sessions = Arc::clone(&sessions);
+        let bare = move |number: usize| {
             let sessions = Arc::clone(&sessions);
-            let bare = run(at_once, count, move |number| {
-                let sessions = Arc::clone(&sessions);
-                async move {
-                    let signing = tokio::task::spawn_blocking(move || {
-                        let held = sessions[number % at_once].lock();
-                        let (session, key) = &*held.unwrap_or_else(std::sync::PoisonError::into_inner);
-                        session.sign(&Mechanism::Ecdsa, *key, &[7; 32]).map(drop)
-                    });
-                    Ok(signing.await??)
-                }
-            })
-            .await?;
-            let ours = Arc::clone(&ours);
-            let signed = run(at_once, count, move |_| {
-                let ours = Arc::clone(&ours);
-                async move { Ok(ours.sign(Algorithm::EcdsaSha256, &[7; 32]).await.map(drop)?) }
-            })
-            .await?;
-            rounds.push((signed, bare));
-        }
+            async move {
+                let signing = tokio::task::spawn_blocking(move || {
+                    let held = sessions[number % at_once].lock();
+                    let (session, key) = &*held.unwrap_or_else(std::sync::PoisonError::into_inner);
+                    session.sign(&Mechanism::Ecdsa, *key, &[7; 32]).map(drop)
+                });
+                Ok(signing.await??)
+            }
+        };
+        let rounds = beside(scale, &ours, at_once, count, bare).await?;
         row(table, "SoftHSM (bare: its module alone)", at_once, rounds);
     }
     Ok(())
@@ -266,27 +256,38 @@ async fn file(table: &mut Table, scale: Scale) -> Result<()> {
     let base64: String = std::fs::read_to_string(&path)?.lines().filter(|line| !line.starts_with('-')).collect();
     let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &STANDARD.decode(base64)?);
     let pair = Arc::new(pair.ok().context("it is a P-256 key")?);
-    let count = scale.of(20_000);
     for at_once in [1, AT_ONCE] {
-        let mut rounds = Vec::new();
-        for _ in 0..scale.rounds {
-            let pair = Arc::clone(&pair);
-            let bare = run(at_once, count, move |_| {
-                let signed = Digest::import_less_safe(&[7; 32], &SHA256).map(|digest| pair.sign_digest(&digest).map(drop));
-                async move { signed.ok().and_then(Result::ok).context("it does not sign") }
-            })
-            .await?;
-            let ours = Arc::clone(&ours);
-            let signed = run(at_once, count, move |_| {
-                let ours = Arc::clone(&ours);
-                async move { Ok(ours.sign(Algorithm::EcdsaSha256, &[7; 32]).await.map(drop)?) }
-            })
-            .await?;
-            rounds.push((signed, bare));
-        }
+        let pair = Arc::clone(&pair);
+        let bare = move |_| {
+            let signed = Digest::import_less_safe(&[7; 32], &SHA256).map(|digest| pair.sign_digest(&digest).map(drop));
+            async move { signed.ok().and_then(Result::ok).context("it does not sign") }
+        };
+        let rounds = beside(scale, &ours, at_once, scale.of(20_000), bare).await?;
         row(table, "file (bare: aws-lc-rs alone)", at_once, rounds);
     }
     Ok(())
+}
+
+/// Rounds of a witness that signs one digest, each after one of what is bare.
+async fn beside<F: Future<Output = Result<()>> + Send>(
+    scale: Scale,
+    ours: &Arc<Witness>,
+    at_once: usize,
+    count: usize,
+    bare: impl Fn(usize) -> F + Clone + Send + 'static,
+) -> Result<Vec<(Done, Done)>> {
+    let mut rounds = Vec::new();
+    for _ in 0..scale.rounds {
+        let bare = run(at_once, count, bare.clone()).await?;
+        let ours = Arc::clone(ours);
+        let signed = run(at_once, count, move |_| {
+            let ours = Arc::clone(&ours);
+            async move { Ok(ours.sign(Algorithm::EcdsaSha256, &[7; 32]).await.map(drop)?) }
+        })
+        .await?;
+        rounds.push((signed, bare));
+    }
+    Ok(rounds)
 }
 
 fn row(table: &mut Table, name: &str, at_once: usize, rounds: Vec<(Done, Done)>) {

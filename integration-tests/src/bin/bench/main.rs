@@ -32,7 +32,6 @@ use integration_tests::{daemon, process};
 
 use crate::report::{load_average, summary, target};
 
-#[cfg(feature = "kms")]
 const PARTS: [&str; 12] = [
     "signing",
     "requests",
@@ -45,22 +44,10 @@ const PARTS: [&str; 12] = [
     "dead-letters",
     "cosign",
     "admission",
-    "kms",
+    KMS,
 ];
-#[cfg(not(feature = "kms"))]
-const PARTS: [&str; 11] = [
-    "signing",
-    "requests",
-    "latency",
-    "events",
-    "memory",
-    "rules",
-    "rabbitmq-intake",
-    "rabbitmq-signing",
-    "dead-letters",
-    "cosign",
-    "admission",
-];
+/// Only with the feature of this name.
+const KMS: &str = "kms";
 const USAGE: &str = "usage: bench [--quick] [--only NAME]...
   --quick       small numbers and one round, to see that it works
   --only NAME   only this part: signing, requests, latency, events, memory, rules,
@@ -94,7 +81,7 @@ async fn main() -> Result<ExitCode> {
         return Ok(ExitCode::from(2));
     };
     #[cfg(feature = "kms")]
-    if parts.contains(&"kms")
+    if parts.contains(&KMS)
         && let Some(status) = kms::with_a_token()?
     {
         return Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
@@ -120,7 +107,7 @@ async fn main() -> Result<ExitCode> {
             "cosign" => cosign::measure(scale).await,
             "admission" => admission::measure(scale).await,
             #[cfg(feature = "kms")]
-            "kms" => kms::measure(scale).await,
+            KMS => kms::measure(scale).await,
             other => unreachable!("{other} is no part"),
         };
         tables.push(table.with_context(|| format!("measure {part}"))?);
@@ -138,6 +125,7 @@ async fn main() -> Result<ExitCode> {
 
 fn read(arguments: &[String]) -> Option<(Scale, Vec<&'static str>)> {
     let mut scale = Scale { quick: false, rounds: 3 };
+    let parts: Vec<_> = PARTS.into_iter().filter(|part| *part != KMS || cfg!(feature = "kms")).collect();
     let mut only = Vec::new();
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
@@ -145,12 +133,12 @@ fn read(arguments: &[String]) -> Option<(Scale, Vec<&'static str>)> {
             "--quick" => scale = Scale { quick: true, rounds: 1 },
             "--only" => {
                 let wanted = arguments.next()?;
-                only.push(*PARTS.iter().find(|part| *part == wanted)?);
+                only.push(*parts.iter().find(|part| *part == wanted)?);
             }
             _ => return None,
         }
     }
-    Some((scale, if only.is_empty() { PARTS.to_vec() } else { only }))
+    Some((scale, if only.is_empty() { parts } else { only }))
 }
 
 fn processors() -> usize {
