@@ -137,7 +137,7 @@ pub(crate) static TABLE: Table = Table {
         Key::optional(
             "docker_config",
             Kind::Path,
-            "\"/root/.docker/config.json\"",
+            "\"/var/lib/kubelet/config.json\"",
             "A file with logins as docker and nodes keep them, for each [[registry]] that has none of its own.",
         ),
         Key::optional(
