@@ -83,8 +83,8 @@ pub enum Command {
     Sign(SignArgs),
     /// Say whether images are attested, by whom, and otherwise what is missing. Needs public keys only, or with --with-kms the KMS.
     ///
-    /// With --filename it judges manifests as the admission webhook would, by the policies of the configuration: YAML with
-    /// several documents, lists, or JSON. 0 if all would be admitted.
+    /// With --filename it judges manifests as the admission webhook would, by the policies of the configuration and those that are
+    /// given as resources (--policies): YAML with several documents, lists, or JSON. 0 if all would be admitted.
     Verify(VerifyArgs),
     /// Take an image's signatures along to where the image has been copied to, another registry or repository.
     ///
@@ -234,9 +234,14 @@ pub struct ResolveArgs {
 
 #[derive(Debug, Args)]
 pub struct ManifestArgs {
-    /// A manifest; `-` is standard input. May be given more than once.
-    #[arg(id = "files", long = "filename", short = 'f', value_name = "FILE")]
+    /// A manifest, or a folder of them (*.yaml, *.yml, *.json); `-` is standard input. May be given more than once.
+    #[arg(id = "files", long = "filename", short = 'f', value_name = "FILE|DIR")]
     pub files: Vec<PathBuf>,
+    /// Manifests of `SecurityPolicy` and `Witness` resources that count besides the configuration's policies, as they do in a
+    /// cluster that has them; other objects in it are passed over. Those among the manifests that are judged count, too. May be
+    /// given more than once.
+    #[arg(long, value_name = "FILE|DIR", requires = "files")]
+    pub policies: Vec<PathBuf>,
     /// The cluster whose policies count. As `cluster` in [admission] says, if absent.
     #[arg(long, value_name = "NAME", requires = "files")]
     pub cluster: Option<String>,
