@@ -352,49 +352,6 @@ async fn a_witness_without_a_public_key_is_refused_at_the_start_with_what_to_do(
 }
 
 #[tokio::test]
-async fn manifests_are_judged_and_pinned_on_the_command_line_by_the_same_policies() -> Result<()> {
-    let (house, digest) = house_with("manifests").await?;
-    let unsigned = Image::oci("unsigned")?;
-    house.push(&unsigned, "other/app", &["1.0"]).await?;
-    let webhook = Webhook::start(&witnessed(&house, POLICY)).await?;
-    let (tag, other) = (house.reference("team/app", "1.0"), house.reference("other/app", "1.0"));
-    let folder = scratch()?;
-    let manifest = |name: &str, image: &str| -> Result<String> {
-        let path = folder.path().join(name);
-        fs::write(
-            &path,
-            format!(
-                "# The web.\napiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: web, namespace: payments}}\nspec:\n  \
-                 template:\n    spec:\n      containers:\n      - name: web\n        image: {image} # this one\n---\n\
-                 apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: c}}\n"
-            ),
-        )?;
-        Ok(path.to_str().expect("a text").to_owned())
-    };
-    let by_tag = manifest("tag.yaml", &tag)?;
-    let judged = webhook.run(&["verify", "-f", &by_tag]).await?.expect_code(1)?;
-    assert!(judged.stdout.contains(&format!("image {tag} is not attested\n")), "{judged:?}");
-
-    let resolved = webhook.run(&["resolve", "-f", &by_tag]).await?.expect_code(0)?;
-    let expected = fs::read_to_string(&by_tag)?.replace(&tag, &format!("{tag}@{digest}"));
-    assert_eq!(resolved.stdout, expected);
-    let pinned = folder.path().join("pinned.yaml");
-    fs::write(&pinned, &resolved.stdout)?;
-    let pinned = pinned.to_str().expect("a text");
-    let judged = webhook.run(&["verify", "-f", pinned, "--output", "json"]).await?.expect_code(0)?.json()?;
-    assert_eq!((&judged[0]["admitted"], &judged[0]["images"][0]["attested"]), (&json!(true), &json!(true)));
-
-    let refused = webhook.run(&["resolve", "-f", &manifest("other.yaml", &other)?]).await?.expect_code(1)?;
-    assert!(refused.stdout.is_empty() && refused.stderr.contains("is not attested"), "{refused:?}");
-    // Where nothing is demanded, tags are pinned all the same.
-    let elsewhere = webhook.run(&["resolve", "-n", "default", "-f", &manifest("other.yaml", &other)?]).await?.expect_code(0)?;
-    assert!(elsewhere.stdout.contains(&format!("{other}@{}", unsigned.manifest.digest)), "{elsewhere:?}");
-    webhook.run(&["verify", "-n", "default", "-f", &by_tag]).await?.expect_code(0)?;
-    webhook.run(&["verify", "-f", "/nonexistent"]).await?.expect_code(2)?;
-    Ok(())
-}
-
-#[tokio::test]
 async fn a_child_counts_through_its_index_and_an_old_image_does_not_count() -> Result<()> {
     let house = House::start_quiet(None).await?;
     let image = Image::index("children")?;

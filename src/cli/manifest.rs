@@ -12,8 +12,7 @@ use self::files::{Manifest, read_all};
 use super::{ManifestArgs, Output, Usage, output};
 use crate::{
     admission::{
-        GivenResources, Image, Judge, MOST_IMAGES, Terms, Verdict, Why,
-        chain,
+        GivenResources, Image, Judge, MOST_IMAGES, Terms, Verdict, Why, chain,
         manifest::{self, Change, Object},
         of_image, shown,
     },

@@ -106,7 +106,11 @@ fn field(text: &str, problem: &problem::Problem) -> Option<String> {
     }
     let key = text.lines().nth(place.line - 1)?.split_once(" = ").map_or("", |(key, _)| key);
     let is_named = problem.message.contains(&format!("`{key}`")) || (place.column == 1 && problem.message.contains('`'));
-    if key.is_empty() || is_named { (!table.is_empty()).then(|| table.trim_end_matches('.').to_owned()) } else { Some(table + &camel(key)) }
+    if key.is_empty() || is_named {
+        (!table.is_empty()).then(|| table.trim_end_matches('.').to_owned())
+    } else {
+        Some(table + &camel(key))
+    }
 }
 
 fn to_toml(shape: &Table, object: &Map<String, Value>) -> Result<toml::Table, String> {

@@ -29,7 +29,9 @@ pub enum Problem {
     /// The API did not answer, or with an error of its own.
     Failed(String),
     /// A secret of another type.
-    NoLogins { of_type: String },
+    NoLogins {
+        of_type: String,
+    },
     Malformed,
     /// There are logins in it, and none of this registry.
     OtherRegistry(RegistryName),

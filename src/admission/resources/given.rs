@@ -117,7 +117,9 @@ mod tests {
             "ours.yaml: document 1: SecurityPolice p: `kind`: countersign.dev has no kind SecurityPolice: there are \
              SecurityPolicy and Witness"
         );
-        assert!(wrong(&good.replace("/v1", "/v2")).ends_with("`apiVersion`: there is no version \"v2\": write countersign.dev/v1"));
+        assert!(
+            wrong(&good.replace("/v1", "/v2")).ends_with("`apiVersion`: there is no version \"v2\": write countersign.dev/v1")
+        );
         assert!(wrong(&good.replace("{name: p}", "{}")).ends_with("`metadata.name` is missing"));
         assert!(wrong(&good.replace("{name: p}", "{name: p, labels: 7}")).contains("`metadata`: "));
         assert_eq!(take(&mut given, &good), [Ok(true)]);
