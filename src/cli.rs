@@ -198,7 +198,11 @@ pub struct SignArgs {
 
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
-    #[arg(required_unless_present = "files", conflicts_with = "files", value_name = "REFERENCE")]
+    #[arg(
+        required_unless_present = "files",
+        conflicts_with_all = ["files", "policies", "cluster", "namespace"],
+        value_name = "REFERENCE"
+    )]
     pub references: Vec<String>,
     /// Only signatures of this witness count; may be given more than once, and then each must have signed.
     #[arg(long, value_name = "NAME", conflicts_with = "files")]
