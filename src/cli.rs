@@ -17,7 +17,7 @@ pub mod witness;
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 pub use self::{
     client::Client,
@@ -97,6 +97,12 @@ pub enum Command {
     /// not be reached.
     CopySignatures(CopySignaturesArgs),
     /// Pin the tags in manifests to the digests that the policies approve, and print them; comments and all else stay.
+    ///
+    /// Policies count as they do for `countersign verify --filename`. An image on which there is none is pinned to what its tag
+    /// names now, if its registry is in the configuration, and stays as it is if not.
+    ///
+    /// Exit codes: 0 all are printed; 1 an image would be denied whatever it is pinned to, and nothing is printed; 2 usage; 3 a
+    /// registry could not be asked.
     Resolve(ResolveArgs),
     /// Run the admission webhook of a Kubernetes cluster: only images run that meet the policies of their namespace.
     ///
@@ -198,6 +204,7 @@ pub struct SignArgs {
 
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
+    /// Images: `host/repository:tag` or `host/repository@sha256:…`.
     #[arg(
         required_unless_present = "files",
         conflicts_with_all = ["files", "policies", "cluster", "namespace"],
@@ -230,7 +237,7 @@ pub struct CopySignaturesArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(arg_required_else_help = true)]
+#[command(group(ArgGroup::new("what").arg("files").required(true)))]
 pub struct ResolveArgs {
     #[command(flatten)]
     pub manifests: ManifestArgs,

@@ -352,43 +352,6 @@ async fn a_witness_without_a_public_key_is_refused_at_the_start_with_what_to_do(
 }
 
 #[tokio::test]
-async fn a_child_counts_through_its_index_and_an_old_image_does_not_count() -> Result<()> {
-    let house = House::start_quiet(None).await?;
-    let image = Image::index("children")?;
-    let key = KeyPair::generate().await?;
-    for repository in ["team/app", "team/bundled"] {
-        house.push(&image, repository, &["1.0"]).await?;
-    }
-    Cosign::V2.sign(&key, &house.reference("team/app", &image.manifest.digest)).await?;
-    Cosign::sign_bundle(&key, &house.reference("team/bundled", &image.manifest.digest)).await?;
-    let config = |more: &str| settings(&house.registry.host(), &house.registry.url(), &key.public(), &policy(more));
-    let child = |repository| format!("{}@{}", house.reference(repository, "1.0"), image.child("amd64").digest);
-    let children = ["team/app", "team/bundled"].map(child);
-    let folder = scratch()?;
-    let manifest = folder.path().join("pods.yaml");
-    fs::write(&manifest, children.each_ref().map(|child| pod(&[child]).to_string()).join("\n---\n"))?;
-    let judge = ["verify", "-n", "payments", "-f", manifest.to_str().expect("a text")];
-
-    let webhook = Webhook::start(&config("")).await?;
-    for child in &children {
-        assert!(webhook.create("payments", child).await?.why(child)?.contains("it is not signed"));
-    }
-    webhook.run(&judge).await?.expect_code(1)?;
-    webhook.reload(&config("through_index = true")).await?;
-    for child in &children {
-        let answer = webhook.create("payments", child).await?;
-        assert!(answer.allowed, "{answer:?}");
-    }
-    webhook.run(&judge).await?.expect_code(0)?;
-    // The images of these tests do not say when they were built.
-    webhook.reload(&config("max_age = \"90d\"")).await?;
-    let index = house.reference("team/app", &image.manifest.digest);
-    let answer = webhook.create("payments", &index).await?;
-    assert!(answer.why(&index)?.contains("it does not say when it was built"), "{answer:?}");
-    Ok(())
-}
-
-#[tokio::test]
 async fn of_many_reviews_at_once_one_asks_the_registry() -> Result<()> {
     let registry = Options { count_requests: true, ..Options::default() };
     let house = House::start(Plan { registry, ..Plan::default() }).await?;

@@ -179,16 +179,29 @@ async fn what_is_wrong_with_a_file_is_said_with_its_document_and_field() -> Resu
     scene.write("text.yaml", "just: text")?;
     scene.write("odd.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {name: odd}\nspec: {containers: 7}\n")?;
     scene.write("empty/README", "")?;
+    scene.write("nothing.yaml", "---\n")?;
     for (line, what) in [
         ("verify -f @broken.yaml", "broken.yaml: it is no YAML"),
         ("verify -f @text.yaml", "text.yaml: document 1 is no Kubernetes object"),
         ("resolve -f @odd.yaml", "odd.yaml: document 1: Pod odd: "),
         ("verify -f @empty", "there is no file *.json, *.yaml, *.yml in this folder"),
         ("verify -f @pod.yaml --policies @nowhere", "nowhere: No such file"),
-        ("verify --policies @policies.yaml example.com/app:1", "--filename"),
+        ("verify --policies @policies.yaml example.com/app:1", "cannot be used with"),
+        ("verify --cluster prod-eu example.com/app:1", "cannot be used with"),
+        ("resolve --policies @policies.yaml", "--filename"),
+        ("resolve", "--filename"),
     ] {
         let refused = scene.run(line).await?.expect_code(2)?;
         assert!(refused.stderr.contains(what), "{line}: {refused:?}");
+    }
+    let rollout = scene.pod(&scene.unsigned, "other/app").replace("v1\nkind: Pod", "argoproj.io/v1\nkind: Rollout");
+    scene.write("rollout.yaml", &rollout)?;
+    for (line, what) in [
+        ("verify -f @nothing.yaml", "warning: there was nothing to judge"),
+        ("verify -f @rollout.yaml", "rollout.yaml: document 1: Rollout web: countersign does not know where its pods are"),
+    ] {
+        let warned = scene.run(line).await?.expect_code(0)?;
+        assert!(warned.stderr.contains(what), "{line}: {warned:?}");
     }
     let none = scene.run("verify -f @pod.yaml --policies @pod.yaml").await?.expect_code(0)?;
     assert!(none.stderr.contains("pod.yaml: no SecurityPolicy and no Witness is in it"), "{none:?}");

@@ -51,6 +51,22 @@ impl Object {
     pub fn place(&self) -> String {
         format!("document {}{}", self.place.document + 1, self.place.pointer)
     }
+
+    /// Whether there are containers with images somewhere in it, as there are in whatever makes pods.
+    #[must_use]
+    pub fn seems_to_run(&self) -> bool {
+        fn holds(value: &Value) -> bool {
+            match value {
+                Value::Array(elements) => elements.iter().any(holds),
+                Value::Object(members) => members.iter().any(|(name, value)| {
+                    let images = || value.as_array().into_iter().flatten().any(|element| element["image"].is_string());
+                    (name == "containers" && images()) || holds(value)
+                }),
+                _ => false,
+            }
+        }
+        serde_json::from_str(self.content.get()).is_ok_and(|value: Value| holds(&value))
+    }
 }
 
 /// The objects of a manifest, those in lists included.

@@ -164,7 +164,8 @@ impl Resources {
         if namespaces.is_empty() {
             return problem;
         }
-        let said = format!("{problem}. Until that is mended, nothing is admitted to {}", namespaces.join(", "));
+        let stop = if problem.ends_with('?') { "" } else { "." };
+        let said = format!("{problem}{stop} Until that is mended, nothing is admitted to {}", namespaces.join(", "));
         self.closed.push(Closed { name: name.to_owned(), namespaces, reason: problem.into() });
         said
     }

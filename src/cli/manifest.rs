@@ -80,6 +80,9 @@ pub async fn verify(config: &Config, clock: &Clock, args: &ManifestArgs, output:
             lines.push(line(&manifest.path, &judged));
         }
     }
+    if lines.is_empty() {
+        eprintln!("warning: there was nothing to judge: no object in these manifests runs an image");
+    }
     let admitted = lines.iter().all(|line| line.admitted);
     output::print(output, &lines, |lines| lines.iter().map(render).collect::<Vec<_>>().join("\n"));
     Ok(if admitted { ExitCode::SUCCESS } else { ExitCode::from(1) })
@@ -196,7 +199,13 @@ async fn examine<'a>(judge: &Judge, manifest: &'a Manifest, args: &ManifestArgs)
             Usage(format!("{file}: {}: {kind} {name}: {problem}", object.place()))
         };
         let workload = judge.kinds.read(&object.kind, &object.content).map_err(|error| wrong(chain(&error)))?;
-        let Some(workload) = workload else { continue };
+        let Some(workload) = workload else {
+            if object.seems_to_run() {
+                let Usage(said) = wrong("countersign does not know where its pods are: see [admission] kinds".to_owned());
+                eprintln!("warning: {said}");
+            }
+            continue;
+        };
         let namespace = args.namespace.clone().or_else(|| object.namespace.clone()).unwrap_or_else(|| "default".to_owned());
         let policies: Vec<Arc<Bound>> = judge.policies.of(&namespace);
         let terms = Terms { pins: true, fresh: false, deadline: Instant::now() + PATIENCE, patience: PATIENCE, logins: None };
