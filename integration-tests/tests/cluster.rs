@@ -1,5 +1,5 @@
 //! The webhook in a cluster: a real kube-apiserver asks it by TLS, as deploy/kubernetes has it asked, and what is read here is
-//! what kubectl prints. `make cluster-test` runs this; tests/cluster_api.rs has what the webhook asks the cluster for.
+//! what kubectl prints. `make cluster-test` runs this; `tests/cluster_api.rs` has what the webhook asks the cluster for.
 
 use anyhow::{Context as _, Result};
 use integration_tests::kubernetes::ADMIN;

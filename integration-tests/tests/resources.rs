@@ -1,5 +1,5 @@
 //! What the webhook has of its cluster's API: `SecurityPolicy` and `Witness` resources, `imagePullSecrets`, Events; beside an API that is
-//! cut, forgets and fails. tests/cluster_api.rs has the same beside a real kube-apiserver.
+//! cut, forgets and fails. `tests/cluster_api.rs` has the same beside a real kube-apiserver.
 
 use std::time::Duration;
 

@@ -83,7 +83,7 @@ impl Logins {
     pub async fn of(&self, registry: &RegistryName) -> Vec<Credentials> {
         let mut logins: Vec<Credentials> = vec![];
         let (secrets, _) = self.read().await;
-        for login in secrets.iter().filter_map(|(_, secret)| secret.as_ref().as_ref().ok()?.login(registry)) {
+        for login in secrets.iter().filter_map(|(_, secret)| (**secret).as_ref().ok()?.login(registry)) {
             let same = |known: &Credentials| {
                 known.username == login.username && known.password.expose_secret() == login.password.expose_secret()
             };
@@ -98,11 +98,11 @@ impl Logins {
     pub async fn unread(&self, registry: &RegistryName) -> Vec<Unread> {
         let (secrets, accounts) = self.read().await;
         let of_secrets = secrets.iter().filter_map(|(name, secret)| {
-            let problem = secret.as_ref().as_ref().err()?;
+            let problem = (**secret).as_ref().err()?;
             Some(unread(Kind::Secret, &self.namespace, name, problem.clone()))
         });
         let mut all: Vec<Unread> = self.no_names.iter().cloned().chain(of_secrets).chain(accounts).collect();
-        let read = || secrets.iter().filter_map(|(name, secret)| Some((name, secret.as_ref().as_ref().ok()?)));
+        let read = || secrets.iter().filter_map(|(name, secret)| Some((name, (**secret).as_ref().ok()?)));
         if read().all(|(_, logins)| logins.login(registry).is_none()) {
             let problem = Problem::OtherRegistry(registry.clone());
             all.extend(read().map(|(name, _)| unread(Kind::Secret, &self.namespace, name, problem.clone())));
@@ -116,13 +116,13 @@ impl Logins {
         let accounts = &self.pulled_with.accounts;
         let of_accounts = join_all(accounts.iter().map(|name| inner.account((self.namespace.clone(), name.clone())))).await;
         let mut names = self.pulled_with.secrets.clone();
-        for name in of_accounts.iter().filter_map(|names| names.as_ref().as_ref().ok()).flatten().take(MOST_SECRETS) {
+        for name in of_accounts.iter().filter_map(|names| (**names).as_ref().ok()).flatten().take(MOST_SECRETS) {
             if !names.contains(name) {
                 names.push(name.clone());
             }
         }
         let not_read = accounts.iter().zip(&of_accounts).filter_map(|(name, read)| {
-            let problem = read.as_ref().as_ref().err()?;
+            let problem = (**read).as_ref().err()?;
             Some(unread(Kind::ServiceAccount, &self.namespace, name, problem.clone()))
         });
         let secrets = names.iter().map(|name| inner.secret((self.namespace.clone(), name.clone())));

@@ -166,16 +166,15 @@ async fn pin(judge: &Judge, verdict: &Verdict) -> anyhow::Result<Pin> {
 /// By the policies of the configuration, and those that are given in manifests.
 fn judge(config: &Config, clock: &Clock, args: &ManifestArgs, manifests: &[Manifest]) -> anyhow::Result<Judge> {
     let mut given = GivenResources::default();
-    let mut problems = vec![];
-    for manifest in read_all(&args.policies)? {
-        let taken: Vec<_> = manifest.objects.iter().map(|object| given.take(&manifest.path, object)).collect();
-        if !taken.is_empty() && taken.iter().all(|taken| *taken == Ok(false)) {
-            eprintln!("warning: {}: no SecurityPolicy and no Witness is in it", manifest.path.display());
-        }
-        problems.extend(taken.into_iter().filter_map(Result::err));
+    let mut take = |manifests: &[Manifest]| -> Vec<Result<bool, String>> {
+        let objects = manifests.iter().flat_map(|manifest| manifest.objects.iter().map(|object| (&*manifest.path, object)));
+        objects.map(|(path, object)| given.take(path, object)).collect()
+    };
+    let of_policies = take(&read_all(&args.policies)?);
+    if !args.policies.is_empty() && of_policies.iter().all(|taken| *taken == Ok(false)) {
+        eprintln!("warning: no SecurityPolicy and no Witness is in what --policies names");
     }
-    let objects = manifests.iter().flat_map(|manifest| manifest.objects.iter().map(|object| (&*manifest.path, object)));
-    problems.extend(objects.filter_map(|(path, object)| given.take(path, object).err()));
+    let mut problems: Vec<_> = of_policies.into_iter().chain(take(manifests)).filter_map(Result::err).collect();
     let cluster = args.cluster.as_deref().or(config.admission.cluster.as_deref());
     let (judge, states) = app::judge(config, clock, cluster, &given.kept())?;
     problems.extend(states.iter().filter_map(|state| given.refusal(state)));

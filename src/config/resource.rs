@@ -212,8 +212,11 @@ fn camel(name: &str) -> String {
 fn in_words_of_resources(text: &str) -> String {
     let sections = [("a [[policy]]", "a SecurityPolicy"), ("[[policy]]", "the SecurityPolicy"), ("[[witness]]", "Witness")];
     let text = sections.iter().fold(text.to_owned(), |text, (section, kind)| text.replace(section, kind));
-    let keys = [&policy::TABLE, &witness::GIVEN].into_iter().flat_map(Table::current_keys).filter(|key| key.name.contains('_'));
-    keys.fold(text, |text, key| text.replace(&format!("`{}`", key.name), &format!("`{}`", camel(key.name))))
+    let keys = [&policy::TABLE, &witness::GIVEN].into_iter().flat_map(Table::current_keys).map(|key| (key.name, camel(key.name)));
+    keys.fold(text, |text, (key, camel)| {
+        // Examples are YAML there.
+        text.replace(&format!("`{key}`"), &format!("`{camel}`")).replace(&format!(" {key} = "), &format!(" {camel}: "))
+    })
 }
 
 #[cfg(test)]
@@ -269,6 +272,8 @@ mod tests {
             assert!(said.contains(expected), "{key}: {said}");
             assert!(!said.contains("[[") && !said.contains('\n'), "{said}");
         }
+        let late = refused(json!({"witness": "release", "namespace": "payments", "maxAge": "9 weeks"}));
+        assert!(late.ends_with("for example maxAge: \"90d\""), "{late}");
         let two = refused(json!({"witness": "release", "mode": "hard", "maxAge": "1"}));
         assert!(two.contains("`mode`") && two.contains("length of time") && two.contains("namespace"), "{two}");
     }
