@@ -40,7 +40,7 @@ partition: ## a minute without the broker for one of three replicas, each in a n
 cluster-test: ## admission asked by a real kube-apiserver, and what kubectl says; deploy/kubernetes in it (builds the server once: 6 minutes)
 	@$(INSTALL) docker-registry kubernetes
 	cargo build --workspace
-	cargo test --package integration-tests --test cluster
+	cargo test --package integration-tests --no-fail-fast --test cluster --test cluster_api
 
 manifests: ## deploy/kubernetes, made anew from the Helm chart
 	@$(INSTALL) helm
@@ -51,7 +51,7 @@ check: ## format, lints, documentation, licences and advisories of dependencies
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	@# Those that `make test` leaves out are no targets to it.
-	cargo clippy --package integration-tests --test cluster --test image --test partition -- -D warnings
+	cargo clippy --package integration-tests --test cluster --test cluster_api --test image --test partition -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps
 	.tools/bin/cargo-deny --all-features check --hide-inclusion-graph bans licenses sources
 	@if timeout 120 .tools/bin/cargo-deny fetch db > /dev/null 2>&1; then \

@@ -42,11 +42,14 @@ pub use self::{
     evidence::{Examiner, Settings as ExaminerSettings},
     judge::{Judge, MOST_IMAGES, Terms, Verdict},
     pull_secrets::{Logins, PullSecrets},
-    resources::{Beside, Kept, Kind as ResourceKind, Resources, State, definitions, manifest as definitions_manifest},
+    resources::{
+        Beside, Given as GivenResources, Kept, Kind as ResourceKind, Resources, State, definitions,
+        manifest as definitions_manifest,
+    },
     review::{GroupKind, Request, Response},
     route::{Webhook, router},
     running::{Error as RunningError, Finding, Findings, Looks, Pod, Running},
-    why::{Fault, Why},
+    why::{Fault, Why, chain},
     workload::{Image, Kinds, PulledWith, Workload},
 };
 use crate::policy::Bound;

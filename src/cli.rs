@@ -17,7 +17,7 @@ pub mod witness;
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 pub use self::{
     client::Client,
@@ -83,8 +83,8 @@ pub enum Command {
     Sign(SignArgs),
     /// Say whether images are attested, by whom, and otherwise what is missing. Needs public keys only, or with --with-kms the KMS.
     ///
-    /// With --filename it judges manifests as the admission webhook would, by the policies of the configuration: YAML with
-    /// several documents, lists, or JSON. 0 if all would be admitted.
+    /// With --filename it judges manifests as the admission webhook would, by the policies of the configuration and those that are
+    /// given as resources (--policies): YAML with several documents, lists, or JSON. 0 if all would be admitted.
     Verify(VerifyArgs),
     /// Take an image's signatures along to where the image has been copied to, another registry or repository.
     ///
@@ -97,6 +97,12 @@ pub enum Command {
     /// not be reached.
     CopySignatures(CopySignaturesArgs),
     /// Pin the tags in manifests to the digests that the policies approve, and print them; comments and all else stay.
+    ///
+    /// Policies count as they do for `countersign verify --filename`. An image on which there is none is pinned to what its tag
+    /// names now, if its registry is in the configuration, and stays as it is if not.
+    ///
+    /// Exit codes: 0 all are printed; 1 an image would be denied whatever it is pinned to, and nothing is printed; 2 usage; 3 a
+    /// registry could not be asked.
     Resolve(ResolveArgs),
     /// Run the admission webhook of a Kubernetes cluster: only images run that meet the policies of their namespace.
     ///
@@ -198,7 +204,12 @@ pub struct SignArgs {
 
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
-    #[arg(required_unless_present = "files", conflicts_with = "files", value_name = "REFERENCE")]
+    /// Images: `host/repository:tag` or `host/repository@sha256:…`.
+    #[arg(
+        required_unless_present = "files",
+        conflicts_with_all = ["files", "policies", "cluster", "namespace"],
+        value_name = "REFERENCE"
+    )]
     pub references: Vec<String>,
     /// Only signatures of this witness count; may be given more than once, and then each must have signed.
     #[arg(long, value_name = "NAME", conflicts_with = "files")]
@@ -226,7 +237,7 @@ pub struct CopySignaturesArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(arg_required_else_help = true)]
+#[command(group(ArgGroup::new("what").arg("files").required(true)))]
 pub struct ResolveArgs {
     #[command(flatten)]
     pub manifests: ManifestArgs,
@@ -234,9 +245,14 @@ pub struct ResolveArgs {
 
 #[derive(Debug, Args)]
 pub struct ManifestArgs {
-    /// A manifest; `-` is standard input. May be given more than once.
-    #[arg(id = "files", long = "filename", short = 'f', value_name = "FILE")]
+    /// A manifest, or a folder of them (*.yaml, *.yml, *.json); `-` is standard input. May be given more than once.
+    #[arg(id = "files", long = "filename", short = 'f', value_name = "FILE|DIR")]
     pub files: Vec<PathBuf>,
+    /// Manifests of `SecurityPolicy` and `Witness` resources that count besides the configuration's policies, as they do in a
+    /// cluster that has them; other objects in it are passed over. Those among the manifests that are judged count, too. May be
+    /// given more than once.
+    #[arg(long, value_name = "FILE|DIR", requires = "files")]
+    pub policies: Vec<PathBuf>,
     /// The cluster whose policies count. As `cluster` in [admission] says, if absent.
     #[arg(long, value_name = "NAME", requires = "files")]
     pub cluster: Option<String>,

@@ -110,6 +110,8 @@ fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
 fn report(error: &anyhow::Error, output: Output) -> ExitCode {
     let is_usage = error.chain().any(|cause| cause.is::<Usage>() || cause.is::<Problems>());
     match output {
+        // Each of them says by itself what it is.
+        Output::Text if error.is::<Problems>() => eprintln!("{error:#}"),
         Output::Text => eprintln!("error: {error:#}"),
         Output::Json => println!("{}", serde_json::json!({ "error": format!("{error:#}") })),
     }

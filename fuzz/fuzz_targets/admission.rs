@@ -1,10 +1,10 @@
 //! What an API server, or whoever reaches the webhook's port, can send; manifests of the command line, and lists of pods.
 #![no_main]
 
-use std::sync::LazyLock;
+use std::{path::Path, sync::LazyLock};
 
 use countersign::{
-    admission::{GroupKind, Kinds, Request, Response, Running, manifest, shown},
+    admission::{Beside, GivenResources, GroupKind, Kinds, Request, Resources, Response, Running, manifest, shown},
     oci::Reference,
 };
 use libfuzzer_sys::fuzz_target;
@@ -44,6 +44,12 @@ fuzz_target!(|data: &[u8]| {
     let text = std::str::from_utf8(data).unwrap_or_default();
     let _ = Running::default().add(text);
     if let Ok(objects) = manifest::objects(text) {
+        let mut given = GivenResources::default();
+        for object in &objects {
+            let _ = given.take(Path::new("fuzz.yaml"), object);
+        }
+        let resources = Resources::read(&given.kept(), &Beside::default());
+        assert!(resources.states.is_some_and(|states| states.len() >= resources.policies.len()), "each is told what became of it");
         for object in &objects {
             let Ok(Some(workload)) = KINDS.read(&object.kind, &object.content) else { continue };
             let changes: Vec<_> = workload

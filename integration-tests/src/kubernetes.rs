@@ -1,6 +1,8 @@
 //! A Kubernetes cluster as far as admission is concerned: etcd, kube-apiserver and kubectl, on 127.0.0.1. No controllers and no
 //! nodes: what is admitted is kept, and never runs.
 
+pub mod scene;
+
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};

@@ -1,5 +1,5 @@
 //! What the webhook has of its cluster's API: `SecurityPolicy` and `Witness` resources, `imagePullSecrets`, Events; beside an API that is
-//! cut, forgets and fails. tests/cluster.rs has the same beside a real kube-apiserver.
+//! cut, forgets and fails. `tests/cluster_api.rs` has the same beside a real kube-apiserver.
 
 use std::time::Duration;
 
@@ -138,7 +138,9 @@ async fn a_bad_policy_closes_its_namespace_says_why_and_harms_no_other() -> Resu
     let answer = scene.webhook.create("shop", &scene.signed).await?;
     let why = answer.why(&scene.signed)?;
     assert!(
-        why.starts_with("  policy shop: nothing is admitted as long as this policy cannot be used: no Witness is named"),
+        why.starts_with(
+            "  policy shop: nothing is admitted as long as this policy cannot be used: `witness`: no Witness is named"
+        ),
         "{why}"
     );
     let said = scene.until_ready_is(POLICIES, "shop", "False").await?;
@@ -245,8 +247,40 @@ async fn a_registry_is_logged_in_to_with_the_secrets_of_the_pod_or_of_its_servic
     let of = |names: &'static [&'static str]| {
         move |spec: &mut Value| spec["imagePullSecrets"] = names.iter().map(|name| json!({"name": name})).collect()
     };
-    assert!(!create(&of(&["other", "missing"])).await?.allowed);
-    assert!(!create(&of(&["wrong"])).await?.allowed);
+    // What is in them is nobody's to read, and why they are of no use is for whoever named them.
+    scene.api.put(
+        secrets,
+        "opaque",
+        &json!({"apiVersion": "v1", "kind": "Secret", "type": "Opaque", "data": {"password": "aHVudGVyMg=="}}),
+    );
+    scene.api.put(
+        secrets,
+        "broken",
+        &json!({"apiVersion": "v1", "kind": "Secret", "data": {".dockerconfigjson": "aHVudGVyMg=="}}),
+    );
+    let denied = create(&of(&["other", "missing", "opaque", "broken", "../secrets/good"])).await?;
+    let why = denied.why(&scene.signed)?;
+    let make = "make it by `kubectl create secret docker-registry`";
+    let host = scene.house.registry.host();
+    for (number, expected) in [
+        "no Secret can have the name \"../secrets/good\": correct it in the object".to_owned(),
+        "there is no Secret payments/missing: make it, or correct its name in the object".to_owned(),
+        format!("the Secret payments/opaque is of the type \"Opaque\", which has no logins: {make}"),
+        format!("what the Secret payments/broken holds is no docker configuration: {make}"),
+        format!("the Secret payments/other has no login of {host}: {make} --docker-server={host}"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        assert_eq!(why.trim_end().split("; ").nth(number + 1), Some(expected.as_str()), "{why}");
+    }
+    assert!(!why.contains("hunter2") && !why.contains("aHVudGVyMg"), "{why}");
+    let denied = create(&of(&["wrong"])).await?;
+    let why = denied.why(&scene.signed)?;
+    assert!(why.contains(&format!("the account {:?} is not let in", LOGIN.0)) && !why.contains("Secret"), "{why}");
+    let unknown_account = create(&|spec| spec["serviceAccountName"] = json!("nobody")).await?;
+    let why = unknown_account.why(&scene.signed)?;
+    assert!(why.contains("; there is no ServiceAccount payments/nobody: make it"), "{why}");
     let by_account = create(&|spec| spec["serviceAccountName"] = json!("web")).await?;
     assert!(by_account.allowed, "{by_account:?}");
     scene.api.requests();

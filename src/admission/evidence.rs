@@ -83,6 +83,14 @@ pub enum Failure {
     Registry(#[from] registry::Error),
 }
 
+impl Failure {
+    /// Whether the registry does not let in who asks, and may let in others.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Registry(registry::Error::Unauthorized { .. } | registry::Error::Denied { .. }))
+    }
+}
+
 /// How old an answer may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Freshness {
@@ -229,6 +237,12 @@ impl Examiner {
         self.0.settings.registries.contains_key(registry)
     }
 
+    /// Whether this registry is asked with what objects are pulled with: it has no login in the configuration.
+    #[must_use]
+    pub fn takes_logins(&self, registry: &RegistryName) -> bool {
+        self.0.settings.registries.get(registry).is_some_and(|registry| !registry.has_account())
+    }
+
     /// Questions that memory answered, and those that it did not.
     #[must_use]
     pub fn counts(&self) -> (u64, u64) {
@@ -288,9 +302,7 @@ impl Inner {
                 (None, None) => return ask(registry.clone(), None).await,
             };
             match asked {
-                Err(error @ Failure::Registry(registry::Error::Unauthorized { .. } | registry::Error::Denied { .. })) => {
-                    kept_out = Some(error);
-                }
+                Err(error) if error.is_refusal() => kept_out = Some(error),
                 answer => return answer,
             }
         }

@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout_at};
 use super::{
     daemon::{Daemon, Pending},
     evidence::{DENIAL, Evidence, Examiner, Failure, Freshness, Signature},
-    pull_secrets::{Logins, PullSecrets},
+    pull_secrets::{Logins, PullSecrets, Unread},
     why::{Fault, Why},
     workload::Kinds,
 };
@@ -138,6 +138,14 @@ impl Judge {
             Ok(Err(failure)) => (of_all(&demands, &failure.into()), None),
             Err(_) => (of_all(&demands, &Why::Late(terms.patience)), None),
         };
+        if let Some(logins) = terms.logins
+            && unmet.iter().any(|unmet| unmet.why.is_locked())
+            && self.examiner.takes_logins(&reference.registry)
+        {
+            // It only says more, and is mostly remembered.
+            let unread = timeout_at(terms.deadline, logins.unread(&reference.registry)).await.unwrap_or_default();
+            lock(&mut unmet, unread);
+        }
         if !closed.is_empty() {
             unmet.extend(closed);
             pinned = None;
@@ -228,6 +236,17 @@ impl Judge {
         let Some(index) = self.examiner.index_of(image, logins).await? else { return Ok(false) };
         let evidence = self.examiner.evidence(&index, Freshness::Any, logins).await?;
         Ok(objection(policy, &index, &evidence).is_none())
+    }
+}
+
+/// Says of what a login could help with why there was none.
+fn lock(unmet: &mut [Unmet], unread: Vec<Unread>) {
+    if unread.is_empty() {
+        return;
+    }
+    let unread: Arc<[Unread]> = unread.into();
+    for Unmet { why, .. } in unmet.iter_mut().filter(|unmet| unmet.why.is_locked()) {
+        *why = Why::Locked { why: Box::new(why.clone()), unread: unread.clone() };
     }
 }
 

@@ -15,6 +15,8 @@ use super::review::GroupKind;
 #[derive(Debug)]
 pub struct Object {
     pub kind: GroupKind,
+    /// Of the kind's group: `v1`.
+    pub version: String,
     /// None if the manifest leaves it to whoever applies it.
     pub namespace: Option<String>,
     pub name: String,
@@ -43,6 +45,30 @@ pub enum Error {
     NotInPlace(String),
 }
 
+impl Object {
+    /// Where it stands in its manifest: `document 2`, or `document 2/items/0` in a list. Empty documents do not count.
+    #[must_use]
+    pub fn place(&self) -> String {
+        format!("document {}{}", self.place.document + 1, self.place.pointer)
+    }
+
+    /// Whether there are containers with images somewhere in it, as there are in whatever makes pods.
+    #[must_use]
+    pub fn seems_to_run(&self) -> bool {
+        fn holds(value: &Value) -> bool {
+            match value {
+                Value::Array(elements) => elements.iter().any(holds),
+                Value::Object(members) => members.iter().any(|(name, value)| {
+                    let images = || value.as_array().into_iter().flatten().any(|element| element["image"].is_string());
+                    (name == "containers" && images()) || holds(value)
+                }),
+                _ => false,
+            }
+        }
+        serde_json::from_str(self.content.get()).is_ok_and(|value: Value| holds(&value))
+    }
+}
+
 /// The objects of a manifest, those in lists included.
 pub fn objects(text: &str) -> Result<Vec<Object>, Error> {
     let documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(|error| Error::Yaml(error.to_string()))?;
@@ -67,9 +93,10 @@ fn add(mut value: Value, place: Place, found: &mut Vec<Object>) -> Result<(), Er
         return Ok(());
     }
     let metadata = value.get("metadata").cloned().unwrap_or_default();
-    let group = version.split_once('/').map_or("", |(group, _)| group).to_owned();
+    let (group, version) = version.split_once('/').unwrap_or(("", &version));
     found.push(Object {
-        kind: GroupKind { group, kind },
+        kind: GroupKind { group: group.to_owned(), kind },
+        version: version.to_owned(),
         namespace: text(&metadata, "namespace"),
         name: text(&metadata, "name").or_else(|| text(&metadata, "generateName")).unwrap_or_default(),
         content: to_raw_value(&value).map_err(|error| Error::Yaml(error.to_string()))?,

@@ -1,7 +1,10 @@
 //! Logins of the cluster: the `imagePullSecrets` of what is reviewed and of its service account, read through the API when a
 //! registry has to be asked that the configuration has no login of, and remembered shortly.
 //!
-//! What cannot be read is as if it were not there, and logged: the registry then decides whether it shows the image.
+//! What cannot be read is as if it were not there, and logged: the registry then decides whether it shows the image. If it does not,
+//! the denial says what could not be read.
+
+mod unread;
 
 use std::{
     fmt,
@@ -17,6 +20,7 @@ use secrecy::ExposeSecret as _;
 use tokio::time::Instant;
 use tracing::warn;
 
+pub use self::unread::{Kind, Problem, Unread};
 use super::{cache::Generations, docker_config::DockerConfig, workload::PulledWith};
 use crate::{
     kubernetes::{self, Cluster, is_name},
@@ -41,8 +45,8 @@ pub struct PullSecrets(Arc<Inner>);
 
 struct Inner {
     cluster: Cluster,
-    secrets: Memory<DockerConfig>,
-    accounts: Memory<Vec<String>>,
+    secrets: Memory<Result<DockerConfig, Problem>>,
+    accounts: Memory<Result<Vec<String>, Problem>>,
 }
 
 /// What one object is pulled with.
@@ -51,6 +55,8 @@ pub struct Logins {
     secrets: PullSecrets,
     namespace: String,
     pulled_with: PulledWith,
+    /// What nothing can be read by.
+    no_names: Vec<Unread>,
 }
 
 impl PullSecrets {
@@ -63,27 +69,21 @@ impl PullSecrets {
     #[must_use]
     pub fn of(&self, namespace: &str, pulled_with: &PulledWith) -> Logins {
         let mut pulled_with = if is_name(namespace) { pulled_with.clone() } else { PulledWith::default() };
-        pulled_with.secrets.retain(|name| is_name(name));
-        pulled_with.accounts.retain(|name| is_name(name));
-        Logins { secrets: self.clone(), namespace: namespace.to_owned(), pulled_with }
+        let mut no_names = vec![];
+        for (kind, names) in [(Kind::Secret, &mut pulled_with.secrets), (Kind::ServiceAccount, &mut pulled_with.accounts)] {
+            let wrong = names.extract_if(.., |name| !is_name(name));
+            no_names.extend(wrong.map(|name| unread(kind, namespace, &name, Problem::NoName)));
+        }
+        Logins { secrets: self.clone(), namespace: namespace.to_owned(), pulled_with, no_names }
     }
 }
 
 impl Logins {
     /// Each different login for this registry, in the order that a node tries them.
     pub async fn of(&self, registry: &RegistryName) -> Vec<Credentials> {
-        let inner = &self.secrets.0;
-        let accounts = self.pulled_with.accounts.iter();
-        let of_accounts = join_all(accounts.map(|name| inner.account((self.namespace.clone(), name.clone())))).await;
-        let mut names = self.pulled_with.secrets.clone();
-        for name in of_accounts.iter().flat_map(|names| names.iter()).take(MOST_SECRETS) {
-            if !names.contains(name) {
-                names.push(name.clone());
-            }
-        }
-        let secrets = join_all(names.into_iter().map(|name| inner.secret((self.namespace.clone(), name)))).await;
         let mut logins: Vec<Credentials> = vec![];
-        for login in secrets.iter().filter_map(|logins| logins.login(registry)) {
+        let (secrets, _) = self.read().await;
+        for login in secrets.iter().filter_map(|(_, secret)| (**secret).as_ref().ok()?.login(registry)) {
             let same = |known: &Credentials| {
                 known.username == login.username && known.password.expose_secret() == login.password.expose_secret()
             };
@@ -93,20 +93,60 @@ impl Logins {
         }
         logins
     }
+
+    /// Why there may be no login for this registry: what could not be read, and, if nothing has one, what was read in vain.
+    pub async fn unread(&self, registry: &RegistryName) -> Vec<Unread> {
+        let (secrets, accounts) = self.read().await;
+        let of_secrets = secrets.iter().filter_map(|(name, secret)| {
+            let problem = (**secret).as_ref().err()?;
+            Some(unread(Kind::Secret, &self.namespace, name, problem.clone()))
+        });
+        let mut all: Vec<Unread> = self.no_names.iter().cloned().chain(of_secrets).chain(accounts).collect();
+        let read = || secrets.iter().filter_map(|(name, secret)| Some((name, (**secret).as_ref().ok()?)));
+        if read().all(|(_, logins)| logins.login(registry).is_none()) {
+            let problem = Problem::OtherRegistry(registry.clone());
+            all.extend(read().map(|(name, _)| unread(Kind::Secret, &self.namespace, name, problem.clone())));
+        }
+        all
+    }
+
+    /// Every secret by its name, and the accounts that could not be read.
+    async fn read(&self) -> (Vec<(String, Arc<Result<DockerConfig, Problem>>)>, Vec<Unread>) {
+        let inner = &self.secrets.0;
+        let accounts = &self.pulled_with.accounts;
+        let of_accounts = join_all(accounts.iter().map(|name| inner.account((self.namespace.clone(), name.clone())))).await;
+        let mut names = self.pulled_with.secrets.clone();
+        for name in of_accounts.iter().filter_map(|names| (**names).as_ref().ok()).flatten().take(MOST_SECRETS) {
+            if !names.contains(name) {
+                names.push(name.clone());
+            }
+        }
+        let not_read = accounts.iter().zip(&of_accounts).filter_map(|(name, read)| {
+            let problem = (**read).as_ref().err()?;
+            Some(unread(Kind::ServiceAccount, &self.namespace, name, problem.clone()))
+        });
+        let secrets = names.iter().map(|name| inner.secret((self.namespace.clone(), name.clone())));
+        let secrets = join_all(secrets).await;
+        (names.into_iter().zip(secrets).collect(), not_read.collect())
+    }
+}
+
+fn unread(kind: Kind, namespace: &str, name: &str, problem: Problem) -> Unread {
+    Unread { kind, namespace: namespace.to_owned(), name: name.to_owned(), problem }
 }
 
 /// A namespace, and a name in it.
 type Key = (String, String);
 
 impl Inner {
-    async fn secret(&self, key: Key) -> Arc<DockerConfig> {
+    async fn secret(&self, key: Key) -> Arc<Result<DockerConfig, Problem>> {
         let (namespace, name) = key.clone();
         let cluster = self.cluster.clone();
         let read = async move {
             let api: Api<Secret> = Api::namespaced(cluster.client(), &namespace);
             let secret = found("secret", &namespace, &name, cluster.ask(api.get(&name)).await)?;
             let logins = logins(&secret);
-            if logins.is_none() {
+            if logins.is_err() {
                 warn!(namespace, secret = name, "an imagePullSecret holds no logins: it has to be a docker configuration");
             }
             logins
@@ -115,60 +155,58 @@ impl Inner {
     }
 
     /// The secrets that an account's pods are pulled with.
-    async fn account(&self, key: Key) -> Arc<Vec<String>> {
+    async fn account(&self, key: Key) -> Arc<Result<Vec<String>, Problem>> {
         let (namespace, name) = key.clone();
         let cluster = self.cluster.clone();
         let read = async move {
             let api: Api<ServiceAccount> = Api::namespaced(cluster.client(), &namespace);
             let account = found("service account", &namespace, &name, cluster.ask(api.get(&name)).await)?;
-            Some(account.image_pull_secrets.into_iter().flatten().map(|secret| secret.name).collect())
+            let secrets = account.image_pull_secrets.into_iter().flatten().map(|secret| secret.name);
+            Ok(secrets.filter(|name| is_name(name)).collect())
         };
         self.accounts.get(key, read).await
     }
 }
 
-fn found<T>(what: &str, namespace: &str, name: &str, answer: Result<T, kubernetes::Error>) -> Option<T> {
-    match answer {
-        Ok(object) => Some(object),
-        Err(error) if error.is_not_found() => None,
-        Err(error) => {
+fn found<T>(what: &str, namespace: &str, name: &str, answer: Result<T, kubernetes::Error>) -> Result<T, Problem> {
+    answer.map_err(|error| {
+        if !error.is_not_found() {
             let error = &error as &dyn std::error::Error;
             warn!(namespace, name, error, "a {what} cannot be read: images are asked for without its logins");
-            None
         }
-    }
+        Problem::from(&error)
+    })
 }
 
 /// Both types that nodes take: `kubernetes.io/dockerconfigjson`, and the older `kubernetes.io/dockercfg` without `auths`.
-fn logins(secret: &Secret) -> Option<DockerConfig> {
-    let data = secret.data.as_ref()?;
-    let parsed = match (data.get(".dockerconfigjson"), data.get(".dockercfg")) {
-        (Some(config), _) => DockerConfig::parse(&config.0),
-        (None, Some(config)) => DockerConfig::parse(&[b"{\"auths\":", &config.0[..], b"}"].concat()),
-        (None, None) => return None,
+fn logins(secret: &Secret) -> Result<DockerConfig, Problem> {
+    let data = |key| Some(&secret.data.as_ref()?.get(key)?.0);
+    let parsed = match (data(".dockerconfigjson"), data(".dockercfg")) {
+        (Some(config), _) => DockerConfig::parse(config),
+        (None, Some(config)) => DockerConfig::parse(&[b"{\"auths\":", &config[..], b"}"].concat()),
+        (None, None) => return Err(Problem::NoLogins { of_type: secret.type_.clone().unwrap_or_default() }),
     };
-    parsed.ok()
+    parsed.map_err(|_| Problem::Malformed)
 }
 
 /// What was read lately, asked for once however many want it.
 struct Memory<T> {
     known: Mutex<Generations<Key, (Instant, Arc<T>)>>,
-    asking: Flights<Key, Option<Arc<T>>>,
+    asking: Flights<Key, Arc<T>>,
 }
 
-impl<T: Default + Send + Sync + 'static> Memory<T> {
+impl<T: Send + Sync + 'static, E: Send + Sync + 'static> Memory<Result<T, E>> {
     fn new() -> Self {
         Self { known: Mutex::new(Generations::new(ENTRIES)), asking: Flights::new() }
     }
 
-    async fn get(&self, key: Key, read: impl Future<Output = Option<T>> + Send + 'static) -> Arc<T> {
+    async fn get(&self, key: Key, read: impl Future<Output = Result<T, E>> + Send + 'static) -> Arc<Result<T, E>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&key);
         if let Some((_, value)) = known.filter(|(until, _)| Instant::now() < *until) {
             return value;
         }
-        let read = self.asking.join(key.clone(), || read.map(|value| value.map(Arc::new)).boxed()).await;
-        let keep = if read.is_some() { KEEP } else { KEEP_NOTHING };
-        let value = read.unwrap_or_default();
+        let value = self.asking.join(key.clone(), || read.map(Arc::new).boxed()).await;
+        let keep = if value.is_ok() { KEEP } else { KEEP_NOTHING };
         self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(key, (Instant::now() + keep, value.clone()));
         value
     }
@@ -199,8 +237,38 @@ mod tests {
         for secret in [new, old] {
             assert_eq!(logins(&secret).unwrap().login(&registry).unwrap().username, "anna");
         }
-        for other in [secret("password", "p"), secret(".dockerconfigjson", "p"), Secret::default()] {
-            assert!(logins(&other).is_none());
+        let opaque = Secret { type_: Some("Opaque".to_owned()), ..secret("password", "hunter2") };
+        for (other, problem) in [
+            (opaque, Problem::NoLogins { of_type: "Opaque".to_owned() }),
+            (secret(".dockerconfigjson", "hunter2"), Problem::Malformed),
+            (Secret::default(), Problem::NoLogins { of_type: String::new() }),
+        ] {
+            assert_eq!(logins(&other).unwrap_err(), problem);
         }
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_said_with_the_cure() {
+        let said = |problem| unread(Kind::Secret, "payments", "pull", problem).to_string();
+        let make = "make it by `kubectl create secret docker-registry`";
+        for (problem, expected) in [
+            (Problem::Missing, "there is no Secret payments/pull: make it, or correct its name in the object".to_owned()),
+            (Problem::NoName, "no Secret can have the name \"pull\": correct it in the object".to_owned()),
+            (Problem::Malformed, format!("what the Secret payments/pull holds is no docker configuration: {make}")),
+            (
+                Problem::NoLogins { of_type: "Opaque".to_owned() },
+                format!("the Secret payments/pull is of the type \"Opaque\", which has no logins: {make}"),
+            ),
+            (
+                Problem::OtherRegistry("r.example.com".parse().unwrap()),
+                format!("the Secret payments/pull has no login of r.example.com: {make} --docker-server=r.example.com"),
+            ),
+        ] {
+            assert_eq!(said(problem), expected);
+        }
+        let refused = |code| Problem::from(&kubernetes::Error::Refused { code, message: "no".to_owned() });
+        assert_eq!((refused(404), refused(403)), (Problem::Missing, Problem::Forbidden));
+        assert!(said(refused(403)).starts_with("countersign may not read the Secret payments/pull: allow its service account"));
+        assert!(said(refused(500)).ends_with("the cluster's API refuses: no (500): try again"), "{}", said(refused(500)));
     }
 }

@@ -4,6 +4,7 @@
 //! other: a policy that would have denied closes its namespaces until it can be used, and its status says what is wrong.
 
 mod definition;
+mod given;
 mod status;
 
 use std::{
@@ -16,6 +17,7 @@ use serde_json::Value;
 
 pub use self::{
     definition::{definitions, manifest},
+    given::Given,
     status::State,
 };
 use crate::{
@@ -31,7 +33,7 @@ const VERSION: &str = "v1";
 const UNREAD: &str = "the SecurityPolicy and Witness resources of the cluster have not been read yet: try again in a moment";
 
 /// One of the two kinds of resources. None is in a namespace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     SecurityPolicy,
     Witness,
@@ -162,7 +164,8 @@ impl Resources {
         if namespaces.is_empty() {
             return problem;
         }
-        let said = format!("{problem}. Until that is mended, nothing is admitted to {}", namespaces.join(", "));
+        let stop = if problem.ends_with('?') { "" } else { "." };
+        let said = format!("{problem}{stop} Until that is mended, nothing is admitted to {}", namespaces.join(", "));
         self.closed.push(Closed { name: name.to_owned(), namespaces, reason: problem.into() });
         said
     }

@@ -58,9 +58,9 @@ pub struct Finding {
 /// Why it cannot be told what runs.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("the cluster's list of pods cannot be read: {0}")]
+    #[error("the cluster's list of pods cannot be read")]
     List(#[source] serde_json::Error),
-    #[error("a pod of the cluster's list cannot be read: {0}")]
+    #[error("a pod of the cluster's list cannot be read")]
     Pod(#[source] workload::Error),
 }
 

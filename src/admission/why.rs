@@ -4,11 +4,14 @@ use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 
-use super::evidence::Failure;
+use super::{evidence::Failure, pull_secrets::Unread};
 use crate::{
     oci::{ParseError, Reference, RegistryName},
     verify::Rejection,
 };
+
+/// Secrets that are named in one answer.
+const MOST_UNREAD: usize = 8;
 
 /// Why an image does not meet a policy.
 #[derive(Debug, Clone)]
@@ -21,6 +24,8 @@ pub enum Why {
     Registry(Failure),
     /// The registry has no such image.
     Absent,
+    /// The registry keeps it from those who ask, and what they were to log in with could not be read.
+    Locked { why: Box<Why>, unread: Arc<[Unread]> },
     /// It is used by a tag, and is otherwise as the policy wants it, or not.
     Tag { pinned: Box<Reference>, otherwise: Option<Box<Why>> },
     /// It is used by a tag that the mutating webhook should have pinned.
@@ -62,6 +67,7 @@ impl Why {
             Self::NoRegistry(_) => "no_registry",
             Self::Registry(_) => "registry",
             Self::Absent => "absent",
+            Self::Locked { why, .. } => why.name(),
             Self::Tag { .. } => "tag",
             Self::NotPinned { .. } => "not_pinned",
             Self::Unsigned { fault, .. } => match fault {
@@ -89,6 +95,7 @@ impl Why {
             | Self::NoRegistry(_)
             | Self::Registry(_)
             | Self::Absent
+            | Self::Locked { .. }
             | Self::NotPinned { .. }
             | Self::Old { .. }
             | Self::Ageless
@@ -100,7 +107,27 @@ impl Why {
     /// Whether it says nothing of the image: its registry did not answer, or what is demanded of it could not be read.
     #[must_use]
     pub fn is_unknown(&self) -> bool {
-        matches!(self, Self::Registry(_) | Self::Late(_) | Self::Refused(_))
+        match self {
+            Self::Registry(_) | Self::Late(_) | Self::Refused(_) => true,
+            Self::Locked { why, .. } => why.is_unknown(),
+            Self::NoReference(_)
+            | Self::NoRegistry(_)
+            | Self::Absent
+            | Self::Tag { .. }
+            | Self::NotPinned { .. }
+            | Self::Unsigned { .. }
+            | Self::Old { .. }
+            | Self::Ageless => false,
+        }
+    }
+
+    /// Whether another login could change it: a registry may also say of what it hides that there is no such thing.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        match self {
+            Self::Registry(failure) => failure.is_refusal(),
+            why => matches!(why, Self::Absent),
+        }
     }
 
     pub(super) fn no_reference(error: &ParseError) -> Self {
@@ -126,7 +153,24 @@ impl fmt::Display for Why {
                 "images of the registry {name} cannot be verified here: use an image of a configured registry, or add a [[registry]] \
                  for this one"
             ),
+            Self::Registry(failure) if failure.is_refusal() => write!(
+                f,
+                "its registry could not be asked: {}; give the [[registry]] a login that may pull it, or let countersign read what \
+                 pods are pulled with (`pull_secrets` in [admission] kubernetes)",
+                chain(failure)
+            ),
             Self::Registry(failure) => write!(f, "its registry could not be asked: {}; try again", chain(failure)),
+            Self::Locked { why, unread } => {
+                match &**why {
+                    Self::Registry(failure) => write!(f, "its registry could not be asked: {}", chain(failure))?,
+                    why => write!(f, "{why}")?,
+                }
+                unread.iter().take(MOST_UNREAD).try_for_each(|unread| write!(f, "; {unread}"))?;
+                match unread.len().saturating_sub(MOST_UNREAD) {
+                    0 => Ok(()),
+                    more => write!(f, "; and {more} more that could not be read"),
+                }
+            }
             Self::Absent => f.write_str("its registry has no such image: check the name, and push it first"),
             Self::Tag { pinned, otherwise: None } => {
                 write!(f, "it is used by a tag, and tags can be moved; use the digest, which is attested: {pinned}")
@@ -181,7 +225,8 @@ fn write_fault(f: &mut fmt::Formatter<'_>, witness: &str, fault: &Fault) -> fmt:
 }
 
 /// An error with what caused it.
-pub(super) fn chain(error: &dyn Error) -> String {
+#[must_use]
+pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -67,7 +67,7 @@ pub struct Image {
 /// Why it cannot be told what an object would run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("the object is not what its kind says: {0}")]
+    #[error("the object is not what its kind says")]
     Malformed(#[source] serde_json::Error),
     #[error("the object has more than {MOST_TEMPLATES} pod templates")]
     TooMany,

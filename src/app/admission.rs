@@ -30,7 +30,7 @@ use super::{
 use crate::{
     admission::{
         self, Authority, Beside, Counters, Daemon, DockerConfig, Examiner, ExaminerSettings, GroupKind, Judge, Kept, Kinds,
-        Looks, Resources, Webhook,
+        Looks, Resources, State, Webhook,
     },
     clock::Clock,
     config::{self, Certificate, Config},
@@ -49,9 +49,13 @@ const REMEMBERED: &[(&str, &str)] = &[
     ("admission_cache_misses", "Questions about images that a registry was asked"),
 ];
 
-/// What images are judged by, as the configuration has it. `cluster` is the one that policies are to be taken of.
-pub fn judge(config: &Config, clock: &Clock, metrics: Option<&Metrics>, cluster: Option<&str>) -> anyhow::Result<Judge> {
-    Court { config, clock, metrics, cluster, of_cluster: None }.judge(Resources::default(), None)
+/// What images are judged by, as the configuration and these resources have it; and what became of each resource. `cluster` is
+/// the one that policies are to be taken of.
+pub fn judge(config: &Config, clock: &Clock, cluster: Option<&str>, kept: &Kept) -> anyhow::Result<(Judge, Vec<State>)> {
+    let court = Court { config, clock, metrics: None, cluster, of_cluster: None };
+    let mut resources = court.resources(kept);
+    let states = resources.states.take().unwrap_or_default();
+    Ok((court.judge(resources, None)?, states))
 }
 
 /// The same with what the cluster has, as far as `kubernetes` says that it counts. Asked once.

@@ -51,6 +51,9 @@ pub async fn run(
     let unreached = answer.online.iter().any(|reached| !reached.ok);
     output::print(output, &answer, |answer| {
         let mut text = in_full(&problems);
+        if !text.is_empty() {
+            text.push('\n');
+        }
         for reached in &answer.online {
             match &reached.error {
                 None => text.push_str(&format!("ok: {}\n", reached.what)),

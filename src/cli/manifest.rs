@@ -1,22 +1,18 @@
 //! `countersign verify -f` and `countersign resolve -f`: manifests, judged as the admission webhook would.
 
-use std::{
-    fs,
-    io::Read as _,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
-    time::Duration,
-};
+mod files;
+
+use std::{path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, anyhow};
 use serde::Serialize;
 use tokio::time::Instant;
 
+use self::files::{Manifest, read_all};
 use super::{ManifestArgs, Output, Usage, output};
 use crate::{
     admission::{
-        Image, Judge, MOST_IMAGES, Terms, Verdict, Why,
+        GivenResources, Image, Judge, MOST_IMAGES, Terms, Verdict, Why, chain,
         manifest::{self, Change, Object},
         of_image, shown,
     },
@@ -27,8 +23,6 @@ use crate::{
     policy::{Bound, Mode},
 };
 
-/// Manifests of whole clusters are some megabytes.
-const LARGEST: u64 = 64 << 20;
 /// Nobody waits for an API server here.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -68,8 +62,8 @@ struct UnmetLine {
 }
 
 /// One object with what became of its images.
-struct Judged {
-    object: Object,
+struct Judged<'a> {
+    object: &'a Object,
     namespace: String,
     policies: usize,
     images: Vec<Image>,
@@ -78,13 +72,16 @@ struct Judged {
 
 /// Says what a cluster would. 0 if all would be admitted.
 pub async fn verify(config: &Config, clock: &Clock, args: &ManifestArgs, output: Output) -> anyhow::Result<ExitCode> {
-    let judge = judge(config, clock, args)?;
+    let manifests = read_all(&args.files)?;
+    let judge = judge(config, clock, args, &manifests)?;
     let mut lines = vec![];
-    for file in &args.files {
-        let text = read(file)?;
-        for judged in examine(&judge, &text, args).await.with_context(|| file.display().to_string())? {
-            lines.push(line(file, &judged));
+    for manifest in &manifests {
+        for judged in examine(&judge, manifest, args).await? {
+            lines.push(line(&manifest.path, &judged));
         }
+    }
+    if lines.is_empty() {
+        eprintln!("warning: there was nothing to judge: no object in these manifests runs an image");
     }
     let admitted = lines.iter().all(|line| line.admitted);
     output::print(output, &lines, |lines| lines.iter().map(render).collect::<Vec<_>>().join("\n"));
@@ -93,19 +90,20 @@ pub async fn verify(config: &Config, clock: &Clock, args: &ManifestArgs, output:
 
 /// Prints the manifests with their tags pinned to the digests that verified. 1, and nothing printed, if one did not.
 pub async fn resolve(config: &Config, clock: &Clock, args: &ManifestArgs) -> anyhow::Result<ExitCode> {
-    let judge = judge(config, clock, args)?;
+    let manifests = read_all(&args.files)?;
+    let judge = judge(config, clock, args, &manifests)?;
     let mut pinned = String::new();
     let mut failed = false;
-    for file in &args.files {
-        let text = read(file)?;
-        let judged = examine(&judge, &text, args).await.with_context(|| file.display().to_string())?;
+    for manifest in &manifests {
+        let file = manifest.path.display();
+        let judged = examine(&judge, manifest, args).await?;
         let mut changes = vec![];
         for one in &judged {
             for image in &one.images {
                 let verdict = one.verdicts.iter().find(|verdict| verdict.text == image.text).expect("each text is judged");
                 match pin(&judge, verdict).await? {
                     Pin::To(reference) => changes.push(Change {
-                        object: &one.object,
+                        object: one.object,
                         pointer: &image.pointer,
                         before: &image.text,
                         after: reference.to_string(),
@@ -113,12 +111,12 @@ pub async fn resolve(config: &Config, clock: &Clock, args: &ManifestArgs) -> any
                     Pin::Not => {}
                     Pin::Unmet => {
                         failed = true;
-                        eprintln!("{}: {}", file.display(), of_image(verdict, verdict.enforced()));
+                        eprintln!("{file}: {}", of_image(verdict, verdict.enforced()));
                     }
                 }
             }
         }
-        let text = manifest::replace(&text, &changes).with_context(|| file.display().to_string())?;
+        let text = manifest::replace(&manifest.text, &changes).map_err(|error| Usage(format!("{file}: {error}")))?;
         if !pinned.is_empty() && !text.starts_with("---") {
             pinned.push_str("---\n");
         }
@@ -165,32 +163,61 @@ async fn pin(judge: &Judge, verdict: &Verdict) -> anyhow::Result<Pin> {
     Ok(Pin::To(image))
 }
 
-fn judge(config: &Config, clock: &Clock, args: &ManifestArgs) -> anyhow::Result<Judge> {
+/// By the policies of the configuration, and those that are given in manifests.
+fn judge(config: &Config, clock: &Clock, args: &ManifestArgs, manifests: &[Manifest]) -> anyhow::Result<Judge> {
+    let mut given = GivenResources::default();
+    let mut take = |manifests: &[Manifest]| -> Vec<Result<bool, String>> {
+        let objects = manifests.iter().flat_map(|manifest| manifest.objects.iter().map(|object| (&*manifest.path, object)));
+        objects.map(|(path, object)| given.take(path, object)).collect()
+    };
+    let of_policies = take(&read_all(&args.policies)?);
+    if !args.policies.is_empty() && of_policies.iter().all(|taken| *taken == Ok(false)) {
+        eprintln!("warning: no SecurityPolicy and no Witness is in what --policies names");
+    }
+    let mut problems: Vec<_> = of_policies.into_iter().chain(take(manifests)).filter_map(Result::err).collect();
     let cluster = args.cluster.as_deref().or(config.admission.cluster.as_deref());
-    let judge = app::judge(config, clock, None, cluster)?;
+    let (judge, states) = app::judge(config, clock, cluster, &given.kept())?;
+    problems.extend(states.iter().filter_map(|state| given.refusal(state)));
+    if !problems.is_empty() {
+        return Err(Usage(problems.join("\n")).into());
+    }
     if judge.policies.all().is_empty() {
-        eprintln!("warning: no [[policy]] is enabled here: nothing is demanded of any image");
+        eprintln!(
+            "warning: no policy is enabled here: nothing is demanded of any image. Policies are the [[policy]]s of the \
+             configuration, and the SecurityPolicy resources among the manifests and what --policies names"
+        );
     }
     Ok(judge)
 }
 
-async fn examine(judge: &Judge, text: &str, args: &ManifestArgs) -> anyhow::Result<Vec<Judged>> {
+async fn examine<'a>(judge: &Judge, manifest: &'a Manifest, args: &ManifestArgs) -> anyhow::Result<Vec<Judged<'a>>> {
     let mut judged = vec![];
-    for object in manifest::objects(text)? {
-        let Some(workload) = judge.kinds.read(&object.kind, &object.content)? else { continue };
+    for object in &manifest.objects {
+        let wrong = |problem: String| {
+            let (file, kind, name) = (manifest.path.display(), shown(&object.kind.kind), shown(&object.name));
+            Usage(format!("{file}: {}: {kind} {name}: {problem}", object.place()))
+        };
+        let workload = judge.kinds.read(&object.kind, &object.content).map_err(|error| wrong(chain(&error)))?;
+        let Some(workload) = workload else {
+            if object.seems_to_run() {
+                let Usage(said) = wrong("countersign does not know where its pods are: see [admission] kinds".to_owned());
+                eprintln!("warning: {said}");
+            }
+            continue;
+        };
         let namespace = args.namespace.clone().or_else(|| object.namespace.clone()).unwrap_or_else(|| "default".to_owned());
         let policies: Vec<Arc<Bound>> = judge.policies.of(&namespace);
         let terms = Terms { pins: true, fresh: false, deadline: Instant::now() + PATIENCE, patience: PATIENCE, logins: None };
         let texts = workload.images.iter().map(|image| image.text.as_str());
         let Some(verdicts) = judge.images(texts, &policies, terms).await else {
-            return Err(anyhow!("{} {} has more than {MOST_IMAGES} different images", object.kind.kind, shown(&object.name)));
+            return Err(wrong(format!("it has more than {MOST_IMAGES} different images")).into());
         };
         judged.push(Judged { object, namespace, policies: policies.len(), images: workload.images, verdicts });
     }
     Ok(judged)
 }
 
-fn line(file: &Path, judged: &Judged) -> Line {
+fn line(file: &Path, judged: &Judged<'_>) -> Line {
     Line {
         file: file.display().to_string(),
         kind: judged.object.kind.kind.clone(),
@@ -235,20 +262,4 @@ fn render(line: &Line) -> String {
         }
     }
     text
-}
-
-/// `-` is standard input.
-fn read(file: &PathBuf) -> anyhow::Result<String> {
-    let mut text = String::new();
-    let bounded = |reader: &mut dyn std::io::Read, text: &mut String| reader.take(LARGEST + 1).read_to_string(text);
-    let read = if file.as_os_str() == "-" {
-        bounded(&mut std::io::stdin().lock(), &mut text)
-    } else {
-        fs::File::open(file).and_then(|mut file| bounded(&mut file, &mut text))
-    };
-    read.map_err(|error| Usage(format!("{}: {error}", file.display())))?;
-    if text.len() as u64 > LARGEST {
-        return Err(Usage(format!("{}: it is larger than {LARGEST} bytes", file.display())).into());
-    }
-    Ok(text)
 }

@@ -3,7 +3,7 @@
 //! A resource's `spec` has the keys of its section, in camelCase and without the `name`, which is the resource's own. It is
 //! written as TOML and read as a section, so that there is one grammar and one set of messages.
 
-use std::{borrow::Cow, path::Path};
+use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
 use serde_json::{Map, Value, json};
 
@@ -78,14 +78,38 @@ fn read<T>(
     let found = read(&Section::new(&report, shape, Cow::Borrowed(&document), 0..0));
     let problems = report.into_problems().into_iter().filter(|problem| problem.severity == Severity::Error);
     let said: Vec<_> = problems
-        .map(|problem| match problem.help {
-            Some(help) => format!("{}: {help}", problem.message),
-            None => problem.message,
+        .map(|problem| {
+            let message = match field(&text, &problem) {
+                Some(field) => format!("`{field}`: {}", problem.message),
+                None => problem.message,
+            };
+            problem.help.map_or_else(|| message.clone(), |help| format!("{message}: {help}"))
         })
         .collect();
     match found {
         Some(found) if said.is_empty() => Ok(found),
         _ => Err(in_words_of_resources(&said.join("; "))),
+    }
+}
+
+/// The key that a problem is with, such as `verify[0].until`; None if the message names it itself. `text` has a key a line.
+fn field(text: &str, problem: &problem::Problem) -> Option<String> {
+    let place = problem.place.as_ref()?;
+    let mut lists: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut table = String::new();
+    for line in text.lines().take(place.line) {
+        if let Some(list) = line.strip_prefix("[[").and_then(|line| line.strip_suffix("]]")) {
+            let count = lists.entry(list).or_default();
+            table = format!("{}[{count}].", camel(list));
+            *count += 1;
+        }
+    }
+    let key = text.lines().nth(place.line - 1)?.split_once(" = ").map_or("", |(key, _)| key);
+    let is_named = problem.message.contains(&format!("`{key}`")) || (place.column == 1 && problem.message.contains('`'));
+    if key.is_empty() || is_named {
+        (!table.is_empty()).then(|| table.trim_end_matches('.').to_owned())
+    } else {
+        Some(table + &camel(key))
     }
 }
 
@@ -188,8 +212,11 @@ fn camel(name: &str) -> String {
 fn in_words_of_resources(text: &str) -> String {
     let sections = [("a [[policy]]", "a SecurityPolicy"), ("[[policy]]", "the SecurityPolicy"), ("[[witness]]", "Witness")];
     let text = sections.iter().fold(text.to_owned(), |text, (section, kind)| text.replace(section, kind));
-    let keys = [&policy::TABLE, &witness::GIVEN].into_iter().flat_map(Table::current_keys).filter(|key| key.name.contains('_'));
-    keys.fold(text, |text, key| text.replace(&format!("`{}`", key.name), &format!("`{}`", camel(key.name))))
+    let keys = [&policy::TABLE, &witness::GIVEN].into_iter().flat_map(Table::current_keys).map(|key| (key.name, camel(key.name)));
+    keys.fold(text, |text, (key, camel)| {
+        // Examples are YAML there.
+        text.replace(&format!("`{key}`"), &format!("`{camel}`")).replace(&format!(" {key} = "), &format!(" {camel}: "))
+    })
 }
 
 #[cfg(test)]
@@ -229,8 +256,8 @@ mod tests {
         assert_eq!(refused(Value::Null), "it has no `spec`");
         let good = json!({"witness": "release", "namespace": "payments"});
         for (key, value, expected) in [
-            ("witness", json!("relaese"), "no Witness is named \"relaese\": did you mean \"release\"?"),
-            ("maxAge", json!("9 weeks"), "\"9 weeks\" is no length of time"),
+            ("witness", json!("relaese"), "`witness`: no Witness is named \"relaese\": did you mean \"release\"?"),
+            ("maxAge", json!("9 weeks"), "`maxAge`: \"9 weeks\" is no length of time"),
             ("signedAs", json!("nothing"), "`signedAs`"),
             ("signed_as", json!("tag"), "unknown key `signed_as`: did you mean `signedAs`?"),
             ("name", json!("other"), "unknown key `name`"),
@@ -245,6 +272,8 @@ mod tests {
             assert!(said.contains(expected), "{key}: {said}");
             assert!(!said.contains("[[") && !said.contains('\n'), "{said}");
         }
+        let late = refused(json!({"witness": "release", "namespace": "payments", "maxAge": "9 weeks"}));
+        assert!(late.ends_with("for example maxAge: \"90d\""), "{late}");
         let two = refused(json!({"witness": "release", "mode": "hard", "maxAge": "1"}));
         assert!(two.contains("`mode`") && two.contains("length of time") && two.contains("namespace"), "{two}");
     }
@@ -262,7 +291,11 @@ mod tests {
         for (spec, expected) in [
             (json!({}), "`publicKey`"),
             (json!({"publicKey": "no"}), "it is not PEM"),
-            (json!({"publicKey": PEM, "verify": [{"key": PEM, "until": "soon"}]}), "`until` is a date and time"),
+            (
+                json!({"publicKey": PEM, "verify": [{"key": PEM}, {"key": PEM, "until": "soon"}]}),
+                "`verify[1]`: `until` is a date and time",
+            ),
+            (json!({"publicKey": PEM, "verify": [{"key": "no"}]}), "`verify[0].key`: "),
             (json!({"publicKey": PEM, "key": "awskms:///x"}), "unknown key `key`"),
         ] {
             let said = witness("release", &spec).unwrap_err();
