@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const DIGEST: [u8; 32] = [7; 32];
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 async fn openbao() -> OpenBao {
     let bao = OpenBao::start().await.expect("these tests run OpenBao from .tools: `make tools` installs it there");

@@ -111,7 +111,7 @@ impl Daemon {
         let (http, probe) = (http_client()?, format!("{}/{probe}", self.url));
         let process = self.process.as_mut().context("not started")?;
         let ready = || async { http.get(&probe).send().await.is_ok_and(|response| response.status().is_success()) };
-        process.wait_ready(Duration::from_secs(30), ready).await
+        process.wait_ready(Duration::from_secs(60), ready).await
     }
 
     /// Starts it and does not wait.

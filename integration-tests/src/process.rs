@@ -3,10 +3,11 @@
 use std::fs::{self, File};
 use std::future::Future;
 use std::io::Write as _;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -116,7 +117,7 @@ pub fn scratch() -> Result<TempDir> {
 }
 
 /// A port of 127.0.0.1 that nobody listens on, and that stays free while a server is down to be started again: it is below
-/// the range from which the system takes the ports of outgoing connections.
+/// the range from which the system takes the ports of outgoing connections, and no other process finds it here until this one ends.
 pub fn free_port() -> Result<u16> {
     free_ports(1)
 }
@@ -126,12 +127,18 @@ pub fn free_ports(many: u16) -> Result<u16> {
     const FIRST: u16 = 10_000;
     const COUNT: u16 = 20_000;
     static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Between finding a port and listening there it is nobody's. So whoever looks for one takes it at this address first, which
+    // no server has: all of 127.0.0.0/8 is this machine.
+    const DIBS: [u8; 4] = [127, 9, 9, 9];
+    static TAKEN: Mutex<Vec<TcpListener>> = Mutex::new(Vec::new());
     // Test processes that run beside this one begin elsewhere.
     let start = u32::from(FIRST) + std::process::id().wrapping_mul(97) % u32::from(COUNT);
     for _ in 0..COUNT {
         let step = u32::from(NEXT.fetch_add(many, Ordering::Relaxed));
         let port = u16::try_from(u32::from(FIRST) + (start + step) % u32::from(COUNT))?;
-        if (port..port + many).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
+        let dibs: Vec<_> = (port..port + many).map_while(|port| TcpListener::bind((Ipv4Addr::from(DIBS), port)).ok()).collect();
+        if dibs.len() == usize::from(many) && (port..port + many).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
+            TAKEN.lock().unwrap_or_else(PoisonError::into_inner).extend(dibs);
             return Ok(port);
         }
     }
@@ -182,6 +189,8 @@ where
 
 /// A client with time limits that goes to 127.0.0.1 directly, whatever the environment says of proxies.
 pub fn http_client() -> Result<reqwest::Client> {
-    let limit = Duration::from_secs(20);
-    Ok(reqwest::Client::builder().no_proxy().connect_timeout(limit).timeout(limit).build()?)
+    let limit = Duration::from_secs(60);
+    let client = reqwest::Client::builder().no_proxy().connect_timeout(limit).timeout(limit);
+    // countersign closes what is idle for ten seconds, at worst while the next request is on its way.
+    Ok(client.pool_idle_timeout(Duration::from_secs(5)).build()?)
 }

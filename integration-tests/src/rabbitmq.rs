@@ -128,9 +128,12 @@ impl RabbitMq {
             self.spawn()?;
         }
         let mut server = self.server.take().context("just started")?;
-        // It listens for clients last.
+        // It listens for clients last, and last of all for those who speak TLS.
+        let tls = self.extra.contains("listeners.ssl").then(|| format!("127.0.0.1:{}", self.tls_port()));
+        let hosts: Vec<_> = [Some(self.host()), tls].into_iter().flatten().collect();
         let is_ready = async || {
-            self.manage("GET", "/api/health/checks/alarms", None).await.is_ok() && TcpStream::connect(self.host()).is_ok()
+            self.manage("GET", "/api/health/checks/alarms", None).await.is_ok()
+                && hosts.iter().all(|host| TcpStream::connect(host).is_ok())
         };
         let ready = server.broker.wait_ready(READY, is_ready).await;
         self.server = Some(server);

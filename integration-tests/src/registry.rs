@@ -38,7 +38,8 @@ impl Notify {
         Self {
             url: url.into(),
             token: token.into(),
-            timeout: Duration::from_secs(1),
+            // What it gives up may come in all the same, and then comes twice: a busy machine is to have its time.
+            timeout: Duration::from_secs(30),
             threshold: 3,
             backoff: Duration::from_secs(1),
         }
@@ -166,7 +167,7 @@ impl Registry {
         };
         let mut process = Process::start(name, &mut command, &self.log())?;
         let (http, probe) = (http_client()?, format!("{}/v2/", self.url()));
-        process.wait_ready(Duration::from_secs(20), || async { http.get(&probe).send().await.is_ok() }).await?;
+        process.wait_ready(Duration::from_secs(60), || async { http.get(&probe).send().await.is_ok() }).await?;
         self.process = Some(process);
         Ok(())
     }

@@ -157,11 +157,12 @@ async fn old_partitions_are_drained_into_the_new_ones() {
         assert!(stats.queued() >= 43, "{stats:?}");
         let in_ours = stats.partitions.iter().filter(|partition| partition.name.starts_with("3."));
         let in_ours: u64 = in_ours.map(|partition| partition.ready).sum();
-        Ok((in_ours + stats.waiting == 43).then_some(stats))
+        // What goes from waiting to ready while it is counted may be counted in both.
+        let is_moved = (in_ours + stats.waiting, stats.queued(), stats.partitions.len()) == (43, 43, 3);
+        Ok(is_moved.then_some(stats))
     });
     let stats = moved.await.unwrap();
-    assert_eq!((stats.queued(), stats.dead, stats.pushed_total), (43, 2, 45), "{stats:?}");
-    assert_eq!(stats.partitions.len(), 3, "{stats:?}");
+    assert_eq!((stats.dead, stats.pushed_total), (2, 45), "{stats:?}");
 
     let letters = new.dead_letters(None, 10).await.unwrap();
     for letter in &letters {

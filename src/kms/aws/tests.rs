@@ -369,7 +369,7 @@ async fn a_kms_that_complains_of_the_time_without_reason_is_asked_once() {
 async fn no_more_than_sixteen_calls_of_a_witness_are_under_way_at_once() {
     let scene = Scene::set().await;
     let witness = scene.witness("alias/ec").await;
-    scene.kms.set_delay(Duration::from_millis(20));
+    scene.kms.set_delay(Duration::from_millis(300));
     let signed = join_all((0..64).map(|_| witness.sign(Algorithm::EcdsaSha256, &DIGEST))).await;
     assert!(signed.iter().all(Result::is_ok));
     assert_eq!(scene.kms.most_under_way(), 16);
