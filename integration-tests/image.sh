@@ -10,7 +10,7 @@ image=localhost/countersign:$version
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
 arguments=(--build-arg "SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH" --build-arg "VERSION=$version"
     --build-arg "REVISION=$(git describe --always --dirty --abbrev=40 --exclude='*')"
-    --build-arg "CARGO_PROFILE_RELEASE_LTO=${LTO:-thin}" --tag "$image")
+    --build-arg "CARGO_PROFILE_RELEASE_LTO=${LTO:-fat}" --tag "$image")
 # Only Docker's own format has a health check.
 buildah=(--format docker --timestamp "$SOURCE_DATE_EPOCH")
 
