@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::future::Future;
 use std::io::Write as _;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
@@ -127,18 +127,20 @@ pub fn free_ports(many: u16) -> Result<u16> {
     const FIRST: u16 = 10_000;
     const COUNT: u16 = 20_000;
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Between finding a port and listening there it is nobody's. So whoever looks for one takes it at this address first, which
-    // no server has: all of 127.0.0.0/8 is this machine.
-    const DIBS: [u8; 4] = [127, 9, 9, 9];
-    static TAKEN: Mutex<Vec<TcpListener>> = Mutex::new(Vec::new());
+    // Until somebody listens there, and while a server is down, a port is nobody's. So whoever looks for one takes the same port
+    // of UDP first, which no server here wants.
+    static TAKEN: Mutex<Vec<UdpSocket>> = Mutex::new(Vec::new());
     // Test processes that run beside this one begin elsewhere.
     let start = u32::from(FIRST) + std::process::id().wrapping_mul(97) % u32::from(COUNT);
     for _ in 0..COUNT {
         let step = u32::from(NEXT.fetch_add(many, Ordering::Relaxed));
         let port = u16::try_from(u32::from(FIRST) + (start + step) % u32::from(COUNT))?;
-        let dibs: Vec<_> = (port..port + many).map_while(|port| TcpListener::bind((Ipv4Addr::from(DIBS), port)).ok()).collect();
-        if dibs.len() == usize::from(many) && (port..port + many).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
-            TAKEN.lock().unwrap_or_else(PoisonError::into_inner).extend(dibs);
+        let taken: Result<Vec<_>, _> = (port..port + many).map(|port| UdpSocket::bind(("127.0.0.1", port))).collect();
+        let is_free = |port| TcpListener::bind(("127.0.0.1", port)).is_ok();
+        if let Ok(taken) = taken
+            && (port..port + many).all(is_free)
+        {
+            TAKEN.lock().unwrap_or_else(PoisonError::into_inner).extend(taken);
             return Ok(port);
         }
     }
