@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::namespace::Namespace;
-use crate::process::{Process, http_client};
+use crate::process::{Process, eventually, http_client};
 
 /// The binary under test: `COUNTERSIGN_BIN`, or the one that was built beside this test.
 pub fn binary() -> Result<PathBuf> {
@@ -161,12 +161,16 @@ impl Daemon {
         fs::read(self.log()).map_or_else(|_| String::new(), |log| String::from_utf8_lossy(&log).into_owned())
     }
 
+    /// Of the whole: what is left out of a scrape is not zero, and one that gets no answer from the queue or the ledger is tried
+    /// again for some time.
     pub async fn metrics(&self) -> Result<Metrics> {
-        let response = http_client()?.get(format!("{}/metrics", self.url)).send().await?.error_for_status()?;
-        let metrics = Metrics::parse(&response.text().await?)?;
-        // What is left out of a scrape is not zero.
-        ensure!(metrics.count("countersign_up", &[]) == 2, "the queue or the ledger is away: {metrics:?}");
-        Ok(metrics)
+        let (http, url) = (http_client()?, format!("{}/metrics", self.url));
+        eventually("the queue and the ledger are up", Duration::from_secs(15), async || {
+            let response = http.get(&url).send().await?.error_for_status()?;
+            let metrics = Metrics::parse(&response.text().await?)?;
+            Ok((metrics.count("countersign_up", &[]) == 2).then_some(metrics))
+        })
+        .await
     }
 
     /// Where it logs.

@@ -248,8 +248,12 @@ async fn who_does_not_consume_sees_everything_and_takes_nothing() {
     let in_hand = next(&queue).await;
     let later = countersign_queue::amqp::Options { consume: false, ..vhost.options("later") };
     let later = Amqp::open(later, &TaskTracker::new()).await.unwrap();
-    let stats = later.stats().await.unwrap();
-    assert_eq!((stats.ready, stats.in_flight), (8, 1), "{stats:?}");
+    // What others hold is as old as their last report.
+    let told = eventually("it is told what the other has in hand", LIMIT, async || {
+        let stats = later.stats().await?;
+        Ok(((stats.ready, stats.in_flight) == (8, 1)).then_some(stats))
+    });
+    let stats = told.await.unwrap();
     assert!(stats.partitions.iter().any(|partition| partition.holder.as_deref() == Some("replica")), "{stats:?}");
     let route = |stats: &countersign_queue::Stats| {
         let held: Vec<_> = stats.partitions.iter().filter(|partition| partition.in_flight == 1).cloned().collect();
