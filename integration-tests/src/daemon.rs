@@ -51,7 +51,7 @@ impl Output {
 
 /// Runs `countersign` with these arguments to its end, with these variables in its environment.
 pub async fn run(arguments: &[&str], environment: &[(&str, String)]) -> Result<Output> {
-    let limit = Duration::from_secs(60);
+    let limit = Duration::from_secs(120);
     let mut command = tokio::process::Command::new(binary()?);
     command.args(arguments).envs(environment.iter().cloned()).stdin(Stdio::null()).kill_on_drop(true);
     let output = tokio::time::timeout(limit, command.output()).await;

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 
 use crate::process::{Process, free_ports, scratch, tool};
 
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_secs(120);
 
 /// A running broker. Dropped, it is killed, and its folder removed.
 #[derive(Debug)]
@@ -196,7 +196,7 @@ impl RabbitMq {
     pub async fn stop(&mut self) -> Result<()> {
         let Some(mut server) = self.server.take() else { return Ok(()) };
         server.broker.signal(Signal::TERM)?;
-        server.broker.wait(Duration::from_secs(60)).await?;
+        server.broker.wait(READY).await?;
         server.names.kill()
     }
 

@@ -338,7 +338,7 @@ async fn rule(mut command: Command) -> Result<Ruling> {
 
 pub(crate) async fn run(command: &mut Command) -> Result<Ruling> {
     command.stdin(Stdio::null()).kill_on_drop(true);
-    let limit = Duration::from_secs(60);
+    let limit = Duration::from_secs(120);
     let output = tokio::time::timeout(limit, command.output()).await;
     let output = output.with_context(|| format!("{:?} is still running after {limit:?}", command.as_std()))?;
     let output = output.with_context(|| format!("start {:?}", command.as_std()))?;
