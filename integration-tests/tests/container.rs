@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use integration_tests::daemon::{self, Daemon};
 use integration_tests::house::House;
 use integration_tests::process::{free_port, scratch, tool};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use toml::Table;
 
@@ -44,6 +44,37 @@ fn the_recipe_says_what_the_source_and_the_example_say() -> Result<()> {
     let number = |version: &str| version.split('.').map(|part| part.parse().unwrap_or(0)).collect::<Vec<u32>>();
     assert!(number(toolchain) >= number(&least), "the image is built by Rust {toolchain}, and {least} is needed");
     Ok(())
+}
+
+/// cargo builds nothing of a package that names a target whose file is not there.
+#[test]
+fn the_recipe_is_given_every_target_of_the_workspace() -> Result<()> {
+    let (folder, ignored) = (scratch()?, read(".dockerignore")?);
+    for path in ignored.lines().filter_map(|line| line.strip_prefix('!')) {
+        let to = folder.path().join(path);
+        fs::create_dir_all(to.parent().context("it is in the folder")?)?;
+        let copied = Command::new("cp").arg("--recursive").args([top().join(path), to]).status()?;
+        ensure!(copied.success(), ".dockerignore names {path}, which cannot be copied");
+    }
+    let given = targets(folder.path())?;
+    assert!(given.len() > 4, "{given:?}");
+    assert_eq!(given, targets(&top())?);
+    Ok(())
+}
+
+/// What cargo finds there, by package; but tests, which no manifest names.
+fn targets(folder: &Path) -> Result<BTreeSet<(String, String)>> {
+    let arguments = ["metadata", "--no-deps", "--offline", "--format-version=1"];
+    let output = Command::new("cargo").args(arguments).current_dir(folder).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: Value = serde_json::from_slice(&output.stdout)?;
+    let of = |package: &Value| {
+        let name = |value: &Value| value["name"].as_str().unwrap_or_default().to_owned();
+        let targets = package["targets"].as_array().into_iter().flatten();
+        let named = targets.filter(|target| target["kind"] != json!(["test"]));
+        named.map(|target| (name(package), name(target))).collect::<Vec<_>>()
+    };
+    Ok(metadata["packages"].as_array().context("no packages")?.iter().flat_map(of).collect())
 }
 
 #[test]
