@@ -15,7 +15,7 @@ use crate::{
 use fake::{ACCESS_KEY, EC_ARN, Fake, Fault, REGION, RSA_ARN, SECRET_KEY};
 
 const DIGEST: [u8; 32] = [7; 32];
-const IMPATIENT: Patience = Patience { connect: Duration::from_secs(1), attempt: Duration::from_millis(500) };
+const IMPATIENT: Patience = Patience { connect: Duration::from_secs(5), attempt: Duration::from_secs(3) };
 
 /// The KMS, and a machine with credentials for it.
 struct Scene {
