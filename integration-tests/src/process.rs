@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::future::Future;
 use std::io::Write as _;
-use std::net::{TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+use tokio::net::TcpSocket;
 
 static QUIET: AtomicBool = AtomicBool::new(false);
 
@@ -136,7 +137,6 @@ pub fn free_ports(many: u16) -> Result<u16> {
         let step = u32::from(NEXT.fetch_add(many, Ordering::Relaxed));
         let port = u16::try_from(u32::from(FIRST) + (start + step) % u32::from(COUNT))?;
         let taken: Result<Vec<_>, _> = (port..port + many).map(|port| UdpSocket::bind(("127.0.0.1", port))).collect();
-        let is_free = |port| TcpListener::bind(("127.0.0.1", port)).is_ok();
         if let Ok(taken) = taken
             && (port..port + many).all(is_free)
         {
@@ -145,6 +145,15 @@ pub fn free_ports(many: u16) -> Result<u16> {
         }
     }
     bail!("no port from {FIRST} on is free on 127.0.0.1")
+}
+
+/// Without listening: what another thread forks just then would go on with that for a moment.
+fn is_free(port: u16) -> bool {
+    let bind = |socket: TcpSocket| {
+        socket.set_reuseaddr(true)?;
+        socket.bind((Ipv4Addr::LOCALHOST, port).into())
+    };
+    TcpSocket::new_v4().and_then(bind).is_ok()
 }
 
 /// MiB of a line of `/proc/PID/status`: `VmRSS`, or `VmHWM` for the most it ever was.
