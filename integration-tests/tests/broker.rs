@@ -113,6 +113,8 @@ async fn broker_that_comes_back_with_an_empty_disk_is_set_up_again_and_the_loss_
     let tell =
         |fleet: &Fleet| fleet.replicas.iter().map(|replica| replica.logged().matches("came back without").count()).sum::<usize>();
     let said = tell(&fleet);
+    // What is signed and not acknowledged when the broker goes comes again, and is then one that was signed already.
+    fleet.wait_quiet(1).await?;
     fleet.broker.stop().await?;
     fleet.broker.start_again().await?;
     let (last, event) = pushed(&fleet.house, "last").await?;
