@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const DIGEST: [u8; 32] = [7; 32];
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 async fn openbao() -> OpenBao {
     let bao = OpenBao::start().await.expect("these tests run OpenBao from .tools: `make tools` installs it there");
@@ -260,7 +260,7 @@ async fn a_signed_statement_logs_in_and_a_forged_one_does_not() {
     post(&bao, "sys/auth/ci/jwt", json!({"type": "jwt"})).await;
     post(&bao, "auth/ci/jwt/config", json!({"jwt_validation_pubkeys": [issuer.public_key()]})).await;
     let role = json!({"role_type": "jwt", "user_claim": "sub", "bound_audiences": ["bao"], "bound_subject": "countersign",
-                      "token_policies": ["signer"], "token_type": "batch", "token_ttl": "3s"});
+                      "token_policies": ["signer"], "token_type": "batch", "token_ttl": "6s"});
     post(&bao, "auth/ci/jwt/role/countersign", role).await;
     let claims = json!({"sub": "countersign", "aud": "bao", "iat": in_seconds(-5), "exp": in_seconds(600)});
     let jwt = Secret::new(&issuer.token(&claims));
@@ -325,13 +325,13 @@ async fn a_service_account_logs_in_when_its_cluster_vouches_for_it() {
 #[tokio::test]
 async fn a_token_is_renewed_while_nothing_is_signed() {
     let bao = openbao().await;
-    let token = bao.token("signer", json!({"ttl": "2s", "explicit_max_ttl": "1h"})).await.unwrap();
+    let token = bao.token("signer", json!({"ttl": "6s", "explicit_max_ttl": "1h"})).await.unwrap();
     let key = open(&bao, "", &token).await.unwrap();
     eventually("renewed twice", LIMIT, async || {
         let looked = bao.root(Method::POST, "auth/token/lookup", json!({"token": token})).await?;
         let (made, last) = (looked["data"]["creation_time"].as_i64(), looked["data"]["last_renewal_time"].as_i64());
         // Later than it could have lived unrenewed.
-        Ok(last.zip(made).is_some_and(|(last, made)| last > made + 2).then_some(()))
+        Ok(last.zip(made).is_some_and(|(last, made)| last > made + 6).then_some(()))
     })
     .await
     .unwrap();
@@ -341,7 +341,7 @@ async fn a_token_is_renewed_while_nothing_is_signed() {
 #[tokio::test]
 async fn a_token_that_cannot_be_renewed_is_used_until_it_ends_and_a_new_one_in_its_file_is_taken() {
     let bao = openbao().await;
-    let short = || bao.token("signer", json!({"ttl": "2s", "renewable": false}));
+    let short = || bao.token("signer", json!({"ttl": "6s", "renewable": false}));
     let token = short().await.unwrap();
     let secret = Secret::new(&token);
     let key = open_by(&bao, &Login::Token { token: secret.source() }).await.unwrap();

@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::namespace::Namespace;
-use crate::process::{Process, http_client};
+use crate::process::{Process, eventually, http_client};
 
 /// The binary under test: `COUNTERSIGN_BIN`, or the one that was built beside this test.
 pub fn binary() -> Result<PathBuf> {
@@ -51,7 +51,7 @@ impl Output {
 
 /// Runs `countersign` with these arguments to its end, with these variables in its environment.
 pub async fn run(arguments: &[&str], environment: &[(&str, String)]) -> Result<Output> {
-    let limit = Duration::from_secs(60);
+    let limit = Duration::from_secs(120);
     let mut command = tokio::process::Command::new(binary()?);
     command.args(arguments).envs(environment.iter().cloned()).stdin(Stdio::null()).kill_on_drop(true);
     let output = tokio::time::timeout(limit, command.output()).await;
@@ -111,7 +111,7 @@ impl Daemon {
         let (http, probe) = (http_client()?, format!("{}/{probe}", self.url));
         let process = self.process.as_mut().context("not started")?;
         let ready = || async { http.get(&probe).send().await.is_ok_and(|response| response.status().is_success()) };
-        process.wait_ready(Duration::from_secs(30), ready).await
+        process.wait_ready(Duration::from_secs(60), ready).await
     }
 
     /// Starts it and does not wait.
@@ -161,12 +161,16 @@ impl Daemon {
         fs::read(self.log()).map_or_else(|_| String::new(), |log| String::from_utf8_lossy(&log).into_owned())
     }
 
+    /// Of the whole: what is left out of a scrape is not zero, and one that gets no answer from the queue or the ledger is tried
+    /// again for some time.
     pub async fn metrics(&self) -> Result<Metrics> {
-        let response = http_client()?.get(format!("{}/metrics", self.url)).send().await?.error_for_status()?;
-        let metrics = Metrics::parse(&response.text().await?)?;
-        // What is left out of a scrape is not zero.
-        ensure!(metrics.count("countersign_up", &[]) == 2, "the queue or the ledger is away: {metrics:?}");
-        Ok(metrics)
+        let (http, url) = (http_client()?, format!("{}/metrics", self.url));
+        eventually("the queue and the ledger are up", Duration::from_secs(15), async || {
+            let response = http.get(&url).send().await?.error_for_status()?;
+            let metrics = Metrics::parse(&response.text().await?)?;
+            Ok((metrics.count("countersign_up", &[]) == 2).then_some(metrics))
+        })
+        .await
     }
 
     /// Where it logs.

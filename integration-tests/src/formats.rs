@@ -62,11 +62,12 @@ pub async fn found(house: &House, reference: &str) -> Result<Vec<Found>> {
     listed(&house.run(&["verify", reference, "--output", "json"]).await?.json()?)
 }
 
-/// Waits until countersign's signatures in these formats are there.
+/// Waits until countersign's signatures in these formats are there, and those of an index's platforms, which come with them.
 pub async fn wait_for(house: &House, reference: &str, formats: &[&str]) -> Result<()> {
     eventually("all formats are written", LIMIT, async || {
         let found = found(house, reference).await?;
         Ok(formats.iter().all(|format| found.contains(&ours(format))).then_some(()))
     })
-    .await
+    .await?;
+    house.wait_settled(1, LIMIT).await.map(drop)
 }

@@ -5,9 +5,10 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -234,27 +235,31 @@ impl House {
     pub async fn wait_signed(&self, repository: &str, digest: &str, tags: &[&str]) -> Result<()> {
         let mut expected: Vec<_> = tags.iter().map(|tag| self.reference(repository, tag)).collect();
         expected.sort();
-        let mut signed = Vec::new();
-        for _ in 0..1000 {
-            signed = self.signed(repository, digest).await?;
-            if signed == expected {
-                return Ok(());
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        bail!("{repository}@{digest} is signed as {signed:?} after all this time, and not as {expected:?}")
+        let last = Mutex::new(Vec::new());
+        let waited = eventually("it is signed", Duration::from_secs(90), async || {
+            let signed = self.signed(repository, digest).await?;
+            let is_so = signed == expected;
+            *last.lock().unwrap_or_else(PoisonError::into_inner) = signed;
+            Ok(is_so.then_some(()))
+        });
+        waited.await.with_context(|| format!("{repository}@{digest} is signed as {last:?}, and not as {expected:?}"))
     }
 
-    /// Waits until so many events were received and none is queued any more.
+    /// Waits until so many events were received, none is queued any more, and the sums add up.
     pub async fn wait_settled(&self, received: u64, limit: Duration) -> Result<daemon::Metrics> {
         let what = format!("{received} events are received and settled");
+        let last = Mutex::new(None);
         let metrics = eventually(&what, limit, async || {
-            let metrics = self.daemon.metrics().await?;
-            Ok((metrics.received() >= received && metrics.queued() == 0).then_some(metrics))
-        })
-        .await?;
-        ensure!(metrics.adds_up(), "the sums do not add up: {metrics:?}");
-        Ok(metrics)
+            // Whoever has lost its broker or its database is connected again soon, and then it tells. The queue is read before the
+            // ledger: what comes in between is in one of them.
+            let metrics = self.daemon.metrics().await;
+            let is_settled =
+                |metrics: &&daemon::Metrics| metrics.received() >= received && metrics.queued() == 0 && metrics.adds_up();
+            let settled = metrics.as_ref().ok().filter(is_settled).cloned();
+            *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(metrics);
+            Ok(settled)
+        });
+        metrics.await.with_context(|| format!("at last: {last:?}"))
     }
 
     /// A notification of docker-registry's, saying that it came to `host`.

@@ -3,15 +3,17 @@
 use std::fs::{self, File};
 use std::future::Future;
 use std::io::Write as _;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+use tokio::net::TcpSocket;
 
 static QUIET: AtomicBool = AtomicBool::new(false);
 
@@ -116,7 +118,7 @@ pub fn scratch() -> Result<TempDir> {
 }
 
 /// A port of 127.0.0.1 that nobody listens on, and that stays free while a server is down to be started again: it is below
-/// the range from which the system takes the ports of outgoing connections.
+/// the range from which the system takes the ports of outgoing connections, and no other process finds it here until this one ends.
 pub fn free_port() -> Result<u16> {
     free_ports(1)
 }
@@ -126,16 +128,32 @@ pub fn free_ports(many: u16) -> Result<u16> {
     const FIRST: u16 = 10_000;
     const COUNT: u16 = 20_000;
     static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Until somebody listens there, and while a server is down, a port is nobody's. So whoever looks for one takes the same port
+    // of UDP first, which no server here wants.
+    static TAKEN: Mutex<Vec<UdpSocket>> = Mutex::new(Vec::new());
     // Test processes that run beside this one begin elsewhere.
     let start = u32::from(FIRST) + std::process::id().wrapping_mul(97) % u32::from(COUNT);
     for _ in 0..COUNT {
         let step = u32::from(NEXT.fetch_add(many, Ordering::Relaxed));
         let port = u16::try_from(u32::from(FIRST) + (start + step) % u32::from(COUNT))?;
-        if (port..port + many).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
+        let taken: Result<Vec<_>, _> = (port..port + many).map(|port| UdpSocket::bind(("127.0.0.1", port))).collect();
+        if let Ok(taken) = taken
+            && (port..port + many).all(is_free)
+        {
+            TAKEN.lock().unwrap_or_else(PoisonError::into_inner).extend(taken);
             return Ok(port);
         }
     }
     bail!("no port from {FIRST} on is free on 127.0.0.1")
+}
+
+/// Without listening: what another thread forks just then would go on with that for a moment.
+fn is_free(port: u16) -> bool {
+    let bind = |socket: TcpSocket| {
+        socket.set_reuseaddr(true)?;
+        socket.bind((Ipv4Addr::LOCALHOST, port).into())
+    };
+    TcpSocket::new_v4().and_then(bind).is_ok()
 }
 
 /// MiB of a line of `/proc/PID/status`: `VmRSS`, or `VmHWM` for the most it ever was.
@@ -182,6 +200,8 @@ where
 
 /// A client with time limits that goes to 127.0.0.1 directly, whatever the environment says of proxies.
 pub fn http_client() -> Result<reqwest::Client> {
-    let limit = Duration::from_secs(20);
-    Ok(reqwest::Client::builder().no_proxy().connect_timeout(limit).timeout(limit).build()?)
+    let limit = Duration::from_secs(60);
+    let client = reqwest::Client::builder().no_proxy().connect_timeout(limit).timeout(limit);
+    // countersign closes what is idle for ten seconds, at worst while the next request is on its way.
+    Ok(client.pool_idle_timeout(Duration::from_secs(5)).build()?)
 }

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 
 use crate::process::{Process, free_ports, scratch, tool};
 
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_secs(120);
 
 /// A running broker. Dropped, it is killed, and its folder removed.
 #[derive(Debug)]
@@ -128,9 +128,12 @@ impl RabbitMq {
             self.spawn()?;
         }
         let mut server = self.server.take().context("just started")?;
-        // It listens for clients last.
+        // It listens for clients last, and last of all for those who speak TLS.
+        let tls = self.extra.contains("listeners.ssl").then(|| format!("127.0.0.1:{}", self.tls_port()));
+        let hosts: Vec<_> = [Some(self.host()), tls].into_iter().flatten().collect();
         let is_ready = async || {
-            self.manage("GET", "/api/health/checks/alarms", None).await.is_ok() && TcpStream::connect(self.host()).is_ok()
+            self.manage("GET", "/api/health/checks/alarms", None).await.is_ok()
+                && hosts.iter().all(|host| TcpStream::connect(host).is_ok())
         };
         let ready = server.broker.wait_ready(READY, is_ready).await;
         self.server = Some(server);
@@ -193,7 +196,7 @@ impl RabbitMq {
     pub async fn stop(&mut self) -> Result<()> {
         let Some(mut server) = self.server.take() else { return Ok(()) };
         server.broker.signal(Signal::TERM)?;
-        server.broker.wait(Duration::from_secs(60)).await?;
+        server.broker.wait(READY).await?;
         server.names.kill()
     }
 

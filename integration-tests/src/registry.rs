@@ -9,6 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -38,7 +39,8 @@ impl Notify {
         Self {
             url: url.into(),
             token: token.into(),
-            timeout: Duration::from_secs(1),
+            // What it gives up may come in all the same, and then comes twice: a busy machine is to have its time.
+            timeout: Duration::from_secs(30),
             threshold: 3,
             backoff: Duration::from_secs(1),
         }
@@ -166,7 +168,7 @@ impl Registry {
         };
         let mut process = Process::start(name, &mut command, &self.log())?;
         let (http, probe) = (http_client()?, format!("{}/v2/", self.url()));
-        process.wait_ready(Duration::from_secs(20), || async { http.get(&probe).send().await.is_ok() }).await?;
+        process.wait_ready(Duration::from_secs(60), || async { http.get(&probe).send().await.is_ok() }).await?;
         self.process = Some(process);
         Ok(())
     }
@@ -226,7 +228,14 @@ impl Registry {
 
     /// Waits until every notification is delivered.
     pub async fn wait_delivered(&self, limit: Duration) -> Result<()> {
-        let nothing_pending = async || Ok((self.pending_notifications().await? == 0).then_some(()));
+        // It answers a push a moment before it counts what it has to tell of it: so it is asked more than once.
+        let looks = AtomicU8::new(0);
+        let nothing_pending = async || {
+            if self.pending_notifications().await? > 0 {
+                looks.store(0, Relaxed);
+            }
+            Ok((looks.fetch_add(1, Relaxed) > 2).then_some(()))
+        };
         eventually("every notification is delivered", limit, nothing_pending).await
     }
 

@@ -311,10 +311,20 @@ impl Notation {
     }
 }
 
+/// For those who write. docker-registry has moments in which it forgets a blob that somebody else is uploading too, and refuses the
+/// manifest that names it: then it is tried again.
 pub(crate) async fn must(command: &mut Command) -> Result<()> {
-    let ruling = run(command).await?;
-    ensure!(ruling.accepted, "{:?} failed:\n{}", command.as_std(), ruling.words);
-    Ok(())
+    let mut pauses = [100, 500, 2000].into_iter();
+    loop {
+        let ruling = run(command).await?;
+        if ruling.accepted {
+            return Ok(());
+        }
+        let is_forgotten = ruling.words.to_lowercase().replace('_', " ").contains("blob unknown");
+        let pause = pauses.next().filter(|_| is_forgotten);
+        let pause = pause.with_context(|| format!("{:?} failed:\n{}", command.as_std(), ruling.words))?;
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+    }
 }
 
 async fn rule(mut command: Command) -> Result<Ruling> {
@@ -328,7 +338,7 @@ async fn rule(mut command: Command) -> Result<Ruling> {
 
 pub(crate) async fn run(command: &mut Command) -> Result<Ruling> {
     command.stdin(Stdio::null()).kill_on_drop(true);
-    let limit = Duration::from_secs(60);
+    let limit = Duration::from_secs(120);
     let output = tokio::time::timeout(limit, command.output()).await;
     let output = output.with_context(|| format!("{:?} is still running after {limit:?}", command.as_std()))?;
     let output = output.with_context(|| format!("start {:?}", command.as_std()))?;

@@ -97,7 +97,9 @@ impl Webhook {
     fn client(&self) -> reqwest::ClientBuilder {
         let limit = Duration::from_secs(40);
         let roots = self.roots.iter().cloned();
-        reqwest::Client::builder().no_proxy().tls_certs_only(roots).connect_timeout(limit).timeout(limit)
+        let client = reqwest::Client::builder().no_proxy().tls_certs_only(roots).connect_timeout(limit).timeout(limit);
+        // As for `process::http_client`.
+        client.pool_idle_timeout(Duration::from_secs(5))
     }
 
     /// Starts it on the port that it had.

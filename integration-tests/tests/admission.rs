@@ -255,13 +255,13 @@ async fn with_the_registry_gone_what_verified_is_admitted_and_all_else_denied_in
     let answer = webhook.call("/validate?timeout=2s", &both).await?;
     let why = answer.why(&unknown)?;
     assert!(why.contains("its registry did not answer within the 1.8 s that the cluster waits"), "{why}");
-    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
     house.registry.resume()?;
 
     // Gone: connections are refused.
     house.registry.kill()?;
     assert!(webhook.create("payments", &known).await?.allowed);
-    let answer = webhook.call("/validate?timeout=5s", &both).await?;
+    let answer = webhook.call("/validate?timeout=30s", &both).await?;
     assert!(answer.why(&unknown)?.contains("its registry could not be asked: "), "{answer:?}");
     assert!(!answer.message.contains(&known), "{answer:?}");
 
@@ -285,7 +285,7 @@ async fn an_image_that_is_signed_a_moment_later_is_admitted_then() -> Result<()>
     assert!(webhook.create("payments", &reference).await?.why(&reference)?.contains("it is not signed"));
     house.run(&["sign", &house.reference("team/app", "1.0")]).await?.expect_code(0)?;
     let admitted = async || Ok(webhook.create("payments", &reference).await?.allowed.then_some(()));
-    eventually("it is admitted", Duration::from_secs(20), admitted).await
+    eventually("it is admitted", Duration::from_secs(60), admitted).await
 }
 
 #[tokio::test]
@@ -305,7 +305,7 @@ async fn an_image_that_still_waits_for_its_signature_is_said_to() -> Result<()> 
         let why = answer.why(&reference)?.to_owned();
         Ok((why.contains("s ago, being signed: retry")).then_some(why))
     };
-    let why = eventually("it is said to be waiting", Duration::from_secs(20), said).await?;
+    let why = eventually("it is said to be waiting", Duration::from_secs(60), said).await?;
     assert!(why.contains("it is not signed") && why.contains("\n  pushed "), "{why}");
     Ok(())
 }
@@ -358,6 +358,9 @@ async fn of_many_reviews_at_once_one_asks_the_registry() -> Result<()> {
     let image = Image::oci("flight")?;
     house.push(&image, "team/app", &["1.0"]).await?;
     house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
+    // Whoever has signed looks once more at what was written, and is counted here as well.
+    house.registry.wait_delivered(Duration::from_secs(60)).await?;
+    house.wait_settled(1, Duration::from_secs(60)).await?;
     let webhook = Webhook::start(&witnessed(&house, POLICY)).await?;
     let reference = house.reference("team/app", &image.manifest.digest);
     let requests = || anyhow::Ok(house.registry.count_requests("countersign/")?.values().sum::<usize>());

@@ -58,6 +58,8 @@ impl Pair {
             Ok((verified >= 2).then_some(()))
         })
         .await?;
+        // The platforms of an index are signed with it.
+        self.house.wait_settled(1, LIMIT).await?;
         Ok(reference)
     }
 

@@ -39,9 +39,12 @@ async fn house_with(broker: &RabbitMq, queue: String, more: Vec<(&'static str, S
 async fn publish(broker: &RabbitMq, exchange: &str, key: &str, content_type: &str, payload: &str) -> Result<()> {
     let properties = json!({ "content_type": content_type, "delivery_mode": 2 });
     let message = json!({ "properties": properties, "routing_key": key, "payload": payload, "payload_encoding": "string" });
-    let published = broker.manage("POST", &format!("/api/exchanges/%2F/{exchange}/publish"), Some(&message)).await?;
-    ensure!(published["routed"] == true, "no queue took it: {published}");
-    Ok(())
+    // A queue is there a moment before it is bound, and what no queue takes is nowhere.
+    eventually("a queue takes it", LIMIT, async || {
+        let published = broker.manage("POST", &format!("/api/exchanges/%2F/{exchange}/publish"), Some(&message)).await?;
+        Ok((published["routed"] == true).then_some(()))
+    })
+    .await
 }
 
 async fn relay(broker: &RabbitMq, event: &Value) -> Result<()> {
@@ -71,8 +74,6 @@ async fn events_that_others_publish_are_signed_for_and_poison_blocks_nothing() -
     for part in ["ok: queue registry-events of source relayed", "ok: queue ci-events of source ci"] {
         ensure!(reached.contains(part), "{part:?} is not in: {reached}");
     }
-    // It is bound when it is consumed.
-    eventually("the queue is bound", LIMIT, async || Ok(left(&broker, "registry-events").await.ok())).await?;
     let images = (1..=4).map(|number| Image::oci(&format!("fed {number}"))).collect::<Result<Vec<_>>>()?;
     for (number, image) in images.iter().enumerate() {
         house.push(image, "team/app", &[&format!("{}.0", number + 1)]).await?;
@@ -163,12 +164,6 @@ async fn events_stay_with_the_broker_they_come_from_while_our_own_queue_is_away(
 
     // Our queue on their broker, deleted: what is published then goes nowhere, until we have declared it again.
     broker.manage("DELETE", "/api/queues/%2F/registry-events", None).await?;
-    eventually("it is there again, and consumed", LIMIT, async || {
-        let consumers = broker.manage("GET", "/api/consumers/%2F", None).await?;
-        let of = |consumer: &Value| consumer["queue"]["name"] == "registry-events";
-        Ok(consumers.as_array().is_some_and(|consumers| consumers.iter().any(of)).then_some(()))
-    })
-    .await?;
     let again = Image::oci("again")?;
     house.push(&again, "team/app", &["2.0"]).await?;
     relay(&broker, &House::event(&house.registry.host(), "team/app", Some("2.0"), &again.manifest.digest)).await?;

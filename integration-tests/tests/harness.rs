@@ -125,15 +125,16 @@ async fn the_registry_tells_of_pushes_counts_requests_and_keeps_its_data_over_a_
     let image = Image::oci("told")?;
     client.push(&image, "told", &["1"]).await?;
 
-    let (mut connection, _) = tokio::time::timeout(Duration::from_secs(10), hook.accept()).await??;
+    let (mut connection, _) = tokio::time::timeout(Duration::from_secs(60), hook.accept()).await??;
     let mut event = String::new();
     let mut piece = [0; 4096];
     while !event.contains("\"useragent\"") {
         let length = connection.read(&mut piece).await?;
+        assert!(length > 0, "the registry gave up: {event}");
         event.push_str(std::str::from_utf8(&piece[..length])?);
     }
     connection.write_all(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n").await?;
-    registry.wait_delivered(Duration::from_secs(10)).await?;
+    registry.wait_delivered(Duration::from_secs(60)).await?;
     assert!(event.starts_with("POST /events/main"), "{event}");
     assert!(event.contains("Authorization: Bearer secret"), "{event}");
     assert!(event.contains(&image.manifest.digest) && event.contains("\"tag\": \"1\""), "{event}");
@@ -199,13 +200,13 @@ async fn the_proxy_is_slow_cuts_and_refuses_when_told_to() -> Result<()> {
     client.tags("through").await?;
     assert!(start.elapsed() >= 2 * delay, "there and back took {:?}", start.elapsed());
 
-    proxy.delay(Duration::from_secs(5));
+    proxy.delay(Duration::from_secs(30));
     let start = Instant::now();
     let (cut, ()) = tokio::join!(client.tags("through"), async {
         tokio::time::sleep(Duration::from_millis(100)).await;
         proxy.cut();
     });
-    assert!(cut.is_err() && start.elapsed() < Duration::from_secs(3), "the connection was not cut");
+    assert!(cut.is_err() && start.elapsed() < Duration::from_secs(20), "the connection was not cut");
 
     proxy.delay(Duration::ZERO);
     proxy.refuse(true);

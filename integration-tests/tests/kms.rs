@@ -21,7 +21,7 @@ use integration_tests::verifier::Cosign;
 use integration_tests::{azure, google};
 use serde_json::json;
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 async fn a_key_in_the_kms_signs_what_everybody_accepts(keys: Keys) -> Result<()> {
     let kms = Ministack::start().await?;

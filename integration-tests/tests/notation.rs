@@ -146,7 +146,7 @@ async fn signatures_of_notations_stand_beside_ours_with_the_referrers_api() -> R
 
 #[tokio::test]
 async fn a_signature_counts_for_as_long_as_its_rule_says_and_is_made_again_after_that() -> Result<()> {
-    let rules = rule("ending", "team", Keys::P256, &["notation", "notation-cose"]) + "expiry = \"15s\"\n";
+    let rules = rule("ending", "team", Keys::P256, &["notation", "notation-cose"]) + "expiry = \"40s\"\n";
     // Another rule that wants the same for longer.
     let rules = rules + "\n" + &rule("lasting", "team", Keys::P256, &["notation"]) + "expiry = \"90d\"\n";
     let house = House::start(Plan { rules: Some(rules), ..Plan::default() }).await?;
@@ -157,7 +157,7 @@ async fn a_signature_counts_for_as_long_as_its_rule_says_and_is_made_again_after
         house.push(&image, repository, &["1.0"]).await?;
         wait_for(&house, &tagged, &["notation", "notation-cose"]).await?;
         accepts(&notation.verify(&tagged).await?, "before they end");
-        eventually("they end", Duration::from_secs(60), async || {
+        eventually("they end", Duration::from_secs(120), async || {
             let found = found(&house, &tagged).await?;
             Ok((!both.iter().any(|one| found.contains(one))).then_some(()))
         })

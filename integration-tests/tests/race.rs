@@ -62,11 +62,11 @@ async fn countersign_beside_four_cosigns_loses_nothing_that_it_found_or_wrote() 
         tokio::try_join!(cosigns, ours)?;
 
         // cosign may have written over ours after we were done: the same push again puts that right.
-        house.registry.wait_delivered(Duration::from_secs(20)).await?;
-        house.wait_settled(u64::try_from(5 + round * 9)?, Duration::from_secs(20)).await?;
+        house.registry.wait_delivered(LIMIT).await?;
+        house.wait_settled(u64::try_from(5 + round * 9)?, LIMIT).await?;
         house.push(&image, &repository, &tags).await?;
         house.wait_signed(&repository, digest, &tags).await?;
-        house.wait_settled(u64::try_from(9 + round * 9)?, Duration::from_secs(20)).await?;
+        house.wait_settled(u64::try_from(9 + round * 9)?, LIMIT).await?;
 
         // The last cosign to write lost nothing of its own; and every signature that is there is somebody's valid one.
         let public_keys = keys.iter().map(|key| PublicKey::from_pem(&std::fs::read_to_string(key.public())?));
@@ -148,6 +148,8 @@ async fn an_event_that_is_faster_than_its_tag_signs_the_tag() -> Result<()> {
     house.push(&old, "team/moved", &["1.0"]).await?;
     for repository in ["team/new", "team/moved"] {
         house.push(&new, repository, &[]).await?;
+    }
+    for repository in ["team/new", "team/moved"] {
         let event = House::event(&house.registry.host(), repository, Some("1.0"), &new.manifest.digest);
         house.notify(Some(TOKEN), &event).await?;
     }

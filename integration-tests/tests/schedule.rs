@@ -63,7 +63,7 @@ async fn throttled_to_five_a_second_two_hundred_images_are_all_signed_and_other_
     let took = begun.elapsed();
     let meanwhile = written(&metrics, "release");
     // It signs as fast as they are pushed: at the other one's pace it would take as long as those that wait there.
-    ensure!(took < Duration::from_secs(15), "{OTHERS} others took {took:?}");
+    ensure!(took < Duration::from_secs(30), "{OTHERS} others took {took:?}");
     ensure!(meanwhile < WAITING as u64, "nothing waited any more: {before} and then {meanwhile} were signed");
 
     let metrics = house.wait_settled(260, Duration::from_secs(180)).await?;
@@ -284,9 +284,10 @@ async fn being_asked_whether_it_is_ready_costs_one_probe() -> Result<()> {
     let gate = Gate::start(&kms.host()).await?;
     let house = House::start(in_ministack(&kms, &gate.host(), Keys::P256).await?.0).await?;
     let http = http_client()?;
+    let probe = format!("{}/readyz", house.daemon.url());
     for _ in 0..20 {
-        let ready = http.get(format!("{}/readyz", house.daemon.url())).send().await?;
-        assert_eq!(ready.status(), StatusCode::OK);
+        // A check has two seconds.
+        eventually("it is ready", LIMIT, async || Ok(http.get(&probe).send().await?.status().is_success().then_some(()))).await?;
     }
     // A dry run, which ministack takes for a signature, and so the signature that is asked for where there are no dry runs.
     assert_eq!(gate.calls("Sign").len(), 2);

@@ -102,7 +102,7 @@ async fn an_image_that_no_rule_covers_is_refused_and_said_to_be_unsigned() -> Re
     let image = Image::index("uncovered")?;
     house.push(&image, "teams/app", &["1.0"]).await?;
     // Its index and two platforms; that of the attestation is not taken in.
-    let metrics = house.wait_settled(3, std::time::Duration::from_secs(20)).await?;
+    let metrics = house.wait_settled(3, std::time::Duration::from_secs(60)).await?;
     assert_eq!((metrics.ended("skipped"), metrics.ended("signed")), (3, 0));
     assert_eq!(house.client.tags("teams/app").await?, ["1.0"]);
     let reference = house.reference("teams/app", "1.0");
@@ -240,7 +240,7 @@ async fn the_same_push_again_adds_nothing_and_signatures_are_not_signed() -> Res
     for _ in 0..3 {
         house.push(&image, "team/app", &["1.0"]).await?;
     }
-    let metrics = house.wait_settled(4, std::time::Duration::from_secs(20)).await?;
+    let metrics = house.wait_settled(4, std::time::Duration::from_secs(60)).await?;
     assert_eq!((metrics.ended("signed"), metrics.ended("already_signed")), (1, 3));
     assert_eq!(house.signed("team/app", &image.manifest.digest).await?, [house.reference("team/app", "1.0")]);
     let mut tags = house.client.tags("team/app").await?;
@@ -276,7 +276,7 @@ async fn several_rules_each_sign_and_their_filters_hold() -> Result<()> {
         house.push(&image, repository, &[tag]).await?;
     }
     house.wait_signed("team/app", digest, &["v1", digest]).await?;
-    let metrics = house.wait_settled(6, std::time::Duration::from_secs(20)).await?;
+    let metrics = house.wait_settled(6, std::time::Duration::from_secs(60)).await?;
     assert_eq!((metrics.ended("signed"), metrics.ended("skipped")), (1, 5));
     for (repository, _) in &places[1..] {
         assert!(house.signed(repository, digest).await?.is_empty(), "{repository} was signed");

@@ -80,15 +80,25 @@ async fn what_was_confirmed_survives_kill_9_of_the_broker_and_comes_again() {
 
     broker.start_again().await.unwrap();
     push_until_taken(&queue, message("later", 100)).await;
-    let mut got = HashSet::new();
-    while got.len() < 20 {
+    // What was decided while there was no connection was carried out when it came again.
+    let mut left: HashSet<_> = (0..20).map(|n| n.to_string()).filter(|id| *id != acked_id).chain(["later".to_owned()]).collect();
+    assert!(left.contains(&lost_id));
+    while !left.is_empty() {
         let delivery = next(&queue).await;
-        assert!(got.insert(delivery.message().id.clone()), "{delivery:?} twice");
+        let id = &delivery.message().id;
+        // What the broker has not answered may come all the same, some seconds later.
+        assert!(left.remove(id) || ["refused", "later"].contains(&id.as_str()), "{delivery:?} twice");
         delivery.ack().await.unwrap();
     }
-    // What was decided while there was no connection was carried out when it came again.
-    assert!(!got.contains(&acked_id) && got.contains(&lost_id) && got.contains("later"), "{got:?}");
-    assert_eq!(queue.stats().await.unwrap().queued(), 0);
+    let ended = async {
+        while queue.stats().await.unwrap().queued() > 0 {
+            let Ok(delivery) = timeout(Duration::from_millis(100), queue.pull()).await else { continue };
+            let delivery = delivery.unwrap().expect("the queue is open");
+            assert!(["refused", "later"].contains(&delivery.message().id.as_str()), "{delivery:?} twice");
+            delivery.ack().await.unwrap();
+        }
+    };
+    timeout(LIMIT, ended).await.expect("nothing is left");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -127,10 +137,8 @@ async fn full_disk_refuses_pushes_at_once_and_lets_acks_through() {
     unavailable(second.bury(burial).await);
     broker.disk_alarm(false).await.unwrap();
     push_until_taken(&queue, message("4", 4)).await;
-    eventually("it is buried", LIMIT, async || Ok((queue.stats().await.is_ok_and(|stats| stats.dead == 1)).then_some(())))
-        .await
-        .unwrap();
-    assert_eq!(queue.stats().await.unwrap().in_flight, 0);
+    let buried = async || Ok(queue.stats().await.is_ok_and(|stats| (stats.dead, stats.in_flight) == (1, 0)).then_some(()));
+    eventually("it is buried", LIMIT, buried).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -142,10 +150,13 @@ async fn silent_broker_is_given_up_and_found_again() {
     broker.freeze(true).unwrap();
     let began = Instant::now();
     unavailable(queue.push(vec![message("2", 2)]).await);
-    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    // Waited for again it would take as long as the first.
     let began = Instant::now();
-    unavailable(queue.push(vec![message("2", 2)]).await);
-    assert!(began.elapsed() < Duration::from_secs(5), "the next is refused at once");
+    for _ in 0..5 {
+        unavailable(queue.push(vec![message("2", 2)]).await);
+    }
+    assert!(began.elapsed() < Duration::from_secs(20), "the next are refused at once");
     broker.freeze(false).unwrap();
     push_until_taken(&queue, message("3", 3)).await;
     let mut got = HashSet::new();
@@ -199,8 +210,10 @@ async fn secret_is_read_again_at_each_connect() {
         let _ = rabbitmq.manage("DELETE", &format!("/api/connections/{name}"), None).await;
     }
     push_until_taken(&queue, message("2", 2)).await;
-    let ids = HashSet::from([next(&queue).await, next(&queue).await].map(|delivery| delivery.message().id.clone()));
-    assert_eq!(ids, HashSet::from(["1".to_owned(), "2".to_owned()]));
+    let mut left = HashSet::from(["1", "2"]);
+    while !left.is_empty() {
+        left.remove(next(&queue).await.message().id.as_str());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

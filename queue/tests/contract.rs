@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use broker::{Broker, Vhost};
 use contract::suite::{self, Backend};
 use countersign_queue::{Amqp, Embedded, Options, Queue};
+use integration_tests::process::eventually;
 use jiff::Timestamp;
 use tempfile::TempDir;
 use tokio_util::task::TaskTracker;
@@ -65,7 +66,8 @@ impl AmqpBackend {
         self.tracker = TaskTracker::new();
         let options = countersign_queue::amqp::Options { history: self.history, ..self.vhost.options("replica") };
         let queue = Amqp::open(options, &self.tracker).await.unwrap();
-        queue.probe().await.unwrap();
+        // A broker that is busy may not have let it in at the first try.
+        eventually("it is connected", Duration::from_secs(60), async || Ok(queue.probe().await.ok())).await.unwrap();
         self.queue = Some(Arc::new(queue));
     }
 }

@@ -233,9 +233,9 @@ async fn many_retries_that_are_due_at_once_all_come() {
     let clock = Clock::default();
     let queue = Embedded::open(folder.path(), clock.options()).unwrap();
     queue.push((0..1000).map(|n| message(n, n % 600)).collect()).await.unwrap();
-    while let Ok(delivery) = timeout(Duration::from_millis(100), queue.pull()).await {
+    for _ in 0..1000 {
         let retry = Retry { after: Duration::from_secs(60), counted: true, reason: "r".into() };
-        delivery.unwrap().unwrap().retry(retry).await.unwrap();
+        queue.pull().await.unwrap().unwrap().retry(retry).await.unwrap();
     }
     assert_eq!(queue.stats().await.unwrap().waiting, 1000);
     clock.set(60);
@@ -286,7 +286,7 @@ async fn disk_that_gives_nothing_readable_is_told_to_who_pulls() {
     database.write_all(&vec![0; usize::try_from(length / 4).unwrap()]).unwrap();
     let mut held = Vec::new();
     let error = loop {
-        match timeout(Duration::from_secs(10), queue.pull()).await.expect("told, not left waiting") {
+        match timeout(Duration::from_secs(60), queue.pull()).await.expect("told, not left waiting") {
             Ok(delivery) => held.push(delivery),
             Err(error) => break error,
         }
@@ -304,21 +304,26 @@ async fn cost_of_a_message_does_not_grow_with_a_backlog_of_one_key() {
     for backlog in [100, 30_000] {
         queue.push((pushed..backlog).map(|n| message(n, 7)).collect()).await.unwrap();
         pushed = backlog;
-        let start = Instant::now();
-        for n in 0..100 {
-            let other = backlog * 1000 + n;
-            queue.push(vec![message(other, other)]).await.unwrap();
-            for _ in 0..2 {
-                let delivery = queue.pull().await.unwrap().unwrap();
-                let is_other = delivery.message().id == other.to_string();
-                if is_other {
-                    delivery.ack().await.unwrap();
-                } else {
-                    delivery.retry(Retry { after: Duration::ZERO, counted: true, reason: "r".into() }).await.unwrap();
+        // The least of some: others may have the machine meanwhile.
+        let mut least = Duration::MAX;
+        for round in 0..5 {
+            let start = Instant::now();
+            for n in 0..20 {
+                let other = backlog * 1000 + round * 20 + n;
+                queue.push(vec![message(other, other)]).await.unwrap();
+                for _ in 0..2 {
+                    let delivery = queue.pull().await.unwrap().unwrap();
+                    let is_other = delivery.message().id == other.to_string();
+                    if is_other {
+                        delivery.ack().await.unwrap();
+                    } else {
+                        delivery.retry(Retry { after: Duration::ZERO, counted: true, reason: "r".into() }).await.unwrap();
+                    }
                 }
             }
+            least = least.min(start.elapsed());
         }
-        costs.push(start.elapsed());
+        costs.push(least);
     }
     assert!(costs[1] < 20 * costs[0], "{costs:?}");
 }

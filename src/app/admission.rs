@@ -346,9 +346,8 @@ impl Reloader {
 
     fn reload(&mut self) {
         let result = self.try_reload();
-        self.metrics.config_reloaded(result.is_ok());
         let config = self.path.display();
-        match result {
+        match &result {
             Ok(policies) => info!(%config, policies, "the configuration was read again and is in force"),
             Err(error) => error!(
                 %config,
@@ -356,6 +355,8 @@ impl Reloader {
                 "the configuration was read again and cannot be used: everything stays as it was"
             ),
         }
+        // What is counted is in the log already.
+        self.metrics.config_reloaded(result.is_ok());
     }
 
     fn try_reload(&mut self) -> anyhow::Result<usize> {

@@ -253,17 +253,18 @@ struct Reloader {
 impl Reloader {
     async fn reload(&mut self) {
         match self.try_reload().await {
+            // What is counted is in the log already.
             Ok(()) => {
-                self.metrics.config_reloaded(true);
                 info!(config = %self.path.display(), "the configuration was read again and is in force");
+                self.metrics.config_reloaded(true);
             }
             Err(error) => {
-                self.metrics.config_reloaded(false);
                 error!(
                     config = %self.path.display(),
                     error = format!("{error:#}"),
                     "the configuration was read again and cannot be used: everything stays as it was"
                 );
+                self.metrics.config_reloaded(false);
             }
         }
     }

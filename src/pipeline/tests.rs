@@ -101,7 +101,7 @@ async fn an_event_that_is_faster_than_its_image_or_its_tag_waits_for_them() {
     }
     // What does not come is not waited for for ever, and costs no patience meanwhile.
     let (old, _) = (house.image("superseded"), house.image("new"));
-    house.push_received(Some("1.0"), &old, Duration::from_millis(4300)).await;
+    house.push_received(Some("1.0"), &old, Duration::from_secs(3)).await;
     house.handle_next(&pipeline).await;
     let delivery = house.queue.pull().await.unwrap().unwrap();
     assert_eq!(delivery.waited(), Duration::ZERO);

@@ -203,8 +203,8 @@ impl Metrics {
     /// The configuration was read again and took effect, or did not.
     pub fn config_reloaded(&self, took_effect: bool) {
         let result = if took_effect { ResultLabels::OK } else { ResultLabels::FAILED };
-        self.0.config_reloads.get_or_create(&result).inc();
         self.0.config_last_reload_success.set(i64::from(took_effect));
+        self.0.config_reloads.get_or_create(&result).inc();
     }
 
     /// Exports counters that another module keeps: `read` is called at each scrape. `families` holds each counter's name and what

@@ -2,14 +2,14 @@
 
 use std::{
     fs,
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     path::PathBuf,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
 use countersign::oci::{Digest, RegistryName};
-use integration_tests::issuer::Issuer;
+use integration_tests::{issuer::Issuer, process::free_port};
 use tempfile::TempDir;
 
 pub const PASSWORD: &str = "correct horse";
@@ -60,25 +60,30 @@ impl Server {
                 at("data").display()
             )
         };
-        // Another process may take the port between finding it and using it.
-        for _ in 0..5 {
-            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-            fs::write(at("config.yml"), config(port)).unwrap();
-            let mut child = Command::new("docker-registry")
-                .arg("serve")
-                .arg(at("config.yml"))
-                .stdin(Stdio::null())
-                .stdout(fs::File::create(at("log")).unwrap())
-                .stderr(fs::File::create(at("errors")).unwrap())
-                .spawn()
-                .expect("docker-registry must be installed: apt-get install docker-registry");
-            if is_up(&mut child, port) {
-                return Self { child, folder, port };
-            }
-            let errors = fs::read_to_string(at("errors")).unwrap();
-            assert!(errors.contains("address already in use"), "docker-registry does not start: {errors}");
+        let port = free_port().unwrap();
+        fs::write(at("config.yml"), config(port)).unwrap();
+        let child = Command::new("docker-registry")
+            .arg("serve")
+            .arg(at("config.yml"))
+            .stdin(Stdio::null())
+            .stdout(fs::File::create(at("log")).unwrap())
+            .stderr(fs::File::create(at("errors")).unwrap())
+            .spawn()
+            .expect("docker-registry must be installed: apt-get install docker-registry");
+        let mut server = Self { child, folder, port };
+        server.wait_up();
+        server
+    }
+
+    fn wait_up(&mut self) {
+        let began = Instant::now();
+        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+            let ended = self.child.try_wait().unwrap();
+            let errors = || fs::read_to_string(self.folder.path().join("errors")).unwrap();
+            assert!(ended.is_none(), "docker-registry does not start: {}", errors());
+            assert!(began.elapsed() < Duration::from_secs(60), "docker-registry runs, but does not listen");
+            std::thread::sleep(Duration::from_millis(10));
         }
-        panic!("no free port in five attempts");
     }
 
     pub fn url(&self) -> reqwest::Url {
@@ -107,18 +112,4 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-fn is_up(child: &mut Child, port: u16) -> bool {
-    let began = Instant::now();
-    while began.elapsed() < Duration::from_secs(20) {
-        if child.try_wait().unwrap().is_some() {
-            return false;
-        }
-        if TcpStream::connect(("127.0.0.1", port)).is_ok() {
-            return true;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    panic!("docker-registry runs, but does not listen");
 }

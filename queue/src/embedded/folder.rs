@@ -17,7 +17,7 @@ const DATABASE: &str = "queue.db";
 pub(super) struct Folder {
     path: PathBuf,
     /// Locked (flock): freed by the kernel however this process ends.
-    _lock: File,
+    lock: File,
 }
 
 impl Folder {
@@ -47,7 +47,7 @@ impl Folder {
             Err(TryLockError::Error(cause)) => return Err(unusable(cause)),
         }
         lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id())).map_err(unusable)?;
-        Ok(Self { path: path.to_path_buf(), _lock: lock })
+        Ok(Self { path: path.to_path_buf(), lock })
     }
 
     /// The path of the database: there, and ours as far as its first bytes say. A new one is made if there is none.
@@ -93,6 +93,13 @@ impl Folder {
             what: format!("{} cannot be made", path.display()),
             source: Some(cause.into()),
         })
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // What another thread has forked, and is no other program yet, has this file open as well: that we close it does not free it.
+        let _ = self.lock.unlock();
     }
 }
 

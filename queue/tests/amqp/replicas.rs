@@ -157,11 +157,12 @@ async fn old_partitions_are_drained_into_the_new_ones() {
         assert!(stats.queued() >= 43, "{stats:?}");
         let in_ours = stats.partitions.iter().filter(|partition| partition.name.starts_with("3."));
         let in_ours: u64 = in_ours.map(|partition| partition.ready).sum();
-        Ok((in_ours + stats.waiting == 43).then_some(stats))
+        // What goes from waiting to ready while it is counted may be counted in both.
+        let is_moved = (in_ours + stats.waiting, stats.queued(), stats.partitions.len()) == (43, 43, 3);
+        Ok(is_moved.then_some(stats))
     });
     let stats = moved.await.unwrap();
-    assert_eq!((stats.queued(), stats.dead, stats.pushed_total), (43, 2, 45), "{stats:?}");
-    assert_eq!(stats.partitions.len(), 3, "{stats:?}");
+    assert_eq!((stats.dead, stats.pushed_total), (2, 45), "{stats:?}");
 
     let letters = new.dead_letters(None, 10).await.unwrap();
     for letter in &letters {
@@ -247,8 +248,12 @@ async fn who_does_not_consume_sees_everything_and_takes_nothing() {
     let in_hand = next(&queue).await;
     let later = countersign_queue::amqp::Options { consume: false, ..vhost.options("later") };
     let later = Amqp::open(later, &TaskTracker::new()).await.unwrap();
-    let stats = later.stats().await.unwrap();
-    assert_eq!((stats.ready, stats.in_flight), (8, 1), "{stats:?}");
+    // What others hold is as old as their last report.
+    let told = eventually("it is told what the other has in hand", LIMIT, async || {
+        let stats = later.stats().await?;
+        Ok(((stats.ready, stats.in_flight) == (8, 1)).then_some(stats))
+    });
+    let stats = told.await.unwrap();
     assert!(stats.partitions.iter().any(|partition| partition.holder.as_deref() == Some("replica")), "{stats:?}");
     let route = |stats: &countersign_queue::Stats| {
         let held: Vec<_> = stats.partitions.iter().filter(|partition| partition.in_flight == 1).cloned().collect();

@@ -169,7 +169,7 @@ async fn stubborn() {
     let start = Instant::now();
     let stats = loop {
         let stats = queue.stats().await.unwrap();
-        if stats.in_flight == 0 || start.elapsed() > Duration::from_secs(10) {
+        if stats.in_flight == 0 || start.elapsed() > Duration::from_secs(40) {
             break stats;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;

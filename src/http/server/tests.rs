@@ -29,7 +29,7 @@ use crate::http::collect;
 
 /// So long that only what is tested can end it.
 const LONG: Duration = Duration::from_secs(3600);
-const SHORT: Duration = Duration::from_millis(50);
+const SHORT: Duration = Duration::from_millis(300);
 
 struct Running {
     address: SocketAddr,

@@ -15,7 +15,7 @@ use crate::{
 use fake::{ACCESS_KEY, EC_ARN, Fake, Fault, REGION, RSA_ARN, SECRET_KEY};
 
 const DIGEST: [u8; 32] = [7; 32];
-const IMPATIENT: Patience = Patience { connect: Duration::from_secs(1), attempt: Duration::from_millis(500) };
+const IMPATIENT: Patience = Patience { connect: Duration::from_secs(5), attempt: Duration::from_secs(3) };
 
 /// The KMS, and a machine with credentials for it.
 struct Scene {
@@ -161,7 +161,10 @@ async fn passing_faults_are_for_the_caller_to_retry() {
 #[tokio::test]
 async fn a_kms_that_is_not_there_is_unreachable() {
     let scene = Scene::set().await;
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    // Taken, so that nobody else gets it, and not listened at.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let nobody = socket.local_addr().unwrap();
     let path = scene.credentials_file();
     let environment = Environment::of([("AWS_SHARED_CREDENTIALS_FILE", path.to_str().unwrap())]);
     let uri = format!("awskms://{nobody}/alias/rsa?region={REGION}").parse().unwrap();
@@ -369,7 +372,7 @@ async fn a_kms_that_complains_of_the_time_without_reason_is_asked_once() {
 async fn no_more_than_sixteen_calls_of_a_witness_are_under_way_at_once() {
     let scene = Scene::set().await;
     let witness = scene.witness("alias/ec").await;
-    scene.kms.set_delay(Duration::from_millis(20));
+    scene.kms.set_delay(Duration::from_millis(300));
     let signed = join_all((0..64).map(|_| witness.sign(Algorithm::EcdsaSha256, &DIGEST))).await;
     assert!(signed.iter().all(Result::is_ok));
     assert_eq!(scene.kms.most_under_way(), 16);

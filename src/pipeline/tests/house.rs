@@ -175,7 +175,7 @@ impl House {
     }
 
     pub(crate) async fn handle_one(queue: &Embedded, pipeline: &Pipeline) {
-        let delivery = tokio::time::timeout(Duration::from_secs(20), queue.pull()).await;
+        let delivery = tokio::time::timeout(Duration::from_secs(60), queue.pull()).await;
         let handled = pipeline.handle(delivery.expect("a delivery is due").unwrap().unwrap()).await.unwrap();
         pipeline.settle(handled).await.unwrap();
     }

@@ -101,7 +101,8 @@ pub async fn retry_is_not_delivered_before_its_time(backend: impl Backend) {
         let delivery = next(&*queue).await;
         let before = Instant::now();
         delivery.retry(Retry { counted, ..retry(Duration::from_millis(300)) }).await.unwrap();
-        assert_eq!(queue.stats().await.unwrap().waiting, 1);
+        let waiting = queue.stats().await.unwrap().waiting;
+        assert!(waiting == 1 || before.elapsed() >= Duration::from_millis(300), "{waiting}");
         drop(next(&*queue).await);
         assert!(before.elapsed() >= Duration::from_millis(300));
     }
