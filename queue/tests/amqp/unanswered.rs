@@ -21,7 +21,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::broker::options;
 
-const LIMIT: Duration = Duration::from_secs(90);
+const LIMIT: Duration = Duration::from_secs(180);
 const ROUNDS: u64 = 2;
 /// Pushes that are under way at once, of each process.
 const PUSHERS: usize = 32;
