@@ -9,6 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use reqwest::Body;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -201,10 +203,7 @@ impl Webhook {
 
     /// `path` is `/validate` or `/mutate`, with the query that an API server adds if there is to be one.
     pub async fn call(&self, path: &str, review: &Value) -> Result<Answer> {
-        let url = format!("https://127.0.0.1:{}{path}", self.port);
-        let answer = self.http.post(url).header("content-type", "application/json").body(review.to_string()).send().await?;
-        ensure!(answer.status().is_success(), "{}: {}", answer.status(), answer.text().await?);
-        let answer: Value = answer.json().await?;
+        let answer: Value = serde_json::from_slice(&self.post(path, review.to_string()).await?)?;
         ensure!(answer["apiVersion"] == "admission.k8s.io/v1" && answer["kind"] == "AdmissionReview", "no review: {answer}");
         let response = answer["response"].clone();
         ensure!(response["uid"] == review["request"]["uid"], "the answer to another review: {response}");
@@ -214,6 +213,14 @@ impl Webhook {
         };
         let message = response["status"]["message"].as_str().unwrap_or_default().to_owned();
         Ok(Answer { allowed: response["allowed"] == true, message, patch: operations, response })
+    }
+
+    /// What is answered to a review that is ready to be sent.
+    pub async fn post(&self, path: &str, review: impl Into<Body>) -> Result<Bytes> {
+        let url = format!("https://127.0.0.1:{}{path}", self.port);
+        let answer = self.http.post(url).header("content-type", "application/json").body(review).send().await?;
+        ensure!(answer.status().is_success(), "{}: {}", answer.status(), answer.text().await?);
+        Ok(answer.bytes().await?)
     }
 
     /// Whether a pod of this image may be created in the namespace.
