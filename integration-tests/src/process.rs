@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::future::Future;
 use std::io::Write as _;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
@@ -154,6 +154,15 @@ fn is_free(port: u16) -> bool {
         socket.bind((Ipv4Addr::LOCALHOST, port).into())
     };
     TcpSocket::new_v4().and_then(bind).is_ok()
+}
+
+/// An address of this machine that refuses connections as long as the socket is there: taken, so that nobody else gets it, and
+/// not listened at.
+pub fn nobody() -> Result<(TcpSocket, SocketAddr)> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into())?;
+    let address = socket.local_addr()?;
+    Ok((socket, address))
 }
 
 /// MiB of a line of `/proc/PID/status`: `VmRSS`, or `VmHWM` for the most it ever was.

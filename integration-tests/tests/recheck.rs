@@ -1,9 +1,11 @@
 //! What runs already is looked at again: by the webhook now and then, and by `countersign report`.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use integration_tests::api_server::{ApiServer, PODS};
+use integration_tests::daemon;
 use integration_tests::house::{House, Plan};
 use integration_tests::image::{Image, Manifest, OCI_MANIFEST};
 use integration_tests::process::{eventually, scratch};
@@ -124,5 +126,23 @@ async fn without_an_api_to_ask_a_report_says_what_to_write() -> Result<()> {
     let webhook = Webhook::start("").await?;
     let refused = webhook.run(&["report"]).await?.expect_code(2)?;
     assert!(refused.stderr.contains("give --kubeconfig FILE, or write `kubernetes` into [admission]"), "{refused:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_kubeconfig_that_is_none_is_an_error_of_whoever_wrote_it_and_said_once() -> Result<()> {
+    let folder = scratch()?;
+    let (config, kubeconfig) = (folder.path().join("countersign.toml"), folder.path().join("kubeconfig"));
+    fs::write(&kubeconfig, "nonsense: [")?;
+    fs::write(
+        &config,
+        "[admission]\ntls = { folder = \"tls\", names = [\"a.b.svc\"] }\nkubernetes = { kubeconfig = \"kubeconfig\" }\n",
+    )?;
+    let config = config.to_str().context("a folder whose name is no text")?;
+    for command in ["admission", "report"] {
+        let refused = daemon::run(&[command, "--config", config], &[]).await?.expect_code(2)?;
+        assert_eq!(refused.stderr.matches("is no kubeconfig that can be used").count(), 1, "{refused:?}");
+        assert_eq!(refused.stderr.matches("unclosed bracket '['\n --> ").count(), 1, "{refused:?}");
+    }
     Ok(())
 }

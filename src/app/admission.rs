@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use self::cluster::OfCluster;
+pub(super) use self::cluster::reach;
 use super::{
     daemon::{attach_refused, fixed, in_time, limits},
     known,

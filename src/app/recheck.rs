@@ -115,8 +115,7 @@ fn log(finding: &Finding) {
 /// What `countersign report` looks at.
 pub async fn look_at_what_runs(config: &Config, clock: &Clock, args: &ReportArgs) -> anyhow::Result<Findings> {
     let settings = settings(config, args.kubeconfig.clone())?;
-    // It asks nobody yet, so what is wrong is what was written.
-    let cluster = Cluster::open(&settings).await.map_err(|error| Usage(with_cause(&error)))?;
+    let cluster = super::admission::reach(&settings).await?;
     let name = args.cluster.as_deref().or(config.admission.cluster.as_deref());
     let judge = super::admission::judge_of(config, clock, name, &cluster, &settings).await?;
     if judge.policies.all().is_empty() {
@@ -125,11 +124,6 @@ pub async fn look_at_what_runs(config: &Config, clock: &Clock, args: &ReportArgs
     let running = list(&cluster, args.namespace.as_deref()).await?;
     let pause = settings.recheck.unwrap_or_default().pause();
     Ok(judge.recheck(&running, pause, PATIENCE).await)
-}
-
-/// What `kube` says repeats what it was caused by.
-fn with_cause(error: &dyn std::error::Error) -> String {
-    error.source().map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
 }
 
 fn settings(config: &Config, kubeconfig: Option<PathBuf>) -> Result<Kubernetes, Usage> {

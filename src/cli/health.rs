@@ -129,10 +129,7 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_there_is_an_error_that_names_the_place() {
-        // Taken, so that nobody else gets it, and not listened at.
-        let socket = tokio::net::TcpSocket::new_v4().unwrap();
-        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = socket.local_addr().unwrap();
+        let (_taken, address) = integration_tests::process::nobody().unwrap();
         let error = ask(Door { address, tls: false }, "livez").await.unwrap_err();
         assert_eq!(error.to_string(), format!("http://{address}/livez does not answer"));
     }

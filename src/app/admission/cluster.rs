@@ -1,7 +1,7 @@
 //! What the webhook has of its cluster's API: the resources that it follows, the secrets that it reads, the Events that it
 //! writes. All of it runs beside the reviews, and none of them waits for it but to read a secret.
 
-use std::{collections::HashSet, future::ready, sync::Arc, time::Duration};
+use std::{collections::HashSet, error::Error, future::ready, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, StreamExt as _, stream};
 use kube::{
@@ -17,6 +17,7 @@ use tracing::warn;
 
 use crate::{
     admission::{Kept, PullSecrets, ResourceKind, State},
+    cli::Usage,
     clock::Clock,
     config,
     http::Readiness,
@@ -24,6 +25,13 @@ use crate::{
     lifecycle::Lifecycle,
     telemetry::{Metrics, Sample},
 };
+
+/// The way to the cluster's API. It is asked nothing yet, so what is wrong is what was written.
+pub(in crate::app) async fn reach(settings: &config::Kubernetes) -> Result<Cluster, Usage> {
+    // What `kube` says repeats what it was caused by.
+    let with_cause = |error: &dyn Error| error.source().map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"));
+    Cluster::open(settings).await.map_err(|error| Usage(with_cause(&error)))
+}
 
 /// Gauges.
 const FAMILIES: &[(&str, &str)] = &[
@@ -67,9 +75,9 @@ impl OfCluster {
         clock: &Clock,
         metrics: &Metrics,
         lifecycle: &Lifecycle,
-    ) -> Result<Option<Self>, kubernetes::Error> {
+    ) -> Result<Option<Self>, Usage> {
         let Some(settings) = settings else { return Ok(None) };
-        let cluster = Cluster::open(settings).await?;
+        let cluster = reach(settings).await?;
         let events = settings.events.then(|| {
             let (events, sender) = events(cluster.clone(), clock.clone(), super::super::replica_name());
             lifecycle.spawn("events", sender.run(lifecycle.drain()));

@@ -161,10 +161,7 @@ async fn passing_faults_are_for_the_caller_to_retry() {
 #[tokio::test]
 async fn a_kms_that_is_not_there_is_unreachable() {
     let scene = Scene::set().await;
-    // Taken, so that nobody else gets it, and not listened at.
-    let socket = tokio::net::TcpSocket::new_v4().unwrap();
-    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let nobody = socket.local_addr().unwrap();
+    let (_taken, nobody) = integration_tests::process::nobody().unwrap();
     let path = scene.credentials_file();
     let environment = Environment::of([("AWS_SHARED_CREDENTIALS_FILE", path.to_str().unwrap())]);
     let uri = format!("awskms://{nobody}/alias/rsa?region={REGION}").parse().unwrap();

@@ -110,10 +110,8 @@ async fn a_registry_that_stalls_or_is_not_there_is_given_up_on() {
     let error = Registry::new(hasty).unwrap().manifest(&app(), &one()).await.unwrap_err();
     assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
 
-    // Taken, so that nobody else gets it, and not listened at.
-    let socket = tokio::net::TcpSocket::new_v4().unwrap();
-    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    for url in [format!("http://{}", socket.local_addr().unwrap()), "https://registry.invalid".to_owned()] {
+    let (_taken, nobody) = integration_tests::process::nobody().unwrap();
+    for url in [format!("http://{nobody}"), "https://registry.invalid".to_owned()] {
         let error = Registry::new(settings(&url)).unwrap().ping().await.unwrap_err();
         assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
         assert_eq!(error.verdict(), Verdict::TRANSIENT);

@@ -366,10 +366,9 @@ async fn metadata_out_of_reach_is_an_error_of_setup_at_first_and_passing_later()
     let machine = Machine::set().await;
     let provider = machine.provider([]);
     provider.current().await.unwrap();
-    // A hop too far looks like that: nobody answers. The port is taken, so that nobody else gets it, and not listened at.
-    let nobody = tokio::net::TcpSocket::new_v4().unwrap();
-    nobody.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let at_nobody = format!("http://{}", nobody.local_addr().unwrap());
+    // A hop too far looks like that: nobody answers.
+    let (_taken, nobody) = integration_tests::process::nobody().unwrap();
+    let at_nobody = format!("http://{nobody}");
     let error = machine.found([("AWS_EC2_METADATA_SERVICE_ENDPOINT", at_nobody.as_str())]).await.unwrap_err();
     assert!(error.contains("there are no AWS credentials") && error.contains("HttpPutResponseHopLimit"), "{error}");
 
