@@ -87,11 +87,9 @@ impl Fleet {
             ..Plan::default()
         })
         .await?;
-        // Killed soon after its queues were declared, RabbitMQ would forget them; so they are, in peace.
-        let mut broker = broker;
+        // So that the broker may be killed from here on.
         house.run(&["queue", "status"]).await?.expect_code(0)?;
-        broker.stop().await?;
-        broker.start_again().await?;
+        broker.sync().await?;
 
         let (mut replicas, mut registries, mut ledgers) = (vec![], vec![], vec![]);
         for (number, place) in places.into_iter().enumerate() {

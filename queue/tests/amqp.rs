@@ -63,11 +63,7 @@ async fn what_was_confirmed_survives_kill_9_of_the_broker_and_comes_again() {
     let mut broker = RabbitMq::start().await.unwrap();
     let (url, tracker) = (broker.url(), TaskTracker::new());
     let queue = Amqp::open(options("replica", move || vec![url.clone()]), &tracker).await.unwrap();
-    // RabbitMQ writes down which queues it has some time after it has declared them, and when it stops in order: killed before
-    // that, it would forget that these are its own.
-    broker.stop().await.unwrap();
-    broker.start_again().await.unwrap();
-    eventually("it is connected again", LIMIT, async || Ok(queue.probe().await.ok())).await.unwrap();
+    broker.sync().await.unwrap();
     queue.push((0..20).map(|n| message(&n.to_string(), n)).collect()).await.unwrap();
     let (acked, lost) = (next(&queue).await, next(&queue).await);
     let (acked_id, lost_id) = (acked.message().id.clone(), lost.message().id.clone());
@@ -229,12 +225,7 @@ async fn past_is_forgotten_by_size_and_the_totals_go_on_for_all_replicas_over_ki
         Amqp::open(options(name, move || vec![url.clone()]), &tracker).await.unwrap()
     };
     let (one, other) = (open("one").await, open("other").await);
-    // What RabbitMQ knows of its queues has to be on disk: see above.
-    broker.stop().await.unwrap();
-    broker.start_again().await.unwrap();
-    for queue in [&one, &other] {
-        eventually("it is connected again", LIMIT, async || Ok(queue.probe().await.ok())).await.unwrap();
-    }
+    broker.sync().await.unwrap();
     let none = one.stats().await.unwrap();
     assert_eq!((none.pushed_total, none.history.unwrap().messages), (0, 0));
     for n in 0..MESSAGES {

@@ -43,9 +43,7 @@ async fn what_the_broker_has_not_answered_when_it_is_killed_is_counted_if_it_com
         Arc::new(Amqp::open(options, &tracker).await.unwrap())
     };
     let queue = open("stays", true).await;
-    // What RabbitMQ knows of its queues has to be on disk.
-    broker.stop().await.unwrap();
-    broker.start_again().await.unwrap();
+    broker.sync().await.unwrap();
     let came: Arc<Mutex<HashSet<String>>> = Arc::default();
     let taking = tracker.spawn({
         let (queue, came) = (Arc::clone(&queue), Arc::clone(&came));
