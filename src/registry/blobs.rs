@@ -1,10 +1,11 @@
-//! Blobs: uploaded once per repository, by one POST and one PUT (distribution-spec 1.1, "POST then PUT").
+//! Blobs: uploaded once per repository, by one POST where the registry takes that (distribution-spec 1.1, "Single POST"), else by
+//! one POST and one PUT ("POST then PUT").
 
 use std::{collections::HashSet, sync::Mutex, time::Duration};
 
 use bytes::Bytes;
 use futures::FutureExt;
-use http::{HeaderValue, Method, StatusCode, header::LOCATION};
+use http::{HeaderValue, Method, StatusCode, Uri, header::LOCATION};
 use tokio::time::Instant;
 
 use super::{
@@ -16,15 +17,33 @@ use super::{
 };
 use crate::oci::{Digest, Repository};
 
+const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
+
 /// What is known of a registry's blobs, and what is being uploaded.
 pub(super) struct Blobs {
     known: Mutex<Known>,
     uploads: Flights<(Repository, Digest), Result<(), Error>>,
+    /// Whether it takes a blob with the POST that otherwise only opens a session. Nobody knows before it was tried.
+    single_post: Mutex<Option<bool>>,
 }
 
 impl Blobs {
     pub(super) fn new() -> Self {
-        Self { known: Mutex::new(Known::new(Instant::now())), uploads: Flights::new() }
+        Self { known: Mutex::new(Known::new(Instant::now())), uploads: Flights::new(), single_post: Mutex::new(None) }
+    }
+
+    /// Whether a single POST is worth trying.
+    fn may_take_single_post(&self) -> bool {
+        self.single_post.lock().expect("nothing panics while it holds this").unwrap_or(true)
+    }
+
+    fn takes_single_post(&self, takes: bool) {
+        *self.single_post.lock().expect("nothing panics while it holds this") = Some(takes);
+    }
+
+    /// What it does not take at the first try, it is not asked to again.
+    fn did_not_take_single_post(&self) {
+        self.single_post.lock().expect("nothing panics while it holds this").get_or_insert(false);
     }
 
     fn knows(&self, blob: &(Repository, Digest)) -> bool {
@@ -117,34 +136,74 @@ impl Registry {
             item: Some(('@', digest.as_str())),
             access: Access::Push,
         };
-        match self.upload_session(&call, digest, content.clone()).await {
+        let done = if self.0.blobs.may_take_single_post() {
+            self.upload_by_single_post(&call, digest, content.clone()).await
+        } else {
+            self.upload_by_session(&call, digest, content.clone()).await
+        };
+        match done {
             // A session that was cut off or lost is of no use any more, but content has one address: begin again, once.
             Err(Error::BlobUnknown { .. } | Error::Unreachable { source: Broken::Lost(_) | Broken::Cut(_), .. }) => {
-                self.upload_session(&call, digest, content).await
+                self.upload_by_session(&call, digest, content).await.inspect(|()| self.0.blobs.did_not_take_single_post())
             }
             done => done,
         }
     }
 
-    async fn upload_session(&self, call: &Call<'_>, digest: &Digest, content: Bytes) -> Result<(), Error> {
+    async fn upload_by_single_post(&self, call: &Call<'_>, digest: &Digest, content: Bytes) -> Result<(), Error> {
+        let start = self.url(call, &format!("/blobs/uploads/?{}", query_of(digest)))?;
+        let outgoing = Outgoing::new(Method::POST, start.clone()).with_content(OCTETS, content.clone());
+        let answer = self.exchange(call, outgoing, ERROR_LIMIT).await?;
+        match answer.status {
+            StatusCode::CREATED => {
+                self.check_claim(call, &answer, digest)?;
+                self.0.blobs.takes_single_post(true);
+                Ok(())
+            }
+            // distribution has only seen a POST, and waits for the content.
+            StatusCode::ACCEPTED => {
+                self.0.blobs.takes_single_post(false);
+                self.end_session(call, &start, &answer, digest, content).await
+            }
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => Err(self.write_failure(call, &answer)),
+            // Whatever it has against that, a session is what every registry knows, and what it says to one counts.
+            _ => {
+                let done = self.upload_by_session(call, digest, content).await;
+                done.inspect(|()| self.0.blobs.did_not_take_single_post())
+            }
+        }
+    }
+
+    async fn upload_by_session(&self, call: &Call<'_>, digest: &Digest, content: Bytes) -> Result<(), Error> {
         let start = self.url(call, "/blobs/uploads/")?;
         let answer = self.exchange(call, Outgoing::new(Method::POST, start.clone()), ERROR_LIMIT).await?;
         if answer.status != StatusCode::ACCEPTED {
             return Err(self.write_failure(call, &answer));
         }
+        self.end_session(call, &start, &answer, digest, content).await
+    }
+
+    /// Sends all the content to the session that `answer` has opened.
+    async fn end_session(
+        &self,
+        call: &Call<'_>,
+        start: &Uri,
+        answer: &Answer,
+        digest: &Digest,
+        content: Bytes,
+    ) -> Result<(), Error> {
         let Some(location) = answer.header(LOCATION) else {
             return Err(Error::Malformed { at: self.at_call(call), problem: "an upload without a Location".to_owned() });
         };
-        let mut target = self.own_url(call, &start, location)?;
+        let mut target = self.own_url(call, start, location)?;
         // Not through query_pairs_mut: it would rewrite the query that is there, which the registry has signed.
         let query = match target.query().filter(|query| !query.is_empty()) {
-            Some(query) => format!("{query}&digest={}%3A{}", digest.algorithm(), digest.encoded()),
-            None => format!("digest={}%3A{}", digest.algorithm(), digest.encoded()),
+            Some(query) => format!("{query}&{}", query_of(digest)),
+            None => query_of(digest),
         };
         target.set_query(Some(&query));
         target.set_fragment(None);
-        let octets = const { HeaderValue::from_static("application/octet-stream") };
-        let outgoing = Outgoing::new(Method::PUT, self.target(call, &target)?).with_content(octets, content);
+        let outgoing = Outgoing::new(Method::PUT, self.target(call, &target)?).with_content(OCTETS, content);
         let answer = self.exchange(call, outgoing, ERROR_LIMIT).await?;
         if answer.status != StatusCode::CREATED && answer.status != StatusCode::NO_CONTENT {
             return Err(self.write_failure(call, &answer));
@@ -171,6 +230,8 @@ impl Registry {
                 if let Some(repository) = call.repository {
                     self.0.blobs.forget(|(known, _)| known == repository);
                 }
+                // It may have said that it took what it threw away.
+                self.0.blobs.takes_single_post(false);
                 Error::BlobUnknown { at, reported }
             }
             Error::Rejected { at, reported } | Error::Denied { at, reported, .. } if says_read_only(&reported) => {
@@ -185,6 +246,10 @@ impl Registry {
             error => error,
         }
     }
+}
+
+fn query_of(digest: &Digest) -> String {
+    format!("digest={}%3A{}", digest.algorithm(), digest.encoded())
 }
 
 /// Whether a write was refused because none is taken. distribution has no code for that: it does not know the method. Harbor says

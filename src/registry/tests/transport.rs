@@ -139,17 +139,72 @@ async fn requests_have_what_registries_need_to_see() {
     assert!(seen.iter().all(|request| request.header("accept-encoding").is_none()));
     assert!(seen[0].is("GET", "/v2/team/app/manifests/1"));
     assert_eq!(seen[0].header("accept"), Some(media_type::ACCEPT_MANIFESTS));
-    assert!(seen[1].is("POST", "/v2/team/app/blobs/uploads/"));
-    assert_eq!(seen[1].header("content-length"), Some("0"));
     let digest = Digest::of(b"{}").to_string().replace(':', "%3A");
+    assert!(seen[1].is("POST", &format!("/v2/team/app/blobs/uploads/?digest={digest}")), "{:?}", seen[1]);
+    assert_eq!((seen[1].header("content-type"), &seen[1].body[..]), (Some("application/octet-stream"), &b"{}"[..]));
     assert!(seen[2].is("PUT", &format!("/v2/team/app/blobs/uploads/1?_state=a%2Bb%3D&digest={digest}")), "{:?}", seen[2]);
     assert_eq!(seen[2].header("content-type"), Some("application/octet-stream"));
     assert_eq!(&seen[2].body[..], b"{}");
     assert!(seen[3].is("PUT", "/v2/team/app/manifests/1"));
     assert_eq!(seen[3].header("content-type"), Some(media_type::OCI_MANIFEST));
     assert_eq!(seen[3].body, image());
+    // It has not taken the content with the POST, and is not offered it again.
     registry.ensure_blob(&app(), Bytes::new()).await.unwrap();
-    assert_eq!(fake.seen()[5].header("content-length"), Some("0"));
+    let seen = fake.seen();
+    assert!(seen[4].is("POST", "/v2/team/app/blobs/uploads/"), "{:?}", seen[4]);
+    assert!(seen[4..].iter().all(|request| request.header("content-length") == Some("0")), "{seen:?}");
+}
+
+#[tokio::test]
+async fn a_blob_is_sent_with_the_post_where_the_registry_takes_it_so() {
+    let takes = Fake::start(|_| status(201)).await;
+    let registry = takes.client();
+    for content in ["a", "b"] {
+        registry.ensure_blob(&app(), Bytes::from_static(content.as_bytes())).await.unwrap();
+    }
+    let seen = takes.seen();
+    assert_eq!(seen.iter().map(|request| &request.body[..]).collect::<Vec<_>>(), [b"a", b"b"]);
+
+    // Unless it says that it has not what it has taken.
+    let liar = Fake::start(|seen| match (&seen.method, seen.target.split_once("digest=")) {
+        (&Method::POST, None) => respond(202, &[("location", "/up")], ""),
+        (&Method::PUT, None) => refuse(404, "MANIFEST_BLOB_UNKNOWN", "blob unknown to registry"),
+        _ => status(201),
+    })
+    .await;
+    let registry = liar.client();
+    registry.ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap();
+    let error = registry.put_manifest(&app(), &one(), media_type::OCI_MANIFEST, image()).await.unwrap_err();
+    assert!(matches!(error, Error::BlobUnknown { .. }), "{error:?}");
+    registry.ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap();
+    let methods = |fake: &Fake| fake.seen().into_iter().map(|request| request.method).collect::<Vec<_>>();
+    assert_eq!(methods(&liar), [Method::POST, Method::PUT, Method::POST, Method::PUT]);
+}
+
+#[tokio::test]
+async fn a_blob_that_is_refused_with_the_post_is_sent_by_a_session() {
+    for refused in [400, 403, 404, 405, 411, 500, 501] {
+        let fake = Fake::start(move |seen| match (&seen.method, &seen.body[..]) {
+            (&Method::POST, b"") => respond(202, &[("location", "/up")], ""),
+            (&Method::POST, _) => status(refused),
+            _ => status(201),
+        })
+        .await;
+        let registry = fake.client();
+        for content in ["a", "b"] {
+            registry.ensure_blob(&app(), Bytes::from_static(content.as_bytes())).await.unwrap();
+        }
+        // Asked once, and remembered.
+        assert_eq!(fake.seen().len(), 3 + 2, "{refused}");
+    }
+    for busy in [429, 503] {
+        let fake = Fake::start(move |_| status(busy)).await;
+        fake.client().ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap_err();
+        assert_eq!(fake.seen().len(), 1, "{busy}: who is busy is not asked again at once");
+    }
+    let never = Fake::start(|_| refuse(403, "DENIED", "no pushes here")).await;
+    let error = never.client().ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap_err();
+    assert!(error.to_string().contains("no pushes here"), "{error}");
 }
 
 #[tokio::test]
