@@ -6,7 +6,8 @@
 //! and what it knows of blobs.
 //!
 //! Calls repeat a request by themselves only where that is safe and quick: reads that docker-registry answers 500 while the
-//! tag is being written, reads and uploads on a kept connection that was just being closed. All else is an [`Error`] whose
+//! tag is being written, reads and uploads on a kept connection that was just being closed, uploads in another way than the one
+//! that was refused. All else is an [`Error`] whose
 //! verdict says whether the event should come again. A manifest PUT is never repeated here: another writer may have come in
 //! between, and only the caller can read, merge and write again.
 

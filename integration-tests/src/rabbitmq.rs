@@ -18,7 +18,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::process::{Process, free_ports, scratch, tool};
+use crate::process::{Process, free_ports, say_aloud, scratch, tool};
 
 const READY: Duration = Duration::from_secs(120);
 /// After which a broker that was told to stop is killed, as an init system does: told so just after its streams were declared,
@@ -199,7 +199,7 @@ impl RabbitMq {
     /// forget them with all that is in them.
     pub async fn sync(&self) -> Result<()> {
         // Its tables of queues, and those in which quorum queues find their logs.
-        self.evaluate("ok = mnesia:sync_log(), [dets:sync(Table) || Table <- dets:all()].").await
+        self.evaluate("ok = mnesia:sync_log(), [] = [Table || Table <- dets:all(), dets:sync(Table) =/= ok].").await
     }
 
     /// Stops it in order (some seconds). [`RabbitMq::start_again`] brings it back.
@@ -207,6 +207,7 @@ impl RabbitMq {
         let Some(mut server) = self.server.take() else { return Ok(()) };
         server.broker.signal(Signal::TERM)?;
         if server.broker.wait(STOPPED).await.is_err() {
+            say_aloud(&format!("RabbitMQ has not stopped in {STOPPED:?}, and is killed"));
             server.broker.kill()?;
         }
         server.names.kill()

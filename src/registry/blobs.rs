@@ -1,7 +1,11 @@
 //! Blobs: uploaded once per repository, by one POST where the registry takes that (distribution-spec 1.1, "Single POST"), else by
 //! one POST and one PUT ("POST then PUT").
 
-use std::{collections::HashSet, sync::Mutex, time::Duration};
+use std::{
+    collections::HashSet,
+    sync::{Mutex, MutexGuard},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -23,27 +27,20 @@ const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream")
 pub(super) struct Blobs {
     known: Mutex<Known>,
     uploads: Flights<(Repository, Digest), Result<(), Error>>,
-    /// Whether it takes a blob with the POST that otherwise only opens a session. Nobody knows before it was tried.
-    single_post: Mutex<Option<bool>>,
+    single_post: Mutex<SinglePost>,
 }
 
 impl Blobs {
     pub(super) fn new() -> Self {
-        Self { known: Mutex::new(Known::new(Instant::now())), uploads: Flights::new(), single_post: Mutex::new(None) }
+        Self { known: Mutex::new(Known::new(Instant::now())), uploads: Flights::new(), single_post: Mutex::default() }
     }
 
-    /// Whether a single POST is worth trying.
-    fn may_take_single_post(&self) -> bool {
-        self.single_post.lock().expect("nothing panics while it holds this").unwrap_or(true)
+    fn single_post(&self) -> MutexGuard<'_, SinglePost> {
+        self.single_post.lock().expect("nothing panics while it holds this")
     }
 
-    fn takes_single_post(&self, takes: bool) {
-        *self.single_post.lock().expect("nothing panics while it holds this") = Some(takes);
-    }
-
-    /// What it does not take at the first try, it is not asked to again.
-    fn did_not_take_single_post(&self) {
-        self.single_post.lock().expect("nothing panics while it holds this").get_or_insert(false);
+    fn learn_of_single_post(&self, is_taken: bool) {
+        self.single_post().learn(is_taken, Instant::now());
     }
 
     fn knows(&self, blob: &(Repository, Digest)) -> bool {
@@ -57,6 +54,41 @@ impl Blobs {
     pub(super) fn forget(&self, forgotten: impl Fn(&(Repository, Digest)) -> bool) {
         self.known.lock().expect("nothing panics while it holds this").remove(forgotten);
     }
+}
+
+/// Whether a registry takes a blob with the POST that elsewhere only opens a session, as far as is known.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum SinglePost {
+    #[default]
+    Untried,
+    Taken,
+    /// It was anything but taken, at this time.
+    NotTaken(Instant),
+}
+
+impl SinglePost {
+    /// After which one is tried again: the registry may be another by then.
+    const TRY_AGAIN: Duration = Duration::from_secs(3600);
+
+    fn is_worth_trying(self, now: Instant) -> bool {
+        !matches!(self, Self::NotTaken(since) if now.duration_since(since) < Self::TRY_AGAIN)
+    }
+
+    fn learn(&mut self, is_taken: bool, now: Instant) {
+        if !is_taken {
+            *self = Self::NotTaken(now);
+        } else if self.is_worth_trying(now) {
+            *self = Self::Taken;
+        }
+    }
+}
+
+/// What a single POST came to.
+enum Posted {
+    Taken,
+    /// At this address, by this answer, it has only opened a session.
+    Session(Uri, Box<Answer>),
+    Refused,
 }
 
 /// The blobs known to be present, in two generations: what was not asked for during one whole generation is forgotten. That
@@ -136,42 +168,65 @@ impl Registry {
             item: Some(('@', digest.as_str())),
             access: Access::Push,
         };
-        let done = if self.0.blobs.may_take_single_post() {
-            self.upload_by_single_post(&call, digest, content.clone()).await
+        let is_worth_trying = self.0.blobs.single_post().is_worth_trying(Instant::now());
+        let posted = if is_worth_trying {
+            let posted = self.post_once(&call, digest, content.clone()).await;
+            self.0.blobs.learn_of_single_post(matches!(posted, Ok(Posted::Taken)));
+            posted?
         } else {
-            self.upload_by_session(&call, digest, content.clone()).await
+            Posted::Refused
+        };
+        let (done, was_sent_twice) = match posted {
+            Posted::Taken => return Ok(()),
+            Posted::Session(start, answer) => (self.end_session(&call, &start, &answer, digest, content.clone()).await, true),
+            Posted::Refused => (self.upload_by_session(&call, digest, content.clone()).await, false),
         };
         match done {
             // A session that was cut off or lost is of no use any more, but content has one address: begin again, once.
             Err(Error::BlobUnknown { .. } | Error::Unreachable { source: Broken::Lost(_) | Broken::Cut(_), .. }) => {
-                self.upload_by_session(&call, digest, content).await.inspect(|()| self.0.blobs.did_not_take_single_post())
+                self.upload_by_session(&call, digest, content).await
             }
+            // It may have taken what came with the POST for the beginning.
+            Err(Error::Rejected { .. }) if was_sent_twice => self.upload_by_session(&call, digest, content).await,
             done => done,
         }
     }
 
-    async fn upload_by_single_post(&self, call: &Call<'_>, digest: &Digest, content: Bytes) -> Result<(), Error> {
+    async fn post_once(&self, call: &Call<'_>, digest: &Digest, content: Bytes) -> Result<Posted, Error> {
+        let is_known = *self.0.blobs.single_post() == SinglePost::Taken;
         let start = self.url(call, &format!("/blobs/uploads/?{}", query_of(digest)))?;
-        let outgoing = Outgoing::new(Method::POST, start.clone()).with_content(OCTETS, content.clone());
-        let answer = self.exchange(call, outgoing, ERROR_LIMIT).await?;
+        let outgoing = Outgoing::new(Method::POST, start.clone()).with_content(OCTETS, content);
+        let answer = match self.exchange(call, outgoing, ERROR_LIMIT).await {
+            Err(Error::Unreachable { source: Broken::Lost(_) | Broken::Cut(_), .. }) => return Ok(Posted::Refused),
+            answer => answer?,
+        };
         match answer.status {
             StatusCode::CREATED => {
-                self.check_claim(call, &answer, digest)?;
-                self.0.blobs.takes_single_post(true);
-                Ok(())
+                // The first time it is looked whether it has what it says that it has.
+                let is_there =
+                    self.check_claim(call, &answer, digest).is_ok() && (is_known || self.has_blob(call, digest).await?);
+                Ok(if is_there { Posted::Taken } else { Posted::Refused })
             }
             // distribution has only seen a POST, and waits for the content.
-            StatusCode::ACCEPTED => {
-                self.0.blobs.takes_single_post(false);
-                self.end_session(call, &start, &answer, digest, content).await
-            }
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => Err(self.write_failure(call, &answer)),
-            // Whatever it has against that, a session is what every registry knows, and what it says to one counts.
-            _ => {
-                let done = self.upload_by_session(call, digest, content).await;
-                done.inspect(|()| self.0.blobs.did_not_take_single_post())
-            }
+            StatusCode::ACCEPTED => Ok(Posted::Session(start, Box::new(answer))),
+            status => match self.write_failure(call, &answer) {
+                error @ (Error::Throttled { .. } | Error::ServerError { .. })
+                    if status != StatusCode::INTERNAL_SERVER_ERROR && status != StatusCode::NOT_IMPLEMENTED =>
+                {
+                    Err(error)
+                }
+                // A session is what every registry knows, and what it says to that counts.
+                error => {
+                    tracing::debug!(registry = %self.0.name, %error, "a blob is not taken by a single POST");
+                    Ok(Posted::Refused)
+                }
+            },
         }
+    }
+
+    async fn has_blob(&self, call: &Call<'_>, digest: &Digest) -> Result<bool, Error> {
+        let target = self.url(call, &format!("/blobs/{digest}"))?;
+        Ok(self.exchange(call, Outgoing::new(Method::HEAD, target), ERROR_LIMIT).await?.status == StatusCode::OK)
     }
 
     async fn upload_by_session(&self, call: &Call<'_>, digest: &Digest, content: Bytes) -> Result<(), Error> {
@@ -231,7 +286,7 @@ impl Registry {
                     self.0.blobs.forget(|(known, _)| known == repository);
                 }
                 // It may have said that it took what it threw away.
-                self.0.blobs.takes_single_post(false);
+                self.0.blobs.learn_of_single_post(false);
                 Error::BlobUnknown { at, reported }
             }
             Error::Rejected { at, reported } | Error::Denied { at, reported, .. } if says_read_only(&reported) => {
@@ -276,6 +331,22 @@ fn says_immutable(call: &Call<'_>, reported: &Reported) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn single_post_that_was_not_taken_is_tried_again_after_an_hour() {
+        let start = Instant::now();
+        let mut known = SinglePost::default();
+        assert!(known.is_worth_trying(start));
+        known.learn(true, start);
+        assert_eq!(known, SinglePost::Taken);
+        known.learn(false, start);
+        // One that was on its way says that it was.
+        known.learn(true, start);
+        assert!(!known.is_worth_trying(start + SinglePost::TRY_AGAIN / 2));
+        assert!(known.is_worth_trying(start + SinglePost::TRY_AGAIN));
+        known.learn(true, start + SinglePost::TRY_AGAIN);
+        assert_eq!(known, SinglePost::Taken);
+    }
 
     #[test]
     fn what_is_known_is_bounded_and_forgotten_when_it_is_not_asked_for() {

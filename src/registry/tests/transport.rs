@@ -157,28 +157,39 @@ async fn requests_have_what_registries_need_to_see() {
 
 #[tokio::test]
 async fn a_blob_is_sent_with_the_post_where_the_registry_takes_it_so() {
-    let takes = Fake::start(|_| status(201)).await;
+    let methods = |fake: &Fake| fake.seen().into_iter().map(|request| request.method).collect::<Vec<_>>();
+    let takes = Fake::start(|seen| status(if seen.method == Method::HEAD { 200 } else { 201 })).await;
     let registry = takes.client();
     for content in ["a", "b"] {
         registry.ensure_blob(&app(), Bytes::from_static(content.as_bytes())).await.unwrap();
     }
-    let seen = takes.seen();
-    assert_eq!(seen.iter().map(|request| &request.body[..]).collect::<Vec<_>>(), [b"a", b"b"]);
+    // Whether it is there is looked at once.
+    assert_eq!(methods(&takes), [Method::POST, Method::HEAD, Method::POST]);
+    assert_eq!(takes.seen()[2].body, "b");
 
-    // Unless it says that it has not what it has taken.
-    let liar = Fake::start(|seen| match (&seen.method, seen.target.split_once("digest=")) {
-        (&Method::POST, None) => respond(202, &[("location", "/up")], ""),
-        (&Method::PUT, None) => refuse(404, "MANIFEST_BLOB_UNKNOWN", "blob unknown to registry"),
-        _ => status(201),
-    })
-    .await;
-    let registry = liar.client();
-    registry.ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap();
-    let error = registry.put_manifest(&app(), &one(), media_type::OCI_MANIFEST, image()).await.unwrap_err();
-    assert!(matches!(error, Error::BlobUnknown { .. }), "{error:?}");
-    registry.ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap();
-    let methods = |fake: &Fake| fake.seen().into_iter().map(|request| request.method).collect::<Vec<_>>();
-    assert_eq!(methods(&liar), [Method::POST, Method::PUT, Method::POST, Method::PUT]);
+    // Unless it has not what it says that it has taken; says so of other content; or says so when it comes to the manifest.
+    for (claims, has, knows) in [(None, 404, 201), (Some(Digest::of(b"")), 200, 201), (None, 200, 404)] {
+        let claim = claims.as_ref().map(|digest| ("docker-content-digest", digest.to_string()));
+        let liar = Fake::start(move |seen| match (&seen.method, seen.target.contains("digest=")) {
+            (&Method::POST, true) => {
+                respond(201, &claim.iter().map(|(name, value)| (*name, value.as_str())).collect::<Vec<_>>(), "")
+            }
+            (&Method::HEAD, _) => status(has),
+            (&Method::POST, false) => respond(202, &[("location", "/up")], ""),
+            (_, false) if knows == 404 => refuse(404, "MANIFEST_BLOB_UNKNOWN", "blob unknown to registry"),
+            _ => status(201),
+        })
+        .await;
+        let registry = liar.client();
+        registry.ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap();
+        let written = registry.put_manifest(&app(), &one(), media_type::OCI_MANIFEST, image()).await;
+        assert_eq!(matches!(written, Err(Error::BlobUnknown { .. })), knows == 404, "{written:?}");
+        registry.ensure_blob(&app(), Bytes::from_static(b"y")).await.unwrap();
+        let (seen, sessions) = (liar.seen(), if knows == 404 { 1 } else { 2 });
+        let by_put = seen.iter().filter(|seen| seen.method == Method::PUT && seen.target.starts_with("/up?"));
+        assert_eq!(by_put.map(|seen| &seen.body[..]).collect::<Vec<_>>(), [b"x", b"y"][2 - sessions..]);
+        assert_eq!(seen.iter().filter(|seen| seen.method == Method::POST && !seen.body.is_empty()).count(), 1, "{seen:?}");
+    }
 }
 
 #[tokio::test]
@@ -197,11 +208,28 @@ async fn a_blob_that_is_refused_with_the_post_is_sent_by_a_session() {
         // Asked once, and remembered.
         assert_eq!(fake.seen().len(), 3 + 2, "{refused}");
     }
-    for busy in [429, 503] {
-        let fake = Fake::start(move |_| status(busy)).await;
-        fake.client().ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap_err();
+    for busy in [429, 502, 503, 504] {
+        let fake = Fake::start(move |seen| match (&seen.method, &seen.body[..]) {
+            (&Method::POST, b"") => respond(202, &[("location", "/up")], ""),
+            (&Method::POST, _) => status(busy),
+            _ => status(201),
+        })
+        .await;
+        let registry = fake.client();
+        registry.ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap_err();
         assert_eq!(fake.seen().len(), 1, "{busy}: who is busy is not asked again at once");
+        registry.ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap();
     }
+    // What came with the POST was taken for the first part.
+    let turn = AtomicUsize::new(0);
+    let appends = Fake::start(move |seen| match seen.method {
+        Method::POST => respond(202, &[("location", "/up")], ""),
+        _ if turn.fetch_add(1, SeqCst) == 0 => refuse(400, "SIZE_INVALID", "too much"),
+        _ => status(201),
+    })
+    .await;
+    appends.client().ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap();
+    assert_eq!(appends.seen().len(), 4);
     let never = Fake::start(|_| refuse(403, "DENIED", "no pushes here")).await;
     let error = never.client().ensure_blob(&app(), Bytes::from_static(b"x")).await.unwrap_err();
     assert!(error.to_string().contains("no pushes here"), "{error}");
