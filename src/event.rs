@@ -151,6 +151,34 @@ mod tests {
     }
 
     #[test]
+    fn what_is_never_in_two_hands_is_a_digest_in_a_repository_whatever_its_tag() {
+        let event = |registry: &str, repository: &str, digest: &[u8], tag: Option<&str>| {
+            let event = PushEvent {
+                id: "1".into(),
+                source: "main".into(),
+                registry: registry.parse().unwrap(),
+                repository: repository.parse().unwrap(),
+                tag: tag.map(|tag| tag.parse().unwrap()),
+                digest: Digest::of(digest),
+                pushed_at: Timestamp::UNIX_EPOCH,
+                received_at: Timestamp::UNIX_EPOCH,
+                actor: None,
+            };
+            event.partition_key()
+        };
+        let key = event("registry.example.com", "team/app", b"x", Some("1.0"));
+        assert_eq!(key, format!("registry.example.com/team/app@{}", Digest::of(b"x")));
+        assert_eq!(key, event("registry.example.com", "team/app", b"x", None));
+        for other in [
+            event("other.example.com", "team/app", b"x", Some("1.0")),
+            event("registry.example.com", "team/web", b"x", Some("1.0")),
+            event("registry.example.com", "team/app", b"y", Some("1.0")),
+        ] {
+            assert_ne!(key, other);
+        }
+    }
+
+    #[test]
     fn what_is_no_event_is_told_apart() {
         for body in [&b""[..], b"{}", b"\xff", br#"{"specversion":"1.0"}"#] {
             assert!(matches!(PushEvent::from_cloud_event(body), Err(Error::Malformed(_))));

@@ -117,5 +117,12 @@ async fn commands_without_a_daemon_leave_the_messages_to_the_replicas() -> Resul
         let status = house.run(&["queue", "status", "--output", "json"]).await?.expect_code(0)?.json()?;
         Ok((status["dead_letters"] == 1 && status["queued"] == 0).then_some(()))
     })
+    .await?;
+    eventually("each partition is told to be held, by the one that there is", LIMIT, async || {
+        let status = house.run(&["queue", "status", "--output", "json"]).await?.expect_code(0)?.json()?;
+        let holders: Vec<&str> =
+            status["partitions"].as_array().into_iter().flatten().filter_map(|one| one["holder"].as_str()).collect();
+        Ok((holders.len() == 4 && holders.iter().all(|holder| !holder.is_empty() && *holder == holders[0])).then_some(()))
+    })
     .await
 }

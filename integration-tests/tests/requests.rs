@@ -127,6 +127,9 @@ fn what_it_may_cost_is_what_is_documented() {
     let both = |format| (allowed(format, Referrers::FallbackTag), allowed(format, Referrers::Api));
     assert_eq!([both("cosign"), both("bundle"), both("notation")], [(7, 6), (8, 5), (8, 5)]);
     assert_eq!(["cosign", "bundle"].map(|format| allowed_if_there(&[format])), [2, 4]);
+    // The least that is known for each (with a second look at the `.sig` tag), whoever writes it.
+    let writing = |format| (least(format, Referrers::FallbackTag), least(format, Referrers::Api));
+    assert_eq!(["cosign", "bundle", "notation"].map(writing), [(5, 4), (5, 2), (5, 2)]);
     let two = ["cosign", "bundle"];
     assert_eq!([Referrers::FallbackTag, Referrers::Api].map(|kind| allowed_for_all(&two, kind)), [14, 10]);
 }

@@ -4,6 +4,7 @@ mod amqp {
     mod deleted;
     mod replicas;
     mod unanswered;
+    mod wire;
 }
 mod broker;
 

@@ -42,6 +42,18 @@ use fake::{Act, Fake, NAME, image, index};
 use house::*;
 pub(crate) use house::{House, rule};
 
+#[test]
+fn waits_double_up_to_the_longest_and_differ() {
+    let patience = Patience { first: Duration::from_secs(1), longest: Duration::from_secs(10), give_up: Duration::from_secs(60) };
+    for (attempts, full) in [(0, 1.0), (1, 2.0), (2, 4.0), (3, 8.0), (4, 10.0), (u32::MAX, 10.0)] {
+        let waits: Vec<f64> = (0..50).map(|_| patience.wait(attempts).as_secs_f64()).collect();
+        assert!(waits.iter().all(|wait| (full / 2.0..=full).contains(wait)), "after {attempts}: {waits:?}");
+        let least = waits.iter().copied().fold(full, f64::min);
+        let most = waits.iter().copied().fold(0.0, f64::max);
+        assert!(most - least > full / 10.0, "after {attempts}, what failed together comes back together: {waits:?}");
+    }
+}
+
 #[tokio::test]
 async fn redelivered_event_is_signed_once() {
     let house = House::new().await;

@@ -88,6 +88,12 @@ struct Sources {
 /// A consumer's deliveries with its source's number.
 type Numbered = futures::stream::BoxStream<'static, (usize, Option<lapin::Result<lapin::message::Delivery>>)>;
 
+/// Waits for one answer: all of them together may take longer, as they do of a broker that is far away.
+pub(super) async fn in_time<T>(answer: impl Future<Output = T>) -> Result<T, Error> {
+    let late = |_| Error::Unavailable { what: format!("the broker has not answered for {} s", LIMIT.as_secs()), source: None };
+    timeout(LIMIT, answer).await.map_err(late)
+}
+
 impl Session {
     /// Connects to one broker and declares everything. If it `is_known`, that ought to be there.
     pub async fn open(
@@ -105,13 +111,13 @@ impl Session {
             let (consuming, _) = connect::open(address, name, tracker, &cut).await?;
             let (publishing, returns) = connect::open(address, name, tracker, &cut).await?;
             let open = |error| unavailable("the broker opened no channel", error);
-            let consume = consuming.create_channel().await.map_err(open)?;
-            let publish = publishing.create_channel().await.map_err(open)?;
-            let probing = publishing.create_channel().await.map_err(open)?;
+            let consume = in_time(consuming.create_channel()).await?.map_err(open)?;
+            let publish = in_time(publishing.create_channel()).await?.map_err(open)?;
+            let probing = in_time(publishing.create_channel()).await?.map_err(open)?;
             for channel in [&publish, &probing] {
-                channel.confirm_select(ConfirmSelectOptions { nowait: false }).await.map_err(open)?;
+                in_time(channel.confirm_select(ConfirmSelectOptions { nowait: false })).await?.map_err(open)?;
             }
-            if is_known && topology::is_bare(&consuming.create_channel().await.map_err(open)?, topology).await? {
+            if is_known && topology::is_bare(&in_time(consuming.create_channel()).await?.map_err(open)?, topology).await? {
                 tracing::error!(
                     broker = address.shown(),
                     "the broker came back without anything of ours, as with an empty disk: what was queued there, dead letters and \
@@ -122,9 +128,7 @@ impl Session {
             topology::declare(&consume, topology).await?;
             Ok(((consuming, consume), (publishing, publish, probing, returns)))
         };
-        let late = || Error::Unavailable { what: format!("{} does not answer", address.shown()), source: None };
-        let ((consuming, consume), (publishing, publish, probing, returns)) =
-            timeout(2 * LIMIT, opening).await.map_err(|_| late())??;
+        let ((consuming, consume), (publishing, publish, probing, returns)) = opening.await?;
         guard.disarm();
         let session = Arc::new(Self {
             number,
@@ -304,16 +308,14 @@ impl Session {
     pub async fn asked<T>(&self, answer: impl Future<Output = lapin::Result<T>>) -> Result<T, Error> {
         tokio::select! {
             biased;
-            answer = timeout(LIMIT, answer) => match answer {
+            answer = in_time(answer) => match answer {
                 Ok(Ok(answer)) => Ok(answer),
                 Ok(Err(error)) => {
                     let error = unavailable("the broker ended the connection or a channel", error);
                     self.fail(&error);
                     Err(error)
                 }
-                Err(_) => {
-                    let what = format!("the broker has not answered for {} s", LIMIT.as_secs());
-                    let error = Error::Unavailable { what, source: None };
+                Err(error) => {
                     self.fail(&error);
                     Err(error)
                 }
@@ -341,6 +343,10 @@ impl Session {
             () = sleep_until(self.began + age) => {}
             () = self.failed() => {}
         }
+    }
+
+    pub fn age(&self) -> Duration {
+        self.began.elapsed()
     }
 
     /// Cancelled when the session is over.

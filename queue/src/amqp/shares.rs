@@ -66,6 +66,23 @@ async fn give(core: &Core, session: &Session, replicas: &BTreeSet<String>) -> Re
     Ok(done)
 }
 
+/// The sources that are our share and that nobody else says are theirs. Of a partition from which nothing has come yet the broker
+/// does not tell whose it is, and once all have given away what is not theirs, it is this.
+pub(super) fn ours(core: &Core, session: &Session) -> Vec<usize> {
+    // Before that, others may not have said what is theirs.
+    if !core.consumes() || session.is_closing() || session.age() < BEAT + BEAT {
+        return vec![];
+    }
+    let (replicas, others) = (core.replicas(), core.others());
+    let of_others = |route: &str| others.iter().flat_map(|report| &report.partitions).any(|held| held.name == route);
+    let layout = core.topology.layout();
+    let ours = layout
+        .queues()
+        .enumerate()
+        .filter(|(place, (route, _))| holder(&replicas, *place) == Some(&core.options.replica) && !of_others(route));
+    ours.filter_map(|(_, (route, _))| session.number_of(&Source::Partition { route })).collect()
+}
+
 /// Whose share a partition is.
 fn holder(replicas: &BTreeSet<String>, place: usize) -> Option<&String> {
     replicas.iter().nth(place % replicas.len().max(1))

@@ -20,7 +20,7 @@ use super::{
     envelope::Envelope,
     lock,
     session::{Session, Source},
-    supervisor,
+    shares, supervisor,
 };
 use crate::{Error, Partition, Stats};
 
@@ -39,7 +39,7 @@ pub(super) struct Report {
     at: Instant,
     /// How many partitions it shares with the others; none if it leaves them to those.
     shares: u16,
-    partitions: Vec<Partition>,
+    pub partitions: Vec<Partition>,
     dead: u64,
     /// On their way from one queue into another.
     moving: u64,
@@ -119,7 +119,7 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
 /// With those that are idle and ours.
 fn own_partitions(core: &Core, session: &Session) -> Vec<Partition> {
     let mut levels = core.inbox.levels();
-    for source in session.ours() {
+    for source in session.ours().into_iter().chain(shares::ours(core, session)) {
         levels.entry(source).or_default();
     }
     let held = levels.into_iter().filter_map(|(source, level)| {
@@ -229,7 +229,7 @@ impl Core {
         }
     }
 
-    fn others(&self) -> Vec<Report> {
+    pub(super) fn others(&self) -> Vec<Report> {
         let mut others = lock(&self.others);
         others.retain(|_, report| report.at.elapsed() < SILENCE);
         others.values().cloned().collect()

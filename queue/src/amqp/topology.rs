@@ -45,7 +45,7 @@ use lapin::{
     types::{AMQPValue, FieldTable},
 };
 
-use super::session::unavailable;
+use super::session::{in_time, unavailable};
 use crate::{Error, PartitionKey};
 
 /// Raised when anything below changes in a way that a broker would refuse.
@@ -322,10 +322,9 @@ pub(super) async fn declare(channel: &Channel, topology: &Topology) -> Result<()
             passive: false,
             nowait: false,
         };
-        channel
-            .exchange_declare(exchange.name.as_str().into(), exchange.kind, options, table(exchange.arguments))
-            .await
-            .map_err(|error| refused("exchange", &exchange.name, error))?;
+        let declaring =
+            channel.exchange_declare(exchange.name.as_str().into(), exchange.kind, options, table(exchange.arguments));
+        in_time(declaring).await?.map_err(|error| refused("exchange", &exchange.name, error))?;
     }
     for queue in topology.queues() {
         declare_queue(channel, queue).await?;
@@ -340,8 +339,8 @@ pub(super) async fn declare(channel: &Channel, topology: &Topology) -> Result<()
 pub(super) async fn is_bare(channel: &Channel, topology: &Topology) -> Result<bool, Error> {
     let options = ExchangeDeclareOptions { passive: true, durable: true, ..ExchangeDeclareOptions::default() };
     let name = topology.accept();
-    let declared = channel.exchange_declare(name.as_str().into(), ExchangeKind::Direct, options, FieldTable::default()).await;
-    match declared {
+    let declaring = channel.exchange_declare(name.as_str().into(), ExchangeKind::Direct, options, FieldTable::default());
+    match in_time(declaring).await? {
         Ok(()) => {
             // It does no harm if it stays.
             let _ = channel.close(200, "OK".into()).await;
@@ -388,15 +387,14 @@ pub(super) async fn declare_queue(channel: &Channel, queue: Queue) -> Result<(),
         passive: false,
         nowait: false,
     };
-    let declared = channel.queue_declare(queue.name.as_str().into(), options, table(queue.arguments)).await;
+    let declared = in_time(channel.queue_declare(queue.name.as_str().into(), options, table(queue.arguments))).await?;
     declared.map(drop).map_err(|error| refused("queue", &queue.name, error))
 }
 
 pub(super) async fn bind(channel: &Channel, exchange: &str, route: &str, queue: &str) -> Result<(), Error> {
-    channel
-        .queue_bind(queue.into(), exchange.into(), route.into(), QueueBindOptions { nowait: false }, FieldTable::default())
-        .await
-        .map_err(|error| refused("queue", queue, error))
+    let options = QueueBindOptions { nowait: false };
+    let binding = channel.queue_bind(queue.into(), exchange.into(), route.into(), options, FieldTable::default());
+    in_time(binding).await?.map_err(|error| refused("queue", queue, error))
 }
 
 fn table(arguments: Arguments) -> FieldTable {

@@ -40,6 +40,8 @@ pub(crate) struct Store {
     blobs: HashMap<String, Bytes>,
     /// Whether it lists referrers itself.
     pub(crate) has_api: bool,
+    /// Whether it says that it took notice of a subject, if not as it lists them.
+    pub(crate) says_subject: Option<bool>,
     /// `METHOD path`, without `/v2/`, of each request.
     pub(crate) asked: Vec<String>,
 }
@@ -117,7 +119,7 @@ impl Store {
                 }
                 self.put_as(repository, Digest::of(&body).as_str(), kind, body.clone());
                 self.put_as(repository, rest, kind, body);
-                match document["subject"]["digest"].as_str().filter(|_| self.has_api) {
+                match document["subject"]["digest"].as_str().filter(|_| self.says_subject.unwrap_or(self.has_api)) {
                     Some(subject) => respond(201, &[("oci-subject", subject)], Bytes::new()),
                     None => respond(201, &[], Bytes::new()),
                 }

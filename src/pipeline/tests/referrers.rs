@@ -96,6 +96,45 @@ async fn a_bundle_is_written_once_in_either_kind_of_registry() {
     }
 }
 
+/// distribution-spec 1.1 has `OCI-Subject` say that a registry lists referrers; some say so that do not, and the other way round.
+#[tokio::test]
+async fn whether_a_registry_lists_referrers_is_asked_and_not_taken_from_what_it_says_of_a_subject() {
+    for (has_api, says_subject) in [(true, true), (true, false), (false, true), (false, false)] {
+        let house = House::new().await;
+        house.registry.store().has_api = has_api;
+        house.registry.store().says_subject = Some(says_subject);
+        let pipeline = house.pipeline(bundles());
+        for name in ["first", "second"] {
+            let digest = house.image(name);
+            house.push(Some("1.0"), &digest).await;
+            house.settle(&pipeline).await;
+            assert_eq!(house.bundled(&digest), 1, "{has_api} {says_subject}");
+            let index = house.registry.store().manifest("team/app", &fallback(&digest));
+            assert_eq!(index.is_none(), has_api, "{has_api} {says_subject}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn witnesses_of_one_push_share_payload_and_write() {
+    let house = House::new().await;
+    let digest = house.image("witnesses");
+    let rules = ["release", "other"].map(|witness| Rule { name: witness.into(), witness: witness.into(), ..both().remove(0) });
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(rules.into())).await;
+    let asked = house.requests();
+    let count = |method: &str, part: &str| asked.iter().filter(|one| one.starts_with(method) && one.ends_with(part)).count();
+    assert_eq!((count("PUT", &sig(&digest)), count("PUT", &fallback(&digest))), (1, 1), "{asked:#?}");
+    // The payload that both sign, a bundle of each, the config.
+    assert_eq!(count("POST", "/blobs/uploads/"), 1 + 2 + 1, "{asked:#?}");
+    assert_eq!((house.bundled(&digest), house.registry.fallback(&app(), &digest).len()), (1, 2));
+    let (_, manifest) = house.registry.store().manifest("team/app", &sig(&digest)).unwrap();
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    let [first, second] = &manifest["layers"].as_array().unwrap()[..] else { panic!("{manifest}") };
+    assert_eq!(first["digest"], second["digest"], "one payload");
+    assert_ne!(first["annotations"], second["annotations"], "two signatures");
+}
+
 #[tokio::test]
 async fn what_is_listed_says_type_and_annotations_and_others_entries_are_kept() {
     let house = House::new().await;
