@@ -1,6 +1,6 @@
 //! countersign on RabbitMQ.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use integration_tests::daemon::Daemon;
@@ -60,15 +60,17 @@ async fn replica_that_a_silent_network_cuts_off_is_replaced_and_nothing_is_signe
     // The first to come has all partitions; the registry tells the other.
     second.start().await?;
     house.daemon.start().await?;
-    let images = (0..6).map(|n| Image::oci(&format!("image {n}"))).collect::<Result<Vec<_>>>()?;
-    let (before, rest) = images.split_first().context("there are six")?;
+    let images = (0..7).map(|n| Image::oci(&format!("image {n}"))).collect::<Result<Vec<_>>>()?;
+    let (before, rest) = images.split_first().context("there are seven")?;
     house.push(before, "team/app", &["v0"]).await?;
     house.wait_signed("team/app", &before.manifest.digest, &["v0"]).await?;
     // What is in hand then is begun, and its end is heard by nobody.
     let (during, after) = rest.split_at(4);
+    let mut silent_since = None;
     for (n, image) in during.iter().enumerate() {
         if n == 2 {
             proxy.silence(true);
+            silent_since = Some(Instant::now());
         }
         house.push(image, &format!("team/app{n}"), &["v1"]).await?;
     }
@@ -80,11 +82,16 @@ async fn replica_that_a_silent_network_cuts_off_is_replaced_and_nothing_is_signe
     }
     let settled = async || Ok((house.daemon.metrics().await?.queued() == 0).then_some(()));
     eventually("the other has handled everything", LIMIT, settled).await?;
+    // It goes on elsewhere for as long as it lasts, a minute.
+    let silent_since = silent_since.context("it is silent")?;
+    tokio::time::sleep(Duration::from_secs(60).saturating_sub(silent_since.elapsed())).await;
+    house.push(&after[0], "team/late", &["v1"]).await?;
+    house.wait_signed("team/late", &after[0].manifest.digest, &["v1"]).await?;
 
     proxy.silence(false);
     eventually("it is back", LIMIT, async || Ok(is_ready(&second).await?.then_some(()))).await?;
-    house.push(&after[0], "team/app", &["v2"]).await?;
-    house.wait_signed("team/app", &after[0].manifest.digest, &["v2"]).await?;
+    house.push(&after[1], "team/app", &["v2"]).await?;
+    house.wait_signed("team/app", &after[1].manifest.digest, &["v2"]).await?;
     eventually("the last is settled", LIMIT, settled).await?;
     for image in &images {
         let tag = format!("{}.sig", image.manifest.digest.replace(':', "-"));

@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 use integration_tests::house::{House, Keys, Plan, TOKEN, rule};
 use integration_tests::image::Image;
 use integration_tests::process::eventually;
+use integration_tests::verifier::Cosign;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::process::Command;
@@ -57,6 +58,39 @@ async fn what_a_wrong_rule_skipped_is_signed_by_replaying_since_then() -> Result
     assert_eq!((metrics.ended("signed"), metrics.ended("already_signed")), (5, 5));
     let status = house.run(&["queue", "status"]).await?.expect_code(0)?.stdout;
     assert!(status.contains("`queue replay --since` reaches back to 20"), "{status}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_a_wrong_key_signed_is_signed_with_the_right_one_by_replaying_since_then() -> Result<()> {
+    let house = House::start(Plan::default()).await?;
+    let image = Image::oci("signed with the wrong key")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
+
+    let right = house.config_path().with_file_name("right.key.pem");
+    let generated = house.run(&["key", "generate", "--spec", "EC_P256", "--out", &right.display().to_string()]).await?;
+    generated.expect_code(0)?;
+    // Another witness: a key that changes behind a witness's back is refused.
+    house.write_config(&house.config().replace("release.key.pem", "right.key.pem").replace("\"release\"", "\"right\""))?;
+    house.daemon.signal(Signal::HUP)?;
+    eventually("the right key to be in use", LIMIT, || async {
+        let reloads = house.daemon.metrics().await?.count("countersign_config_reloads_total", &[("result", "ok")]);
+        Ok((reloads == 1).then_some(()))
+    })
+    .await?;
+    let public = house.run(&["witness", "public-key", "right"]).await?.expect_code(0)?.stdout;
+    let public_path = right.with_file_name("right.pub");
+    std::fs::write(&public_path, public)?;
+    let reference = house.reference("team/app", "1.0");
+    ensure!(!Cosign::V2.verify(&public_path, &reference).await?.accepted, "nothing has signed with it yet");
+
+    house.run(&["queue", "replay", "--since", "2026-01-01"]).await?.expect_code(0)?;
+    assert_eq!(house.wait_settled(2, LIMIT).await?.ended("signed"), 2);
+    let ruling = Cosign::V2.verify(&public_path, &reference).await?;
+    ensure!(ruling.accepted, "{}", ruling.words);
+    // The other one's signature stays.
+    assert_eq!(house.signed("team/app", &image.manifest.digest).await?, [reference]);
     Ok(())
 }
 
