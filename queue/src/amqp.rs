@@ -40,7 +40,10 @@ use std::{
 
 use async_trait::async_trait;
 use jiff::Timestamp;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::TaskTracker,
@@ -66,6 +69,8 @@ use crate::{DeadLetter, Delivery, Error, Kept, Message, Queue, Stats};
 
 /// Id, key and content type travel in headers, which share one frame.
 const HEADERS: usize = 16 * 1024;
+/// How long whoever opens a queue waits for a broker. One that is far away takes longer until everything is declared.
+const FIRST_TRY: Duration = Duration::from_secs(20);
 
 /// How an [`Amqp`] queue is to run.
 #[derive(Clone)]
@@ -162,7 +167,8 @@ struct Core {
 impl Amqp {
     /// Connects, and declares what is not there. All tasks run on `tracker`.
     ///
-    /// If no broker can be reached the queue is opened all the same, and goes on trying: until then pushes are refused.
+    /// If no broker can be reached, or none within 20 s, the queue is opened all the same, and goes on trying: until then pushes
+    /// are refused.
     ///
     /// [`Error::Mismatch`]: the broker has something of ours with other arguments.
     pub async fn open(options: Options, tracker: &TaskTracker) -> Result<Self, Error> {
@@ -190,10 +196,11 @@ impl Amqp {
         let (opened, first) = tokio::sync::oneshot::channel();
         tracker.spawn(supervisor::run(Arc::clone(&core), inbox, stop.clone(), tracker.clone(), opened));
         let queue = Self { core, _stop: stop.drop_guard() };
-        match first.await {
-            Ok(Err(error @ Error::Mismatch { .. })) => Err(error),
-            Ok(_) => Ok(queue),
-            Err(_) => Err(Error::Died),
+        match timeout(FIRST_TRY, first).await {
+            Ok(Ok(Err(error @ Error::Mismatch { .. }))) => Err(error),
+            // Far away, it is connected to some time later.
+            Err(_) | Ok(Ok(_)) => Ok(queue),
+            Ok(Err(_)) => Err(Error::Died),
         }
     }
 }

@@ -89,6 +89,8 @@ enum Posted {
     /// At this address, by this answer, it has only opened a session.
     Session(Uri, Box<Answer>),
     Refused,
+    /// No answer.
+    Lost,
 }
 
 /// The blobs known to be present, in two generations: what was not asked for during one whole generation is forgotten. That
@@ -170,8 +172,13 @@ impl Registry {
         };
         let is_worth_trying = self.0.blobs.single_post().is_worth_trying(Instant::now());
         let posted = if is_worth_trying {
-            let posted = self.post_once(&call, digest, content.clone()).await;
-            self.0.blobs.learn_of_single_post(matches!(posted, Ok(Posted::Taken)));
+            let was_taken = *self.0.blobs.single_post() == SinglePost::Taken;
+            let posted = self.post_once(&call, digest, content.clone(), was_taken).await;
+            match &posted {
+                // It may be busy, or the connection old: that says nothing of what it knows.
+                Err(_) | Ok(Posted::Lost) if was_taken => {}
+                posted => self.0.blobs.learn_of_single_post(matches!(posted, Ok(Posted::Taken))),
+            }
             posted?
         } else {
             Posted::Refused
@@ -179,7 +186,7 @@ impl Registry {
         let (done, was_sent_twice) = match posted {
             Posted::Taken => return Ok(()),
             Posted::Session(start, answer) => (self.end_session(&call, &start, &answer, digest, content.clone()).await, true),
-            Posted::Refused => (self.upload_by_session(&call, digest, content.clone()).await, false),
+            Posted::Refused | Posted::Lost => (self.upload_by_session(&call, digest, content.clone()).await, false),
         };
         match done {
             // A session that was cut off or lost is of no use any more, but content has one address: begin again, once.
@@ -192,19 +199,17 @@ impl Registry {
         }
     }
 
-    async fn post_once(&self, call: &Call<'_>, digest: &Digest, content: Bytes) -> Result<Posted, Error> {
-        let is_known = *self.0.blobs.single_post() == SinglePost::Taken;
+    async fn post_once(&self, call: &Call<'_>, digest: &Digest, content: Bytes, is_known: bool) -> Result<Posted, Error> {
         let start = self.url(call, &format!("/blobs/uploads/?{}", query_of(digest)))?;
         let outgoing = Outgoing::new(Method::POST, start.clone()).with_content(OCTETS, content);
         let answer = match self.exchange(call, outgoing, ERROR_LIMIT).await {
-            Err(Error::Unreachable { source: Broken::Lost(_) | Broken::Cut(_), .. }) => return Ok(Posted::Refused),
+            Err(Error::Unreachable { source: Broken::Lost(_) | Broken::Cut(_), .. }) => return Ok(Posted::Lost),
             answer => answer?,
         };
         match answer.status {
             StatusCode::CREATED => {
                 // The first time it is looked whether it has what it says that it has.
-                let is_there =
-                    self.check_claim(call, &answer, digest).is_ok() && (is_known || self.has_blob(call, digest).await?);
+                let is_there = self.check_claim(call, &answer, digest).is_ok() && (is_known || self.has_blob(call, digest).await);
                 Ok(if is_there { Posted::Taken } else { Posted::Refused })
             }
             // distribution has only seen a POST, and waits for the content.
@@ -224,9 +229,11 @@ impl Registry {
         }
     }
 
-    async fn has_blob(&self, call: &Call<'_>, digest: &Digest) -> Result<bool, Error> {
-        let target = self.url(call, &format!("/blobs/{digest}"))?;
-        Ok(self.exchange(call, Outgoing::new(Method::HEAD, target), ERROR_LIMIT).await?.status == StatusCode::OK)
+    /// Whether it says so: what cannot be found out is uploaded again.
+    async fn has_blob(&self, call: &Call<'_>, digest: &Digest) -> bool {
+        let Ok(target) = self.url(call, &format!("/blobs/{digest}")) else { return false };
+        let answer = self.exchange(call, Outgoing::new(Method::HEAD, target), ERROR_LIMIT).await;
+        answer.is_ok_and(|answer| answer.status == StatusCode::OK)
     }
 
     async fn upload_by_session(&self, call: &Call<'_>, digest: &Digest, content: Bytes) -> Result<(), Error> {

@@ -7,7 +7,7 @@ use std::{
     collections::HashSet,
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, Waker},
@@ -59,6 +59,8 @@ pub(super) struct Session {
     /// The receiver has to look at the sources again.
     changed: Notify,
     reported: AtomicBool,
+    /// Since when the other replicas are heard.
+    hears_since: OnceLock<Instant>,
     /// Nothing is consumed any more.
     closing: AtomicBool,
 }
@@ -128,7 +130,12 @@ impl Session {
             topology::declare(&consume, topology).await?;
             Ok(((consuming, consume), (publishing, publish, probing, returns)))
         };
-        let ((consuming, consume), (publishing, publish, probing, returns)) = opening.await?;
+        let ((consuming, consume), (publishing, publish, probing, returns)) = opening.await.map_err(|error| match error {
+            Error::Unavailable { what, source } if !what.contains(&address.shown()) => {
+                Error::Unavailable { what: format!("{}: {what}", address.shown()), source }
+            }
+            error => error,
+        })?;
         guard.disarm();
         let session = Arc::new(Self {
             number,
@@ -145,6 +152,7 @@ impl Session {
             layouts: Mutex::default(),
             changed: Notify::new(),
             reported: AtomicBool::new(false),
+            hears_since: OnceLock::new(),
             closing: AtomicBool::new(false),
         });
         for events in [session.publishing.events_listener().boxed(), session.consuming.events_listener().boxed()] {
@@ -345,8 +353,14 @@ impl Session {
         }
     }
 
-    pub fn age(&self) -> Duration {
-        self.began.elapsed()
+    /// The other replicas are heard from now on.
+    pub fn hears(&self) {
+        let _ = self.hears_since.set(Instant::now());
+    }
+
+    /// Whether the other replicas have been heard for so long.
+    pub fn has_heard_for(&self, span: Duration) -> bool {
+        self.hears_since.get().is_some_and(|since| since.elapsed() >= span)
     }
 
     /// Cancelled when the session is over.

@@ -67,10 +67,10 @@ async fn give(core: &Core, session: &Session, replicas: &BTreeSet<String>) -> Re
 }
 
 /// The sources that are our share and that nobody else says are theirs. Of a partition from which nothing has come yet the broker
-/// does not tell whose it is, and once all have given away what is not theirs, it is this.
+/// does not tell whose it is, and it is this when all have given away what is not theirs.
 pub(super) fn ours(core: &Core, session: &Session) -> Vec<usize> {
-    // Before that, others may not have said what is theirs.
-    if !core.consumes() || session.is_closing() || session.age() < BEAT + BEAT {
+    // Others may not have said yet what is theirs; and nobody can while the broker takes nothing.
+    if !core.consumes() || session.is_closing() || !session.has_heard_for(BEAT + BEAT) || session.blocked().is_some() {
         return vec![];
     }
     let (replicas, others) = (core.replicas(), core.others());

@@ -101,7 +101,10 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
             partition.ready += held.ready;
             partition.in_flight += held.in_flight;
             partition.oldest = older(partition.oldest, held.oldest);
-            partition.holder.clone_from(&held.holder);
+            // Who has something of it knows better than who has it by its share.
+            if partition.holder.is_none() || held.ready + held.in_flight > 0 {
+                partition.holder.clone_from(&held.holder);
+            }
         }
         stats.ready += partition.ready;
         stats.in_flight += partition.in_flight;
@@ -177,6 +180,7 @@ pub(super) async fn listen(core: &Arc<Core>, session: &Arc<Session>) {
         Ok::<_, Error>((channel, consumer))
     };
     if let Ok((_channel, mut reports)) = listening.await {
+        session.hears();
         while let Some(Ok(delivery)) = reports.next().await {
             let replica = delivery.properties.app_id().as_ref().map(ToString::to_string).unwrap_or_default();
             if replica != core.options.replica

@@ -46,10 +46,8 @@ pub(super) async fn run(
     let mut running = Running::new();
     for number in 1.. {
         let began = Instant::now();
-        let connected = tokio::select! {
-            connected = connect(&core, number, is_known, &tracker) => connected,
-            () = stop.cancelled() => return,
-        };
+        let connecting = connect(&core, number, is_known, &tracker);
+        let Some(connected) = idle(&core, &mut chores, &mut running, &stop, connecting).await else { return };
         match connected {
             Ok(session) => {
                 *lock(&core.trouble) = None;
@@ -79,8 +77,8 @@ pub(super) async fn run(
                 }
                 if let Some(opened) = opened.take() {
                     let fatal = matches!(error, Error::Mismatch { .. });
-                    let _ = opened.send(Err(error));
-                    if fatal {
+                    // Whoever opened the queue may have it by now, and is told by each refused push.
+                    if opened.send(Err(error)).is_ok() && fatal {
                         return;
                     }
                 }
@@ -90,7 +88,7 @@ pub(super) async fn run(
         let pause = FIRST.saturating_mul(1 << (failures - i32::from(failures > 0)).min(10)).min(LONGEST);
         // All replicas lost their broker at the same moment.
         let pause = tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0));
-        if !idle(&core, &mut chores, &mut running, &stop, pause).await {
+        if idle(&core, &mut chores, &mut running, &stop, pause).await.is_none() {
             return;
         }
     }
@@ -186,19 +184,19 @@ async fn live(
     }
 }
 
-/// A pause without a connection. False if it is the end of all.
-async fn idle(
+/// Waits without a connection. `None` if it is the end of all.
+async fn idle<T>(
     core: &Arc<Core>,
     chores: &mut mpsc::UnboundedReceiver<Chore>,
     running: &mut Running,
     stop: &CancellationToken,
-    pause: impl Future<Output = ()>,
-) -> bool {
-    tokio::pin!(pause);
+    until: impl Future<Output = T>,
+) -> Option<T> {
+    tokio::pin!(until);
     loop {
         tokio::select! {
-            () = &mut pause => return true,
-            () = stop.cancelled() => return false,
+            done = &mut until => return Some(done),
+            () = stop.cancelled() => return None,
             task = chores.recv() => {
                 if let Some(task) = task {
                     start(core, None, task, running);

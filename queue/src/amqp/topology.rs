@@ -343,7 +343,7 @@ pub(super) async fn is_bare(channel: &Channel, topology: &Topology) -> Result<bo
     match in_time(declaring).await? {
         Ok(()) => {
             // It does no harm if it stays.
-            let _ = channel.close(200, "OK".into()).await;
+            let _ = in_time(channel.close(200, "OK".into())).await;
             Ok(false)
         }
         Err(error) if soft_error(&error) == Some(AMQPSoftError::NOTFOUND) => Ok(true),
