@@ -128,7 +128,7 @@ impl QueueStatus {
 pub struct PartitionView {
     /// `8.3`: the fourth of eight.
     pub name: String,
-    /// The replica that its messages come to: the broker does not say, so it is unknown until the first one has.
+    /// The replica that its messages come to. The broker does not say: until the first one has, it is the one whose share it is.
     pub holder: Option<String>,
     pub ready: u64,
     pub in_flight: u64,

@@ -121,7 +121,7 @@ pub struct History {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Partition {
     pub name: String,
-    /// The replica that its messages come to; unknown until the first one has.
+    /// The replica that its messages come to. Until the first one has, the one whose share it is; for some seconds nobody.
     pub holder: Option<String>,
     pub ready: u64,
     pub in_flight: u64,

@@ -440,12 +440,7 @@ fn partitions(to: &mut Exposition<'_>, partitions: &[queue::Partition], age: imp
     )?;
     let held = partitions.iter().filter_map(|partition| Some((partition, partition.holder.clone()?)));
     let holders = held.map(|(partition, holder)| ([name(partition), ("replica", holder)], 1_u64));
-    to.each(
-        "queue_partition_holder",
-        "1 for the replica that the messages of a partition come to, once one has",
-        holders,
-        ConstGauge::new,
-    )
+    to.each("queue_partition_holder", "1 for the replica that the messages of a partition come to", holders, ConstGauge::new)
 }
 
 /// What another module counts.
