@@ -17,7 +17,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     connect::{self, Access, Address},
-    session::unavailable,
+    session::{in_time, unavailable},
     topology::{self, Queue},
 };
 use crate::Error;
@@ -104,13 +104,10 @@ impl Feed {
                 return Ok(());
             }
             let trouble = |error| unavailable(format!("the queue {} cannot be consumed", self.queue), error);
-            let channel = connection.create_channel().await.map_err(trouble)?;
+            let channel = in_time(connection.create_channel()).await?.map_err(trouble)?;
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-            return channel
-                .queue_declare(self.queue.as_str().into(), passive, FieldTable::default())
-                .await
-                .map(drop)
-                .map_err(trouble);
+            let declaring = channel.queue_declare(self.queue.as_str().into(), passive, FieldTable::default());
+            return in_time(declaring).await?.map(drop).map_err(trouble);
         }
         Err(last)
     }
@@ -146,17 +143,17 @@ impl Feed {
         let _guard = cut.clone().drop_guard();
         let (connection, _) = connect::open(address, &self.name, tracker, &cut).await?;
         let trouble = |error| unavailable(format!("the queue {} cannot be consumed", self.queue), error);
-        let channel = connection.create_channel().await.map_err(trouble)?;
+        let channel = in_time(connection.create_channel()).await?.map_err(trouble)?;
         if let Some((exchange, key)) = &self.exchange {
             // It is not gone with us: what is published while nobody runs here waits.
             topology::declare_queue(&channel, Queue::durable(&self.queue)).await?;
             topology::bind(&channel, exchange, key, &self.queue).await?;
         }
-        channel.basic_qos(self.window, BasicQosOptions::default()).await.map_err(trouble)?;
+        in_time(channel.basic_qos(self.window, BasicQosOptions::default())).await?.map_err(trouble)?;
         // Acked by hand, when it is durable elsewhere.
         let options = BasicConsumeOptions { no_ack: false, ..BasicConsumeOptions::default() };
         let consuming = channel.basic_consume(self.queue.as_str().into(), "countersign".into(), options, FieldTable::default());
-        let mut letters = consuming.await.map_err(trouble)?;
+        let mut letters = in_time(consuming).await?.map_err(trouble)?;
         tracing::info!(queue = self.queue, "events come from this queue");
         *consumed = true;
         let mut in_hand = FuturesUnordered::new();

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{
     envelope::{Envelope, Read},
     lock,
-    session::{Session, lost, unavailable},
+    session::{Session, in_time, lost, unavailable},
     topology::soft_error,
 };
 use crate::Error;
@@ -131,21 +131,14 @@ impl fmt::Debug for Reader {
 
 /// What goes wrong here ends the channel, and the session only if the stream is gone: the next one declares it again.
 async fn answered<T>(session: &Session, answer: impl Future<Output = lapin::Result<T>>) -> Result<T, Error> {
-    match timeout(LIMIT, answer).await {
-        Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(error)) => {
-            let is_gone = soft_error(&error) == Some(AMQPSoftError::NOTFOUND);
-            let error = unavailable("a stream of the broker cannot be read", error);
-            if is_gone {
-                session.fail(&error);
-            }
-            Err(error)
+    in_time(answer).await?.map_err(|error| {
+        let is_gone = soft_error(&error) == Some(AMQPSoftError::NOTFOUND);
+        let error = unavailable("a stream of the broker cannot be read", error);
+        if is_gone {
+            session.fail(&error);
         }
-        Err(_) => {
-            let what = format!("the broker has not answered about a stream for {} s", LIMIT.as_secs());
-            Err(Error::Unavailable { what, source: None })
-        }
-    }
+        error
+    })
 }
 
 /// A place in a stream, and how many records were before it: fewer than its number, because the broker takes a number for

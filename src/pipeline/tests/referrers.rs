@@ -169,7 +169,7 @@ async fn rules_and_formats_of_one_push_share_every_look_blob_and_write() {
     assert_eq!((count("PUT", &sig(&digest)), count("PUT", &fallback(&digest))), (1, 1));
     assert_eq!((count("GET", &sig(&digest)), count("GET", &fallback(&digest))), (3, 3));
     // Two payloads, one bundle, one config.
-    assert_eq!(asked.iter().filter(|one| one.starts_with("POST") && one.contains("/blobs/uploads/")).count(), 4);
+    assert_eq!(count("POST", "/blobs/uploads/"), 4);
     assert_eq!(house.outcome(&digest).await.1.len(), 3);
     let query =
         ledger::StoryQuery { registry: NAME.parse().unwrap(), repository: app(), tag: None, digest: Some(digest), limit: 1 };
