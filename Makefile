@@ -67,7 +67,7 @@ build: ## the optimised binary, target/release/countersign
 image: ## the container image, with docker or buildah
 	@integration-tests/image.sh build
 
-image-test: ## the image, built on a base made here (a quarter of an hour, root), and run with nothing but what it needs
+image-test: ## the image, built twice on a base made here (half an hour, root), and run with nothing but what it needs
 	@$(INSTALL) docker-registry containers
 	@integration-tests/image.sh test
 

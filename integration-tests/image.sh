@@ -10,15 +10,15 @@ image=localhost/countersign:$version
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
 arguments=(--build-arg "SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH" --build-arg "VERSION=$version"
     --build-arg "REVISION=$(git describe --always --dirty --abbrev=40 --exclude='*')"
-    --build-arg "CARGO_PROFILE_RELEASE_LTO=${LTO:-fat}" --tag "$image")
+    --build-arg "CARGO_PROFILE_RELEASE_LTO=${LTO:-fat}")
 # Only Docker's own format has a health check.
 buildah=(--format docker --timestamp "$SOURCE_DATE_EPOCH")
 
 build() {
     if command -v docker > /dev/null; then
-        SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH docker buildx build "${arguments[@]}" --load .
+        SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH docker buildx build "${arguments[@]}" --tag "$image" --load .
     elif command -v buildah > /dev/null; then
-        buildah bud "${buildah[@]}" "${arguments[@]}" .
+        buildah bud "${buildah[@]}" "${arguments[@]}" --tag "$image" .
     else
         echo "neither docker nor buildah is here: install one" >&2
         exit 1
@@ -33,7 +33,6 @@ base() {
     ! .tools/bin/buildah inspect --type image "$name" > /dev/null 2>&1 || return 0
     toolchain=$(rustc --print sysroot)
     root=$(mktemp -d)
-    trap 'rm -rf "$root"' EXIT
     echo "making $name"
     debootstrap --variant=minbase --include=ca-certificates,gcc,libc6-dev bookworm "$root" > "$root.log" 2>&1 ||
         { tail "$root.log" >&2 && exit 1; }
@@ -46,8 +45,13 @@ base() {
 
 run_tests() {
     [ "$(id -u)" = 0 ] || { echo "make image-test needs root: it makes a Debian to build on" >&2 && exit 1; }
+    trap 'rm -rf "${root:-}" "${caches:-}"' EXIT
     base
-    .tools/bin/buildah bud --isolation chroot --pull-never "${buildah[@]}" "${arguments[@]}" .
+    buildah+=(--isolation chroot --pull-never)
+    .tools/bin/buildah bud "${buildah[@]}" "${arguments[@]}" --tag "$image" .
+    # And once more with nothing that the first build, or an older one, has left: its caches are under TMPDIR.
+    caches=$(mktemp -d)
+    TMPDIR=$caches .tools/bin/buildah bud --no-cache "${buildah[@]}" "${arguments[@]}" --tag "$image-again" .
     COUNTERSIGN_IMAGE=$image cargo test --package integration-tests --test image
 }
 

@@ -155,6 +155,19 @@ impl Chain {
         self.leaf().subject()
     }
 
+    /// Why no trust policy of notation's can name the leaf's subject, if none can: a clause. Its reader would have to trust all that
+    /// the root certifies (`trustedIdentities` is `*`).
+    #[must_use]
+    pub fn nameless(&self) -> Option<String> {
+        subject::nameless(&self.leaf().certificate.tbs_certificate.subject)
+    }
+
+    /// Whom a trust policy of notation's names.
+    #[must_use]
+    pub fn trusted_identity(&self) -> Option<String> {
+        self.nameless().is_none().then(|| format!("x509.subject: {}", self.subject()))
+    }
+
     /// From then on all certificates of the chain are valid.
     #[must_use]
     pub fn not_before(&self) -> Timestamp {

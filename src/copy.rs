@@ -16,7 +16,7 @@ use crate::{
     outcome::{Classify as _, Verdict},
     pipeline::{self, in_words},
     registry::{self, Registry},
-    subject::{self, Located},
+    subject::{self, Children, Located},
     verify,
 };
 
@@ -59,9 +59,9 @@ pub struct Copied {
     /// Whose signature it is: the image's, or a child's.
     pub digest: Digest,
     pub format: Kind,
-    /// As what it says that it approves the digest; None: as anything.
+    /// As what it says that it approves the digest; None: as anything, or of a layer, that it could not be read.
     pub reference: Option<String>,
-    /// Whether that approves the destination's name too.
+    /// Whether that is known to approve the destination's name too.
     pub approves_destination: bool,
     #[serde(flatten)]
     pub state: State,
@@ -77,15 +77,24 @@ pub enum Kind {
     Bundle,
     /// One of notation's, as a referrer.
     Notation,
+    /// A layer of a referrer, as cosign's mode `oci-1-1` has them.
+    #[serde(rename = "cosign-oci-1-1")]
+    CosignReferrer,
 }
 
 impl Kind {
+    /// Whether it says itself what it approves the digest as.
+    fn is_layer(self) -> bool {
+        matches!(self, Self::Cosign | Self::CosignReferrer)
+    }
+
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Cosign => "cosign",
             Self::Bundle => "bundle",
             Self::Notation => "notation",
+            Self::CosignReferrer => "cosign-oci-1-1",
         }
     }
 }
@@ -155,7 +164,7 @@ pub async fn copy(source: Place<'_>, destination: Place<'_>, dry_run: bool) -> R
     let nowhere = || Error::NoSource(source.reference.clone());
     let not_copied = || Error::NotCopied { source_name: source.reference.clone(), destination: destination.reference.clone() };
     let digest = source.resolve().await?.ok_or_else(nowhere)?;
-    let children = match subject::locate(source.registry, source.repository(), None, &digest).await? {
+    let children = match subject::locate(source.registry, source.repository(), None, &digest, Children::All).await? {
         Located::Image(image) => image.children,
         Located::Attachment => return Err(Error::Attachment(source.reference.clone())),
         Located::Missing => return Err(nowhere()),
@@ -169,7 +178,7 @@ pub async fn copy(source: Place<'_>, destination: Place<'_>, dry_run: bool) -> R
             found,
         });
     }
-    let there = match subject::locate(destination.registry, destination.repository(), None, &digest).await? {
+    let there = match subject::locate(destination.registry, destination.repository(), None, &digest, Children::All).await? {
         Located::Image(image) => image,
         Located::Attachment | Located::Missing => return Err(not_copied()),
     };
@@ -206,7 +215,7 @@ impl Route<'_> {
 
     fn copied(&self, format: Kind, reference: Option<String>, state: State) -> Copied {
         let approves = |signed: &String| verify::approves(signed, self.subject, self.destination.reference);
-        let approves_destination = reference.as_ref().is_none_or(approves);
+        let approves_destination = reference.as_ref().map_or(!format.is_layer(), approves);
         Copied { digest: self.subject.clone(), format, reference, approves_destination, state }
     }
 

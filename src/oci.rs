@@ -6,11 +6,14 @@
 //! Grammar: OCI distribution-spec 1.1, "Pulling manifests", and distribution/reference for host names.
 
 pub(crate) mod document;
+mod reference;
 
 use std::{fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use sha2::{Digest as _, Sha256, Sha512};
+
+pub use self::reference::Reference;
 
 /// Why a text is not the name it was taken for. The text itself is quoted with escapes, cut to a readable length.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -90,7 +93,7 @@ impl FromStr for RegistryName {
         if text.len() > 255 {
             return Err(wrong());
         }
-        if matches!(text, "index.docker.io" | "registry-1.docker.io") {
+        if ["index.docker.io", "registry-1.docker.io"].iter().any(|other| text.eq_ignore_ascii_case(other)) {
             return Ok(Self::docker_hub());
         }
         let (host, port) = match text.rsplit_once(':') {
@@ -284,91 +287,6 @@ fn is_lower_hex(b: u8) -> bool {
     b.is_ascii_digit() || (b'a'..=b'f').contains(&b)
 }
 
-/// An image reference, normalised: `registry/repository[:tag][@digest]`.
-///
-/// A text without a host belongs to Docker Hub, and there a single component belongs to `library/`, as every client has it.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Reference {
-    pub registry: RegistryName,
-    pub repository: Repository,
-    pub tag: Option<Tag>,
-    pub digest: Option<Digest>,
-}
-
-impl Reference {
-    /// `registry/repository:tag`, what a client types to pull.
-    #[must_use]
-    pub fn tagged(registry: &RegistryName, repository: &Repository, tag: &Tag) -> Self {
-        Self { registry: registry.clone(), repository: repository.clone(), tag: Some(tag.clone()), digest: None }
-    }
-
-    /// `registry/repository@digest`, which means one manifest for ever.
-    #[must_use]
-    pub fn pinned(registry: &RegistryName, repository: &Repository, digest: &Digest) -> Self {
-        Self { registry: registry.clone(), repository: repository.clone(), tag: None, digest: Some(digest.clone()) }
-    }
-
-    /// `registry/repository`, without tag and digest.
-    #[must_use]
-    pub fn name(&self) -> String {
-        format!("{}/{}", self.registry, self.repository)
-    }
-}
-
-impl fmt::Display for Reference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.registry, self.repository)?;
-        if let Some(tag) = &self.tag {
-            write!(f, ":{tag}")?;
-        }
-        if let Some(digest) = &self.digest {
-            write!(f, "@{digest}")?;
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Debug for Reference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-impl FromStr for Reference {
-    type Err = ParseError;
-
-    fn from_str(text: &str) -> Result<Self, ParseError> {
-        let (rest, digest) = match text.split_once('@') {
-            Some((rest, digest)) => (rest, Some(digest.parse()?)),
-            None => (text, None),
-        };
-        // A colon after the last slash begins a tag; one before it is a port.
-        let (name, tag) = match rest.rsplit_once(':') {
-            Some((name, tag)) if !tag.contains('/') => (name, Some(tag.parse()?)),
-            _ => (rest, None),
-        };
-        let (registry, path) = match name.split_once('/') {
-            Some((host, path)) if host.contains(['.', ':']) || host == "localhost" => (host.parse()?, path.to_owned()),
-            _ => (RegistryName::docker_hub(), name.to_owned()),
-        };
-        let path = if registry == RegistryName::docker_hub() && !path.contains('/') { format!("library/{path}") } else { path };
-        Ok(Self { registry, repository: path.parse()?, tag, digest })
-    }
-}
-
-impl Serialize for Reference {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Reference {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
-        text.parse().map_err(de::Error::custom)
-    }
-}
-
 /// What a manifest points at: OCI image-spec 1.1, "Content Descriptors". Members that we do not read are not kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -428,38 +346,6 @@ mod tests {
     const D: &str = "sha256:e9b028cb7b49c4dae3dc661c2e147f3d78b9b4d1165c406256db92f18d4a0454";
 
     #[test]
-    fn references_are_normalised_as_clients_do() {
-        let long = format!("[::1]:5000/a/b@{D}");
-        for (text, normal) in [
-            ("app", "docker.io/library/app"),
-            ("app:1", "docker.io/library/app:1"),
-            ("index.docker.io/library/app:1", "docker.io/library/app:1"),
-            ("team/app:1", "docker.io/team/app:1"),
-            ("localhost/app", "localhost/app"),
-            ("LOCALHOST:5000/app", "localhost:5000/app"),
-            ("registry.example.com:5000/a/b/c:v1.0", "registry.example.com:5000/a/b/c:v1.0"),
-            (long.as_str(), long.as_str()),
-        ] {
-            assert_eq!(text.parse::<Reference>().unwrap().to_string(), normal, "{text}");
-        }
-        for bad in [
-            "",
-            "a b",
-            "http://x.com/a",
-            "x.com/",
-            "x.com/A",
-            "x.com/a:",
-            "x.com/a@sha256:12",
-            "x.com:99999/a",
-            "a//b",
-            "../a",
-            "x.com/a/../b",
-        ] {
-            assert!(bad.parse::<Reference>().is_err(), "{bad} must not parse");
-        }
-    }
-
-    #[test]
     fn repository_names_follow_the_distribution_grammar() {
         for good in ["a", "a/b", "a.b", "a_b", "a__b", "a-b", "a---b", "0/1"] {
             assert!(good.parse::<Repository>().is_ok(), "{good}");
@@ -490,6 +376,17 @@ mod tests {
         for bad in ["", ".a", "-a", "a/b", "a:b", &"a".repeat(129)] {
             assert!(bad.parse::<Tag>().is_err(), "{bad}");
         }
+    }
+
+    /// distribution-spec 1.1, "Referrers Tag Schema": at most 32 characters of the algorithm, 64 of what is encoded.
+    #[test]
+    fn the_tag_of_a_digests_referrers_is_cut_as_the_specification_has_it() {
+        let tag = |digest: &str| Tag::referrers(&digest.parse().unwrap());
+        let (short, long) = ("ab".repeat(32), "ab".repeat(32) + &"cd".repeat(32));
+        assert_eq!(tag(&format!("sha256:{short}")).as_str(), format!("sha256-{short}"));
+        let cut = tag(&format!("sha512:{long}"));
+        assert_eq!(cut.as_str(), format!("sha512-{short}"));
+        assert!(cut.is_attachment() && cut.as_str().parse::<Tag>().is_ok());
     }
 
     #[test]

@@ -27,7 +27,7 @@ use crate::{
     outcome::{Classify, Outcome, Skip, Verdict},
     registry::Registry,
     rule::{Matches, Occasion, Rule, Rules, Trigger},
-    subject::{self, Located, TagState},
+    subject::{self, Children, Located, TagState},
     telemetry::Metrics,
     witness::Witness,
 };
@@ -312,7 +312,8 @@ impl Pipeline {
         for wait in LOOKS_AFTER {
             tokio::time::sleep(wait).await;
             let asked = Instant::now();
-            let located = subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest).await?;
+            let located = subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest, Children::Signed);
+            let located = located.await?;
             let is_settled = match &located {
                 Located::Image(image) => !matches!(image.tag, TagState::Moved(_)),
                 Located::Attachment => true,

@@ -58,6 +58,20 @@ pub struct Settings {
     pub observer: Option<Observer>,
 }
 
+/// Reads what of a registry's answers is read beside manifests: what it asks for, where a listing goes on, and what it says is wrong.
+#[cfg(fuzzing)]
+pub fn read_answer(header: &str, body: &[u8]) {
+    if let Ok(value) = HeaderValue::from_str(header) {
+        let headers = http::HeaderMap::from_iter([(http::header::WWW_AUTHENTICATE, value)]);
+        let _ = challenge::Challenge::read(&headers);
+    }
+    if let Some(target) = transport::next_link(header) {
+        assert!(header.contains(&format!("<{target}>")), "a target that was not sent");
+    }
+    let reported = Reported::read(StatusCode::BAD_REQUEST, body, &["the secret"]);
+    assert!(!format!("{reported:?}").contains("the secret"), "a credential was kept");
+}
+
 /// Told what was done (`read the manifest`), how it ended (`ok`, or a word for what went wrong), and how long it took.
 pub type Observer = Arc<dyn Fn(&'static str, &'static str, Duration) + Send + Sync>;
 
@@ -152,6 +166,7 @@ struct Shared {
     authenticator: Authenticator,
     blobs: Blobs,
     referrers: referrers::Knowledge,
+    older_layout: referrers::OlderLayout,
     observer: Option<Observer>,
 }
 
@@ -193,7 +208,19 @@ impl Registry {
         let Settings { name, timeouts, observer, .. } = settings;
         let blobs = Blobs::new();
         let referrers = referrers::Knowledge::default();
-        Ok(Self(Arc::new(Shared { name, origin, base, client, timeouts, authenticator, blobs, referrers, observer })))
+        let older_layout = referrers::OlderLayout::default();
+        Ok(Self(Arc::new(Shared {
+            name,
+            origin,
+            base,
+            client,
+            timeouts,
+            authenticator,
+            blobs,
+            referrers,
+            older_layout,
+            observer,
+        })))
     }
 
     /// The registry's name in image references.
@@ -222,6 +249,7 @@ impl Registry {
             authenticator: Authenticator::new(Some(credentials)).map_err(wrong)?,
             blobs: Blobs::new(),
             referrers: referrers::Knowledge::default(),
+            older_layout: referrers::OlderLayout::default(),
             observer: observer.clone(),
         })))
     }

@@ -91,9 +91,28 @@ pub enum Located {
 #[derive(Debug)]
 pub struct Image {
     pub root: Subject,
-    /// The platform manifests of an index, and those of indexes within it. Each once.
+    /// The platform manifests of an index, and those of indexes within it: each once, and as many as were asked for.
     pub children: Vec<Subject>,
     pub tag: TagState,
+}
+
+/// Which manifests of an index are wanted with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Children {
+    /// Those that are signed with it: its platforms.
+    Signed,
+    /// Those that somebody may have signed: build attestations, too.
+    All,
+}
+
+impl Children {
+    /// There is one build attestation for each platform.
+    fn most(self) -> usize {
+        match self {
+            Self::Signed => MAX_CHILDREN,
+            Self::All => 2 * MAX_CHILDREN,
+        }
+    }
 }
 
 /// What became of the tag that the event named.
@@ -132,10 +151,16 @@ impl Classify for Error {
     }
 }
 
-/// Asks the registry for `digest` in `repository`, for the tag as it stands now, and for the children of an index.
+/// Asks the registry for `digest` in `repository`, for the tag as it stands now, and for these children of an index.
 ///
 /// One request serves both questions while the tag has not moved: what is served under the tag hashes to the digest.
-pub async fn locate(registry: &Registry, repository: &Repository, tag: Option<&Tag>, digest: &Digest) -> Result<Located, Error> {
+pub async fn locate(
+    registry: &Registry,
+    repository: &Repository,
+    tag: Option<&Tag>,
+    digest: &Digest,
+    wanted: Children,
+) -> Result<Located, Error> {
     let mut found = None;
     let mut state = TagState::None;
     if let Some(tag) = tag {
@@ -153,32 +178,33 @@ pub async fn locate(registry: &Registry, repository: &Repository, tag: Option<&T
     if content.is_attachment() {
         return Ok(Located::Attachment);
     }
-    let children = children(registry, repository, &manifest, content).await?;
+    let children = children(registry, repository, &manifest, content, wanted).await?;
     Ok(Located::Image(Image { root: Subject::new(registry, repository, &manifest), children, tag: state }))
 }
 
-/// All platform manifests below an index, breadth first.
+/// All manifests below an index that are wanted, breadth first.
 async fn children(
     registry: &Registry,
     repository: &Repository,
     root: &Manifest,
     content: Content,
+    wanted: Children,
 ) -> Result<Vec<Subject>, Error> {
     let mut seen = vec![root.digest().clone()];
     let mut subjects = vec![];
-    let mut level = content.children();
+    let mut level = content.children(wanted);
     for _ in 0..MAX_DEPTH {
         level.retain(|child| !seen.contains(child));
         level.sort_unstable();
         level.dedup();
         seen.extend(level.iter().cloned());
         // `seen` has the root, too.
-        if seen.len() > MAX_CHILDREN + 1 {
+        if seen.len() > wanted.most() + 1 {
             return Err(Error::TooManyChildren(root.digest().clone()));
         }
-        // What is read of a child is kept and its bytes are not: 256 times 4 MiB is more than there is.
+        // What is read of a child is kept and its bytes are not: hundreds of times 4 MiB is more than there is.
         let found: Vec<_> = stream::iter(std::mem::take(&mut level))
-            .map(|child| async move { child_of(registry, repository, child).await })
+            .map(|child| async move { child_of(registry, repository, child, wanted).await })
             .buffered(FETCHES)
             .try_collect()
             .await?;
@@ -193,17 +219,22 @@ async fn children(
     Ok(subjects)
 }
 
-/// A child to sign, and its own children. None of one that is attached to an image, and of one that is not in this
-/// repository, as sparse indexes have them: nothing can be said about it.
-async fn child_of(registry: &Registry, repository: &Repository, digest: Digest) -> Result<Option<(Subject, Vec<Digest>)>, Error> {
+/// A child, and its own children. None of one that is attached to an image, if only those that are signed are wanted, and of one
+/// that is not in this repository, as sparse indexes have them: nothing can be said about it.
+async fn child_of(
+    registry: &Registry,
+    repository: &Repository,
+    digest: Digest,
+    wanted: Children,
+) -> Result<Option<(Subject, Vec<Digest>)>, Error> {
     let Some(manifest) = registry.manifest(repository, &Address::Digest(digest)).await? else { return Ok(None) };
     let content = Content::read(&manifest)?;
-    if content.is_attachment() {
+    if wanted == Children::Signed && content.is_attachment() {
         return Ok(None);
     }
-    let mut children = content.children();
+    let mut children = content.children(wanted);
     // More are too many, whatever they are.
-    children.truncate(MAX_CHILDREN + 1);
+    children.truncate(wanted.most() + 1);
     Ok(Some((Subject::new(registry, repository, &manifest), children)))
 }
 
@@ -259,9 +290,10 @@ impl Content {
         !layers.is_empty() && layers.iter().all(|layer| attachment::is_layer(&layer.media_type))
     }
 
-    /// The children of an index that are signed with it.
-    fn children(&self) -> Vec<Digest> {
-        let signable = |child: &&Descriptor| media_type::is_manifest(&child.media_type) && !is_build_attestation(child);
+    /// The children of an index that are wanted.
+    fn children(&self, wanted: Children) -> Vec<Digest> {
+        let is_wanted = |child: &Descriptor| wanted == Children::All || !is_build_attestation(child);
+        let signable = |child: &&Descriptor| media_type::is_manifest(&child.media_type) && is_wanted(child);
         let manifests = self.manifests.as_deref().filter(|_| self.is_index).unwrap_or_default();
         manifests.iter().filter(signable).map(|child| child.digest.clone()).collect()
     }
@@ -328,7 +360,8 @@ mod tests {
         let index = json!({ "manifests": [platform, attestation, foreign] }).to_string();
         let content = Content::parse(media_type::OCI_INDEX, index.as_bytes()).unwrap();
         assert!(!content.is_attachment());
-        assert_eq!(content.children(), [Digest::of(b"1")]);
+        assert_eq!(content.children(Children::Signed), [Digest::of(b"1")]);
+        assert_eq!(content.children(Children::All), [Digest::of(b"1"), Digest::of(b"2")]);
     }
 
     #[test]

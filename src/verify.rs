@@ -20,8 +20,8 @@ use crate::{
     witness::{Signed, Standing, TrustedKeys, Witness},
 };
 
-pub use image::{Examination, Examined, Judgement, examine};
-pub(crate) use stored::{Stored, read_referrer};
+pub use image::{Attestation, Examination, Examined, Judgement, Layout, examine};
+pub(crate) use stored::{Referring, Stored, read_referrer};
 
 /// A witness, and the public keys whose signatures count as its own.
 #[derive(Debug, Clone, Copy)]

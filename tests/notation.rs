@@ -19,7 +19,7 @@ use countersign::{
         notation::{ARTIFACT_TYPE, Envelope, Prepared, Target, read},
         referrer::Referrer,
     },
-    subject::{Image as Located, Located as Found, Subject, locate},
+    subject::{Children, Image as Located, Located as Found, Subject, locate},
     verify::{Trust, Wanted, signature},
     witness::{Witness, WitnessSettings},
 };
@@ -108,7 +108,7 @@ async fn subject(server: &Server, image: &Image) -> Subject {
     let registry = Registry::new(settings).unwrap();
     let repository: Repository = REPOSITORY.parse().unwrap();
     let digest: Digest = image.manifest.digest.parse().unwrap();
-    match locate(&registry, &repository, None::<&Tag>, &digest).await.unwrap() {
+    match locate(&registry, &repository, None::<&Tag>, &digest, Children::Signed).await.unwrap() {
         Found::Image(Located { root, .. }) => root,
         other => panic!("{other:?}"),
     }

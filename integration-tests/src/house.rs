@@ -26,6 +26,8 @@ pub const TOKEN: &str = "the-secret-of-the-webhook";
 pub enum Keys {
     P256,
     Rsa2048,
+    Rsa3072,
+    Rsa4096,
 }
 
 impl Keys {
@@ -34,13 +36,15 @@ impl Keys {
         match self {
             Self::P256 => "EC_P256",
             Self::Rsa2048 => "RSA_2048",
+            Self::Rsa3072 => "RSA_3072",
+            Self::Rsa4096 => "RSA_4096",
         }
     }
 
     pub fn algorithm(self) -> &'static str {
         match self {
             Self::P256 => "ECDSA_SHA_256",
-            Self::Rsa2048 => "RSA_PKCS1_SHA_256",
+            Self::Rsa2048 | Self::Rsa3072 | Self::Rsa4096 => "RSA_PKCS1_SHA_256",
         }
     }
 }

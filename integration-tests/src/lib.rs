@@ -5,11 +5,12 @@
 //!   [`issuer`] gives the tokens that one may ask for, and [`endless`] is a registry that has any number of signed images.
 //! - [`daemon`] runs `countersign`; [`house`] is a whole small installation of it: registry, key, rules, daemon.
 //! - [`fleet`] is several replicas of it on one broker and one database, and [`namespace`] a network between them that can be cut.
-//! - [`verifier`] asks the judges, stock cosign, stock notation and stock skopeo; [`signature`] reads what is stored, and counts; [`formats`] is
+//! - [`verifier`] asks the judges, stock cosign, stock notation and stock skopeo; [`attest`] is what else cosign writes, [`authority`] certifies keys for
+//!   notation; [`signature`] reads what is stored, and counts; [`formats`] is
 //!   about all formats, in registries with and without the referrers API; [`oras`] lists what is attached to an image, and attaches more.
 //! - [`webhook`] is `countersign admission`, called as a cluster calls it; [`kubernetes`] is a cluster that does, with kubectl.
 //!   [`api_server`] is a fake of its API that fails.
-//! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, [`openbao`] OpenBao with Transit keys, policies and logins.
+//! - [`postgres`] is a database server, [`rabbitmq`] Debian's RabbitMQ, with [`certificates`] where it wants some, [`openbao`] OpenBao with Transit keys, policies and logins.
 //! - [`ministack`] is AWS's KMS, IAM and STS, which checks its callers; [`alibaba`], [`azure`] and [`google`] are fakes of those clouds'
 //!   that do, of what [`fake`] has. [`softhsm`] is a PKCS#11 module with tokens, and a proxy before it that fails when a test wants it to.
 //! - [`keys`] are theirs, and [`gate`] stands before a KMS and throttles or lies; [`proxy`] makes a network that is slow or broken;
@@ -20,7 +21,10 @@
 
 pub mod alibaba;
 pub mod api_server;
+pub mod attest;
+pub mod authority;
 pub mod azure;
+pub mod certificates;
 pub mod daemon;
 pub mod endless;
 pub mod fake;

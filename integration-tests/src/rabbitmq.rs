@@ -15,10 +15,10 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::process::{Process, free_ports, say_aloud, scratch, tool};
+use crate::process::{Process, eventually, free_ports, say_aloud, scratch, tool};
 
 const READY: Duration = Duration::from_secs(120);
 /// After which a broker that was told to stop is killed, as an init system does: told so just after its streams were declared,
@@ -243,6 +243,30 @@ impl RabbitMq {
         let (status, text) = (answer.status(), answer.text().await?);
         ensure!(status.is_success(), "{method} {path}: {status}: {text}");
         Ok(serde_json::from_str(&text).unwrap_or(Value::Null))
+    }
+
+    /// Ends all connections to a virtual host, as an administrator may. There have to be some: the broker lists them seconds later.
+    pub async fn close_connections(&self, vhost: &str) -> Result<()> {
+        let path = format!("/api/vhosts/{}/connections", vhost.replace('/', "%2F"));
+        let connections = eventually("connections are listed", READY, async || {
+            let listed = self.manage("GET", &path, None).await?;
+            Ok(listed.as_array().filter(|listed| listed.len() >= 2).cloned())
+        });
+        for connection in connections.await? {
+            let name = connection["name"].as_str().context("a connection without a name")?;
+            let path = format!("/api/connections/{}", name.replace(' ', "%20").replace('>', "%3E"));
+            // With one of a client's the others may end.
+            let _ = self.manage("DELETE", &path, None).await;
+        }
+        Ok(())
+    }
+
+    /// Lets somebody in with this password, and no other, who may do everything in a virtual host.
+    pub async fn let_in(&self, vhost: &str, user: &str, password: &str) -> Result<()> {
+        let account = json!({ "password": password, "tags": "" });
+        self.manage("PUT", &format!("/api/users/{user}"), Some(&account)).await?;
+        let all = json!({ "configure": ".*", "write": ".*", "read": ".*" });
+        self.manage("PUT", &format!("/api/permissions/{}/{user}", vhost.replace('/', "%2F")), Some(&all)).await.map(drop)
     }
 
     /// From now on the broker has too little disk, or no longer: it takes no messages then.

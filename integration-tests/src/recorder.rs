@@ -2,7 +2,7 @@
 //! make a registry's tags immutable, throttle its writes or limit its storage, which docker-registry has no settings for.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -45,10 +45,26 @@ struct Desk {
     http: reqwest::Client,
     exchanges: Mutex<Vec<Exchange>>,
     tags: AtomicU8,
-    refusals: Mutex<VecDeque<Refusal>>,
+    knows_types: AtomicBool,
+    refusals: Mutex<VecDeque<(Write, Refusal)>>,
 }
 
-/// How the next manifest is refused that is written under a tag.
+/// Of a manifest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Write {
+    UnderTag,
+    ByDigest,
+}
+
+impl Write {
+    /// None of what writes no manifest.
+    pub fn of(exchange: &Exchange) -> Option<Self> {
+        let (_, reference) = exchange.path.split_once("/manifests/").filter(|_| exchange.method == Method::PUT)?;
+        Some(if reference.contains(':') { Self::ByDigest } else { Self::UnderTag })
+    }
+}
+
+/// How the next manifest is refused that is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     /// 429, with this many seconds to wait.
@@ -56,6 +72,8 @@ pub enum Refusal {
     /// As Harbor has it, when a project's storage is used up.
     Quota,
 }
+
+const OCI_EMPTY: &str = "application/vnd.oci.empty.v1+json";
 
 /// Which tags can be written again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,7 +92,14 @@ impl Recorder {
         let port = listener.local_addr()?.port();
         let tags = AtomicU8::new(Mutable::All as u8);
         let (exchanges, refusals) = (Mutex::default(), Mutex::default());
-        let desk = Arc::new(Desk { target: target.to_owned(), http: http_client()?, exchanges, tags, refusals });
+        let desk = Arc::new(Desk {
+            target: target.to_owned(),
+            http: http_client()?,
+            exchanges,
+            tags,
+            knows_types: true.into(),
+            refusals,
+        });
         let router = Router::new().fallback(pass).with_state(Arc::clone(&desk));
         let mut server = JoinSet::new();
         server.spawn(async move { axum::serve(listener, router).await.expect("serving ends with its task only") });
@@ -90,8 +115,14 @@ impl Recorder {
         self.desk.tags.store(tags as u8, Ordering::SeqCst);
     }
 
-    /// The next writes of manifests under tags are refused so, one after the other.
-    pub fn refuse(&self, refusals: impl IntoIterator<Item = Refusal>) {
+    /// From now on, manifests are refused that have what OCI image-spec 1.1 has come with: an `artifactType`, the empty config.
+    pub fn forget_artifact_types(&self) {
+        self.desk.knows_types.store(false, Ordering::SeqCst);
+    }
+
+    /// The next writes of this kind are refused so, one after the other.
+    pub fn refuse(&self, write: Write, refusals: impl IntoIterator<Item = Refusal>) {
+        let refusals = refusals.into_iter().map(|refusal| (write, refusal));
         self.desk.refusals.lock().unwrap_or_else(PoisonError::into_inner).extend(refusals);
     }
 
@@ -153,8 +184,22 @@ impl Desk {
         let answer = |status: StatusCode, code: &str, message: &str| {
             (status, json!({"errors": [{"code": code, "message": message}]}).to_string()).into_response()
         };
-        let next = || self.refusals.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        match (!tag.contains(':')).then(next).flatten() {
+        if !self.knows_types.load(Ordering::SeqCst) {
+            let manifest: Value = serde_json::from_slice(&exchange.sent)?;
+            let config = &manifest["config"]["mediaType"];
+            if !manifest["artifactType"].is_null() || *config == OCI_EMPTY {
+                // Such as those that have a list of what may be a config.
+                let message = format!("config {config} is not supported");
+                return Ok(Some(answer(StatusCode::BAD_REQUEST, "MANIFEST_INVALID", &message)));
+            }
+        }
+        let write = Write::of(exchange);
+        let next = || {
+            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_meant = refusals.front().is_some_and(|(next, _)| Some(*next) == write);
+            if is_meant { refusals.pop_front() } else { None }
+        };
+        match next().map(|(_, refusal)| refusal) {
             Some(Refusal::Throttled { retry_after }) => {
                 let mut response = answer(StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS", "too many requests");
                 response.headers_mut().insert(RETRY_AFTER, retry_after.into());

@@ -1,6 +1,7 @@
 //! The judges: stock cosign 2 and 3, notation, skopeo and podman, as their users run them, and the libraries sigstore-rs and
 //! sigstore-js in the programs of `verifiers/`.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -20,6 +21,16 @@ pub struct Ruling {
     pub accepted: bool,
     /// Everything it printed.
     pub words: String,
+}
+
+/// What `cosign tree` lists of one place.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Branch {
+    /// `Signatures for an image tag`, `application/… artifacts via OCI referrer`
+    pub kind: String,
+    pub at: String,
+    /// The digests of the layers there.
+    pub blobs: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,15 +65,58 @@ impl Cosign {
         must(command.arg(key.private()).arg(reference)).await
     }
 
-    /// `cosign tree`: what it finds attached to the image.
-    pub async fn tree(self, reference: &str) -> Result<Ruling> {
+    /// `cosign sign --key` as a referrer that has the layers of a `.sig` tag: cosign's experimental mode `oci-1-1`. cosign takes all
+    /// signatures along that it finds under the `.sig` tag.
+    pub async fn sign_referrer(self, key: &KeyPair, reference: &str) -> Result<()> {
+        let mut command = self.command(key.folder.path(), "sign")?;
+        command.env("COSIGN_EXPERIMENTAL", "1").args(["--yes", "--tlog-upload=false", "--allow-http-registry", "--key"]);
+        command.arg(key.private()).arg("--registry-referrers-mode=oci-1-1");
+        if self == Self::V3 {
+            command.args(["--use-signing-config=false", "--new-bundle-format=false"]);
+        }
+        must(command.arg(reference)).await
+    }
+
+    /// `cosign verify --key` of such a one.
+    pub async fn verify_referrer(self, public_key: &Path, reference: &str) -> Result<Ruling> {
         let home = scratch()?;
-        let mut command = self.command(home.path(), "tree")?;
-        command.args(["--allow-http-registry", reference]);
+        let mut command = self.command(home.path(), "verify")?;
+        command.env("COSIGN_EXPERIMENTAL", "1").arg("--key").arg(public_key);
+        command.args(["--insecure-ignore-tlog=true", "--allow-http-registry", "--experimental-oci11"]);
+        if self == Self::V3 {
+            command.arg("--new-bundle-format=false");
+        }
+        command.arg(reference);
         rule(command).await
     }
 
-    fn command(self, home: &Path, verb: &str) -> Result<Command> {
+    /// `cosign tree`: what it finds attached to the image, sorted.
+    pub async fn tree(self, reference: &str) -> Result<Vec<Branch>> {
+        let home = scratch()?;
+        let mut command = self.command(home.path(), "tree")?;
+        command.args(["--allow-http-registry", reference]);
+        let said = rule(command).await?;
+        ensure!(said.accepted, "{self:?} tree {reference}: {}", said.words);
+        let mut branches: Vec<Branch> = Vec::new();
+        // Below a line for the image, one for each place, and below that one for each of its blobs.
+        for line in said.words.lines().skip(1) {
+            let line = line.trim_start_matches(|c: char| !c.is_ascii());
+            match line.trim().trim_start_matches(|c: char| !c.is_ascii() || c == ' ') {
+                blob if blob.starts_with("sha256:") => {
+                    let branch = branches.last_mut().with_context(|| format!("a blob of nothing in {}", said.words))?;
+                    branch.blobs.push(blob.to_owned());
+                }
+                place => {
+                    let (kind, at) = place.split_once(": ").with_context(|| format!("{place:?} in {}", said.words))?;
+                    branches.push(Branch { kind: kind.to_owned(), at: at.to_owned(), blobs: Vec::new() });
+                }
+            }
+        }
+        branches.sort();
+        Ok(branches)
+    }
+
+    pub(crate) fn command(self, home: &Path, verb: &str) -> Result<Command> {
         let mut command = Command::new(tool(match self {
             Self::V2 => "bin/cosign2",
             Self::V3 => "bin/cosign3",
@@ -101,7 +155,7 @@ impl KeyPair {
         self.folder.path().join("cosign.pub")
     }
 
-    fn private(&self) -> PathBuf {
+    pub(crate) fn private(&self) -> PathBuf {
         self.folder.path().join("cosign.key")
     }
 }
@@ -182,7 +236,12 @@ pub struct Podman {
 impl Podman {
     /// Accepts what [`Skopeo::requiring`] accepts.
     pub fn requiring(public_key: &Path, host: &str) -> Result<Self> {
-        Ok(Self { home: home_requiring(public_key, host, None)? })
+        Self::with_identity(public_key, host, None)
+    }
+
+    /// Accepts what [`Skopeo::with_identity`] accepts.
+    pub fn with_identity(public_key: &Path, host: &str, identity: Option<&Value>) -> Result<Self> {
+        Ok(Self { home: home_requiring(public_key, host, identity)? })
     }
 
     pub async fn pull(&self, reference: &str) -> Result<Ruling> {
@@ -301,6 +360,17 @@ impl Notation {
         let mut command = self.command("list")?;
         command.args(["--insecure-registry", reference]);
         rule(command).await
+    }
+
+    /// When it says that the signatures of these media types were made, as they have it: `notation inspect`. By digest,
+    /// since it warns of tags in the midst of its answer.
+    pub async fn signing_times(&self, reference: &str) -> Result<BTreeMap<String, String>> {
+        let mut command = self.command("inspect")?;
+        let said = run(command.args(["--insecure-registry", "--output", "json", reference])).await?;
+        let answer: Value = serde_json::from_str(&said.words).with_context(|| format!("not JSON: {}", said.words))?;
+        let signatures = answer["Signatures"].as_array().with_context(|| format!("no signatures in {answer}"))?;
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        Ok(signatures.iter().map(|one| (text(&one["mediaType"]), text(&one["signedAttributes"]["signingTime"]))).collect())
     }
 
     fn command(&self, verb: &str) -> Result<Command> {

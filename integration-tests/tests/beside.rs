@@ -3,14 +3,16 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use integration_tests::formats::{Referrers, found, ours, wait_for};
 use integration_tests::house::{House, Keys, Plan, rule_of_all_formats};
 use integration_tests::image::Image;
-use integration_tests::oras::Oras;
+use integration_tests::oras::{Listed, Oras};
 use integration_tests::process::eventually;
-use integration_tests::verifier::{Cosign, KeyPair, Notation, Ruling};
+use integration_tests::signature::tag_of;
+use integration_tests::verifier::{Branch, Cosign, KeyPair, Notation, Ruling};
+use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(120);
 const FORMATS: [&str; 3] = ["bundle", "cosign", "notation"];
@@ -86,8 +88,8 @@ impl<'a> Scene<'a> {
             ensure!(count("sigstore.bundle") >= 1, "oras lists {listed:?}");
             for cosign in [Cosign::V2, Cosign::V3] {
                 accepts("cosign verify, of ours", &cosign.verify(&key, pinned).await?)?;
-                let tree = cosign.tree(pinned).await?;
-                ensure!(tree.accepted && tree.words.contains("Signatures"), "{cosign:?} lists {}", tree.words);
+                let (tree, stored) = (cosign.tree(pinned).await?, self.branches(cosign, &listed).await?);
+                ensure!(tree == stored, "{cosign:?} lists {tree:?}, and there is {stored:?}");
             }
             accepts("notation verify, of ours", &self.judge.verify(pinned).await?)?;
             let found = found(house, pinned).await?;
@@ -101,6 +103,35 @@ impl<'a> Scene<'a> {
             accepts("notation verify, of its own", &self.notation.verify(pinned).await?)?;
         }
         Ok(())
+    }
+}
+
+impl Scene<'_> {
+    /// What is stored, as this cosign lists it: the second looks at no referrers.
+    async fn branches(&self, cosign: Cosign, listed: &[Listed]) -> Result<Vec<Branch>> {
+        let repository = format!("{}/{}", self.house.registry.host(), self.repository);
+        let read = async |reference: &str| {
+            let manifest = self.house.client.manifest(&self.repository, reference).await?.context("it is gone")?;
+            let manifest: Value = serde_json::from_slice(&manifest.bytes)?;
+            let layers = manifest["layers"].as_array().context("no layers")?;
+            let blobs = layers.iter().filter_map(|layer| layer["digest"].as_str()).map(str::to_owned).collect();
+            anyhow::Ok((manifest, blobs))
+        };
+        let tag = tag_of(&self.image.manifest.digest);
+        let (_, blobs) = read(&tag).await?;
+        let mut branches = vec![Branch { kind: "Signatures for an image tag".into(), at: format!("{repository}:{tag}"), blobs }];
+        for referrer in listed.iter().filter(|_| cosign == Cosign::V3) {
+            let (manifest, blobs) = read(&referrer.digest).await?;
+            // What a bundle states rather than that it is one.
+            let kind =
+                manifest["annotations"]["dev.sigstore.bundle.predicateType"].as_str().or(manifest["artifactType"].as_str());
+            // notation itself has its type in the config.
+            let kind = kind.or(manifest["config"]["mediaType"].as_str()).context("of no type")?;
+            let kind = format!("{kind} artifacts via OCI referrer");
+            branches.push(Branch { kind, at: format!("{repository}@{}", referrer.digest), blobs });
+        }
+        branches.sort();
+        Ok(branches)
     }
 }
 

@@ -12,7 +12,7 @@ use integration_tests::oras::Oras;
 use integration_tests::process::eventually;
 use integration_tests::registry::{LOGIN, Options, Registry};
 use integration_tests::signature::tag_of;
-use integration_tests::verifier::{Cosign, KeyPair, Notation, Skopeo};
+use integration_tests::verifier::{Cosign, KeyPair, Notation, Podman, Skopeo};
 use reqwest::StatusCode;
 use serde_json::Value;
 
@@ -153,6 +153,89 @@ async fn everybodys_signatures_are_copied(source: Options, mirror: Options) -> R
     Ok(())
 }
 
+/// Of an index, its platforms and its build attestation, in every way in which cosign keeps them.
+async fn signatures_of_every_manifest_of_an_index_are_copied(source: Options, mirror: Options) -> Result<()> {
+    let pair = Pair::start(source, mirror).await?;
+    let (image, repository, client) = (Image::index("each")?, "other/app", pair.mirror.client()?);
+    pair.house.push(&image, repository, &["1.0"]).await?;
+    client.push(&image, repository, &["stable"]).await?;
+    let (source, destination) = (pair.house.reference(repository, "1.0"), pair.at_mirror(repository, "stable"));
+    let manifests = [&image.manifest, image.child("amd64"), image.child("attestation")].map(|manifest| &manifest.digest);
+    let keys = [KeyPair::generate().await?, KeyPair::generate().await?];
+    for digest in manifests {
+        let pinned = pair.house.reference(repository, digest);
+        Cosign::V3.sign(&keys[0], &pinned).await?;
+        Cosign::sign_bundle(&keys[0], &pinned).await?;
+        // One with two layers: cosign repeats what is under the `.sig` tag. Of several it reads the last that is listed, whichever
+        // that is.
+        Cosign::V2.sign_referrer(&keys[1], &pinned).await?;
+    }
+
+    let answer = pair.copy(&source, &destination, &["--dry-run"]).await?.expect_code(0)?.json()?;
+    let signatures = answer["signatures"].as_array().with_context(|| format!("no signatures in {answer}"))?;
+    for digest in manifests {
+        let mut formats: Vec<_> =
+            signatures.iter().filter(|one| one["digest"] == **digest).map(|one| text(&one["format"])).collect();
+        formats.sort();
+        assert_eq!(formats, ["bundle", "cosign", "cosign-oci-1-1", "cosign-oci-1-1"], "{answer}");
+    }
+    let referrers = signatures.iter().filter(|one| one["format"] == "cosign-oci-1-1");
+    let bare = format!("{}/{repository}", pair.house.registry.host());
+    assert!(referrers.clone().all(|one| one["reference"] == bare && one["approves_destination"] == false), "{answer}");
+    assert_eq!(pair.states(&source, &destination, &[]).await?, states([("copied", 12)]));
+    assert_eq!(pair.states(&source, &destination, &[]).await?, states([("present", 12)]));
+
+    for digest in manifests {
+        let there = pair.at_mirror(repository, "").trim_end_matches(':').to_owned() + "@" + digest;
+        for cosign in [Cosign::V2, Cosign::V3] {
+            for key in &keys {
+                let ruling = cosign.verify_referrer(&key.public(), &there).await?;
+                assert!(ruling.accepted, "{cosign:?} refuses the referrer of {there}: {}", ruling.words);
+            }
+            let ruling = cosign.verify(&keys[0].public(), &there).await?;
+            assert!(ruling.accepted, "{cosign:?} refuses {there}: {}", ruling.words);
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn signatures_of_every_manifest_of_an_index_are_copied_to_a_registry_that_lists_referrers() -> Result<()> {
+    let lists = Options { referrers_api: true, ..Options::default() };
+    signatures_of_every_manifest_of_an_index_are_copied(Options::default(), lists).await
+}
+
+#[tokio::test]
+async fn signatures_of_every_manifest_of_an_index_are_copied_to_a_registry_that_does_not() -> Result<()> {
+    let lists = Options { referrers_api: true, ..Options::default() };
+    signatures_of_every_manifest_of_an_index_are_copied(lists, Options::default()).await
+}
+
+/// The witness's own key in cosign's hands: it counts, and it is said who else reads it.
+#[tokio::test]
+async fn what_cosign_keeps_as_a_referrer_is_judged_and_named_as_what_it_is() -> Result<()> {
+    let house = House::start_quiet(None).await?;
+    let key = house.config_path().with_file_name("release.key.pem");
+    let (ours, theirs) = (KeyPair::import(&key).await?, KeyPair::generate().await?);
+    for (name, by, code, verdict) in [("ours", &ours, 0, "verified"), ("theirs", &theirs, 1, "rejected")] {
+        let (image, repository) = (Image::oci(name)?, format!("other/{name}"));
+        house.push(&image, &repository, &["1.0"]).await?;
+        let reference = house.reference(&repository, "1.0");
+        Cosign::V2.sign_referrer(by, &house.reference(&repository, &image.manifest.digest)).await?;
+        let answer = house.run(&["verify", &reference, "--output", "json"]).await?.expect_code(code)?.json()?;
+        let signatures = answer[0]["signatures"].as_array().context("no signatures")?;
+        assert_eq!(signatures.len(), 1, "{answer}");
+        let found = ["format", "layout", "verdict"].map(|member| text(&signatures[0][member]));
+        assert_eq!(found, ["cosign", "oci-1-1", verdict], "{answer}");
+        let said = house.run(&["verify", &reference]).await?.expect_code(code)?.stdout;
+        assert!(said.contains("as a referrer (oci-1-1), which cosign reads with --experimental-oci11 only"), "{said}");
+        assert_eq!(said.contains("no key of the witnesses asked for made this signature"), code == 1, "{said}");
+        assert!(Cosign::V2.verify_referrer(&by.public(), &reference).await?.accepted);
+        assert!(!Cosign::V2.verify(&by.public(), &reference).await?.accepted, "others do not see it");
+    }
+    Ok(())
+}
+
 async fn layers(client: &integration_tests::registry::Client, repository: &str, digest: &str) -> Result<Vec<Value>> {
     let manifest: Manifest = client.manifest(repository, &tag_of(digest)).await?.context("no signatures")?;
     let manifest: Value = serde_json::from_slice(&manifest.bytes)?;
@@ -240,6 +323,39 @@ async fn skopeo_accepts_a_copied_signature_of_a_digest_where_the_policy_matches_
     let ruling = Skopeo::with_identity(&key, &pair.mirror.host(), Some(&remap))?.copy(&there).await?;
     assert!(ruling.accepted, "{}", ruling.words);
     assert!(!Skopeo::requiring(&key, &pair.mirror.host())?.copy(&there).await?.accepted);
+    Ok(())
+}
+
+/// It names the digest in the repository that was signed: that repository, or the digest in what stands for it, has to be asked for.
+#[tokio::test]
+async fn skopeo_and_podman_accept_a_copied_simple_signature_by_digest_and_by_the_repository_that_was_signed() -> Result<()> {
+    let pair = Pair::start(Options::default(), Options::default()).await?;
+    let (image, repository) = (Image::oci("simple")?, "global/app");
+    let source = pair.push_signed(&image, repository).await?;
+    pair.mirror.client()?.push(&image, repository, &["stable"]).await?;
+    let tagged = pair.at_mirror(repository, "stable");
+    assert_eq!(pair.states(&source, &tagged, &[]).await?, states([("copied", 2)]));
+    let pinned = format!("{}/{repository}@{}", pair.mirror.host(), image.manifest.digest);
+    let (host, key, there) = (pair.house.registry.host(), pair.house.public_key_path(), pair.mirror.host());
+    let remap = serde_json::json!({"type": "remapIdentity", "prefix": there, "signedPrefix": host});
+    let exact = serde_json::json!({"type": "exactRepository", "dockerRepository": format!("{host}/{repository}")});
+    // By another tag than any that was signed, since none was.
+    for (identity, reference, accepted) in [
+        (Some(&remap), &pinned, true),
+        (Some(&remap), &tagged, false),
+        (Some(&exact), &pinned, true),
+        (Some(&exact), &tagged, true),
+        (None, &pinned, false),
+    ] {
+        let skopeo = Skopeo::with_identity(&key, &there, identity)?.copy(reference).await?;
+        let podman = Podman::with_identity(&key, &there, identity)?.pull(reference).await?;
+        for (judge, ruling) in [("skopeo", skopeo), ("podman", podman)] {
+            assert_eq!(ruling.accepted, accepted, "{judge} of {reference}, {identity:?}: {}", ruling.words);
+        }
+    }
+    // Without the copy there was nothing to accept.
+    let other = KeyPair::generate().await?;
+    assert!(!Skopeo::with_identity(&other.public(), &there, Some(&exact))?.copy(&tagged).await?.accepted);
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use integration_tests::image::Image;
 use integration_tests::process::eventually;
 use integration_tests::rabbitmq::RabbitMq;
 use integration_tests::registry::{Notify, Options};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -37,7 +37,10 @@ async fn house_with(broker: &RabbitMq, queue: String, more: Vec<(&'static str, S
 }
 
 async fn publish(broker: &RabbitMq, exchange: &str, key: &str, content_type: &str, payload: &str) -> Result<()> {
-    let properties = json!({ "content_type": content_type, "delivery_mode": 2 });
+    publish_with(broker, exchange, key, json!({ "content_type": content_type, "delivery_mode": 2 }), payload).await
+}
+
+async fn publish_with(broker: &RabbitMq, exchange: &str, key: &str, properties: Value, payload: &str) -> Result<()> {
     let message = json!({ "properties": properties, "routing_key": key, "payload": payload, "payload_encoding": "string" });
     // A queue is there a moment before it is bound, and what no queue takes is nowhere.
     eventually("a queue takes it", LIMIT, async || {
@@ -111,6 +114,35 @@ async fn events_that_others_publish_are_signed_for_and_poison_blocks_nothing() -
         assert_eq!(http.post(url).bearer_auth(token).body(event.to_string()).send().await?.status().as_u16(), 401);
     }
     Ok(())
+}
+
+#[tokio::test]
+async fn cloud_events_whose_attributes_are_headers_are_read_with_either_prefix() -> Result<()> {
+    let broker = RabbitMq::start().await?;
+    let house = house(&broker).await?;
+    let images = (0..2).map(|number| Image::oci(&format!("binary {number}"))).collect::<Result<Vec<_>>>()?;
+    for (number, image) in images.iter().enumerate() {
+        house.push(image, "team/app", &[&format!("{number}.0")]).await?;
+    }
+    let publish = async |prefix: &str, kind: &str, number: usize| {
+        let attributes = [("specversion", "1.0"), ("id", "1"), ("source", "ci"), ("type", kind)];
+        let headers = attributes.map(|(name, value)| (format!("{prefix}{name}"), json!(value)));
+        let headers: Map<_, _> = headers.into_iter().collect();
+        let data = json!({ "repository": "team/app", "tag": format!("{number}.0"), "digest": images[number].manifest.digest });
+        let properties = json!({ "content_type": "application/json", "headers": headers });
+        publish_with(&broker, "amq.default", "ci-events", properties, &data.to_string()).await
+    };
+    // What happened stands in a header: another kind of event is none of ours, and without any it is no event at all.
+    publish("cloudEvents:", "com.example.image.pulled", 0).await?;
+    publish("elsewhere:", "com.example.image.pushed", 0).await?;
+    publish("cloudEvents:", "com.example.image.pushed", 0).await?;
+    publish("cloudEvents_", "com.example.image.pushed", 1).await?;
+    for (number, image) in images.iter().enumerate() {
+        house.wait_signed("team/app", &image.manifest.digest, &[&format!("{number}.0")]).await?;
+    }
+    let metrics = house.wait_settled(3, LIMIT).await?;
+    assert_eq!((metrics.ended("signed"), metrics.ended("dead"), metrics.received()), (2, 1, 3), "{metrics:?}");
+    eventually("all is acked", LIMIT, async || Ok((left(&broker, "ci-events").await? == 0).then_some(()))).await
 }
 
 #[tokio::test]

@@ -49,15 +49,29 @@ fn it_holds_the_binary_and_what_that_reads_and_nothing_else() -> Result<()> {
 }
 
 #[test]
+fn second_build_of_the_same_source_is_the_same_to_the_byte() -> Result<()> {
+    let again = inspected(&format!("{}-again", image()?))?;
+    let first = inspected(&image()?)?;
+    // Layers are named by the hashes of what is in them.
+    assert_eq!(first["RootFS"]["Layers"].as_array().map(Vec::len), Some(1), "{first}");
+    // The image's own id is another one: buildah writes into it which container it was built in.
+    for part in ["RootFS", "Config", "Created", "Architecture", "Os", "History", "Healthcheck"] {
+        assert!(!first[part].is_null(), "{part}: {first}");
+        assert_eq!(again[part], first[part], "{part}");
+    }
+    Ok(())
+}
+
+#[test]
 fn it_says_what_it_is_and_how_it_is_run() -> Result<()> {
-    let inspected: Value = serde_json::from_str(&podman(&["image", "inspect", &image()?])?.expect_code(0)?.stdout)?;
-    let config = &inspected[0]["Config"];
+    let inspected = inspected(&image()?)?;
+    let config = &inspected["Config"];
     assert_eq!(config["User"], format!("{USER}:{USER}"));
     assert_eq!(config["Entrypoint"], json!(["/countersign"]));
     assert_eq!(config["Cmd"], json!(["serve", "--config", "/etc/countersign/countersign.toml"]));
     assert_eq!(config["ExposedPorts"], json!({"8080/tcp": {}}));
     assert_eq!(config["Volumes"], json!({"/var/lib/countersign": {}}));
-    assert_eq!(inspected[0]["Healthcheck"]["Test"], json!(["CMD", "/countersign", "health"]));
+    assert_eq!(inspected["Healthcheck"]["Test"], json!(["CMD", "/countersign", "health"]));
     assert_eq!(config["Env"].as_array().map(Vec::len), Some(1), "nothing but PATH: {}", config["Env"]);
     let label = |name: &str| config["Labels"][format!("org.opencontainers.image.{name}")].as_str().unwrap_or_default();
     assert_eq!((label("title"), label("licenses")), ("countersign", "Apache-2.0"));
@@ -223,6 +237,11 @@ fn podman(arguments: &[&str]) -> Result<Output> {
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
     })
+}
+
+fn inspected(image: &str) -> Result<Value> {
+    let all: Value = serde_json::from_str(&podman(&["image", "inspect", image])?.expect_code(0)?.stdout)?;
+    Ok(all[0].clone())
 }
 
 /// The image under test.

@@ -9,6 +9,8 @@ use integration_tests::image::Image;
 use integration_tests::process::{eventually, free_port, http_client};
 use rustix::process::Signal;
 use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::time::timeout;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -185,6 +187,19 @@ async fn wait_reloads(house: &House, result: &str, count: u64) -> Result<()> {
         Ok((reloads >= count).then_some(()))
     })
     .await
+}
+
+#[tokio::test]
+async fn sigterm_ends_a_start_that_waits_for_a_broker() -> Result<()> {
+    let broker = TcpListener::bind("127.0.0.1:0").await?;
+    let queue = format!("backend = \"amqp\"\nurl = \"amqp://guest:guest@{}\"\n", broker.local_addr()?);
+    let mut house = House::build(Plan { queue, ..Plan::default() }).await?;
+    house.daemon.start_unready()?;
+    // It takes the connection, and says nothing: by itself, the daemon would wait 20 s and start without.
+    let _connection = timeout(LIMIT, broker.accept()).await??;
+    assert_eq!(house.daemon.terminate(Duration::from_secs(8)).await?.code(), Some(0), "{}", house.daemon.logged());
+    assert!(house.daemon.logged().contains("stopped before the queue"), "{}", house.daemon.logged());
+    Ok(())
 }
 
 #[tokio::test]

@@ -42,6 +42,8 @@ const WRITTEN: &[Written] = &[
     Written { name: "cosign", keys: Keys::Rsa2048, algorithm: PKCS1, formats: &["cosign"] },
     Written { name: "bundle", keys: Keys::Rsa2048, algorithm: PKCS1, formats: &["bundle"] },
     Written { name: "both", keys: Keys::Rsa2048, algorithm: PKCS1, formats: &["cosign", "bundle"] },
+    Written { name: "both", keys: Keys::Rsa3072, algorithm: PKCS1, formats: &["cosign", "bundle"] },
+    Written { name: "both", keys: Keys::Rsa4096, algorithm: PKCS1, formats: &["cosign", "bundle"] },
     Written { name: "cosign", keys: Keys::P256, algorithm: ECDSA, formats: &["cosign"] },
     Written { name: "bundle", keys: Keys::P256, algorithm: ECDSA, formats: &["bundle"] },
     Written { name: "both", keys: Keys::P256, algorithm: ECDSA, formats: &["cosign", "bundle"] },
@@ -72,6 +74,8 @@ impl Written {
         let keys = match self.keys {
             Keys::P256 => "P-256",
             Keys::Rsa2048 => "RSA 2048",
+            Keys::Rsa3072 => "RSA 3072",
+            Keys::Rsa4096 => "RSA 4096",
         };
         let insists = if self.is_unreadable() { ", `allow_unreadable`" } else { "" };
         format!("`{}`, {keys} | `{}`{insists}", self.algorithm, self.formats.join("`, `"))
@@ -188,7 +192,11 @@ impl Signed {
         }
         // The children come with the index, but not before it.
         house.wait_settled(1, LIMIT).await?;
-        let notation = Notation::trusting_witness(&house, "*").await?;
+        let notation = match keys {
+            Keys::P256 | Keys::Rsa2048 => Notation::trusting_witness(&house, "*").await?,
+            // Of these notation wants longer digests than countersign signs, and there are no certificates.
+            Keys::Rsa3072 | Keys::Rsa4096 => Notation::signing("*").await?,
+        };
         Ok(Self { house, image, index, notation })
     }
 
@@ -274,7 +282,7 @@ type Seen = BTreeMap<(usize, usize, usize), Vec<Cell>>;
 async fn run() -> Result<Seen> {
     let mut seen = Seen::new();
     for registry in REGISTRIES {
-        for keys in [Keys::Rsa2048, Keys::P256] {
+        for keys in [Keys::Rsa2048, Keys::Rsa3072, Keys::Rsa4096, Keys::P256] {
             let signed = Signed::start(registry, keys).await?;
             let written = WRITTEN.iter().enumerate().filter(|(_, written)| written.keys == keys);
             let asked = written.flat_map(|(row, written)| {

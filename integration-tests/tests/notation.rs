@@ -5,10 +5,13 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use integration_tests::authority::Authority;
 use integration_tests::daemon;
 use integration_tests::formats::{Referrers, found, listed, ours, wait_for};
 use integration_tests::house::{House, Keys, Plan};
 use integration_tests::image::Image;
+use integration_tests::keys::in_openbao;
+use integration_tests::openbao::OpenBao;
 use integration_tests::process::eventually;
 use integration_tests::verifier::{Cosign, Notation, Ruling};
 
@@ -97,6 +100,108 @@ async fn every_judge_accepts_with_the_fallback_tag() -> Result<()> {
 async fn every_judge_accepts_with_the_referrers_api() -> Result<()> {
     every_judge_accepts(Referrers::Api, Keys::P256).await?;
     every_judge_accepts(Referrers::Api, Keys::Rsa2048).await
+}
+
+/// A house whose witness has its key in OpenBao, with this certificate for it, that signs for notation.
+async fn certified(bao: &OpenBao, keys: Keys, authority: &Authority, subject: &str) -> Result<House> {
+    let (plan, _) = in_openbao(bao, keys).await?;
+    let rules = rule("team", "team", keys, &["notation", "notation-cose"]);
+    let house = House::build(Plan { rules: Some(rules), ..plan }).await?;
+    fs::write(house.config_path().with_file_name("chain.pem"), authority.chain(&house.public_key_path(), subject)?)?;
+    let witness = "[[witness]]\nname = \"release\"\n";
+    house.write_config(&house.config().replace(witness, &format!("{witness}certificate = \"chain.pem\"\n")))?;
+    Ok(house)
+}
+
+const SUBJECT: &str = "/C=DE/ST=Berlin/O=Example/CN=signing";
+
+#[tokio::test]
+async fn what_the_daemon_signs_under_an_administrators_chain_is_accepted_by_its_root() -> Result<()> {
+    let (authority, other) = (Authority::new()?, Authority::new()?);
+    for keys in [Keys::P256, Keys::Rsa2048] {
+        let bao = OpenBao::start().await?;
+        let mut house = certified(&bao, keys, &authority, SUBJECT).await?;
+        house.daemon.start().await?;
+        let image = Image::index("chained")?;
+        house.push(&image, "team/app", &["1.0"]).await?;
+        let tagged = house.reference("team/app", "1.0");
+        wait_for(&house, &tagged, &["notation", "notation-cose"]).await?;
+        let identity = "x509.subject: C=DE, ST=Berlin, O=Example, CN=signing";
+        accepts(&Notation::trusting(&authority.root()?, identity, "*")?.verify(&tagged).await?, "by its root");
+        accepts(&Notation::trusting_witness(&house, "*").await?.verify(&tagged).await?, "by what we say of it");
+        let ruling = Notation::trusting(&other.root()?, "*", "*")?.verify(&tagged).await?;
+        assert!(!ruling.accepted && ruling.words.contains("any trusted certificate"), "{}", ruling.words);
+        house.run(&["verify", &tagged]).await?.expect_code(0)?;
+        assert!(!house.daemon.logged().contains("the certificate's subject"), "{}", house.daemon.logged());
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_chain_for_another_key_keeps_the_daemon_from_starting_and_it_says_which_key_it_is_for() -> Result<()> {
+    let (authority, bao) = (Authority::new()?, OpenBao::start().await?);
+    let mut house = certified(&bao, Keys::P256, &authority, SUBJECT).await?;
+    let other = house.config_path().with_file_name("other.key.pem");
+    let other_path = other.to_str().context("no text")?;
+    daemon::run(&["key", "generate", "--spec", "EC_P256", "--out", other_path], &[]).await?.expect_code(0)?;
+    let public = other.with_file_name("other.pub.pem");
+    let openssl =
+        std::process::Command::new("openssl").args(["pkey", "-pubout", "-in"]).arg(&other).arg("-out").arg(&public).status()?;
+    assert!(openssl.success());
+    fs::write(house.config_path().with_file_name("chain.pem"), authority.chain(&public, SUBJECT)?)?;
+    house.daemon.start_unready()?;
+    let status = house.daemon.wait(Duration::from_secs(60)).await?;
+    assert!(!status.success(), "{status}");
+    let log = house.daemon.logged();
+    assert!(log.contains("release") && log.contains("is for the key sha256:"), "{log}");
+    let check = house.run(&["check", "--online"]).await?;
+    assert!(check.code != Some(0) && check.stdout.contains("is for the key sha256:"), "{check:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_certificate_that_names_too_little_is_warned_of_as_notation_has_it() -> Result<()> {
+    let (authority, bao) = (Authority::new()?, OpenBao::start().await?);
+    let mut house = certified(&bao, Keys::P256, &authority, "/C=DE/CN=signing").await?;
+    let said = house.run(&["check"]).await?.expect_code(0)?.stdout;
+    assert!(said.contains("the certificate's subject (CN=signing,C=DE) has no ST and no O"), "{said}");
+    house.daemon.start().await?;
+    assert!(house.daemon.logged().contains("has no ST and no O"), "{}", house.daemon.logged());
+    house.push(&Image::oci("nameless")?, "team/app", &["1.0"]).await?;
+    let tagged = house.reference("team/app", "1.0");
+    wait_for(&house, &tagged, &["notation", "notation-cose"]).await?;
+    accepts(&Notation::trusting(&authority.root()?, "*", "*")?.verify(&tagged).await?, "all that the root certifies");
+    let named = Notation::trusting(&authority.root()?, "x509.subject: C=DE, ST=Berlin, O=Example", "*")?;
+    let ruling = named.verify(&tagged).await?;
+    assert!(!ruling.accepted && ruling.words.contains("mandatory RDN attribute"), "{}", ruling.words);
+    // It is not for us to say that everybody is to be trusted.
+    let output = house.run(&["witness", "certificate", "release", "--output", "json"]).await?.expect_code(0)?;
+    assert!(output.json()?["trusted_identity"].is_null(), "{output:?}");
+    assert!(output.stderr.contains("has no ST and no O"), "{output:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn verify_tells_when_a_signature_was_made_as_notation_tells_it() -> Result<()> {
+    let rules = rule("both", "team", Keys::P256, &["notation", "notation-cose"]);
+    let house = House::start(Plan { rules: Some(rules), ..Plan::default() }).await?;
+    let image = Image::oci("timed")?;
+    house.push(&image, "team/app", &["1.0"]).await?;
+    let tagged = house.reference("team/app", "1.0");
+    wait_for(&house, &tagged, &["notation", "notation-cose"]).await?;
+    let pinned = house.reference("team/app", &image.manifest.digest);
+    let theirs = Notation::trusting_witness(&house, "*").await?.signing_times(&pinned).await?;
+    let answer = house.run(&["verify", &tagged, "--output", "json"]).await?.expect_code(0)?.json()?;
+    let text = house.run(&["verify", &tagged]).await?.expect_code(0)?.stdout;
+    for (format, media_type) in [("notation", "application/jose+json"), ("notation-cose", "application/cose")] {
+        let theirs = theirs.get(media_type).with_context(|| format!("notation knows no {media_type}: {theirs:?}"))?;
+        let signatures = answer[0]["signatures"].as_array().context("no signatures")?;
+        let ours = signatures.iter().find(|one| one["format"] == format).context("not listed")?;
+        assert_eq!(ours["time"], *theirs, "{answer}");
+        let line = text.lines().find(|line| line.contains(&format!("ok: {format} signature"))).context("no line")?;
+        assert!(line.ends_with(&format!(", said to be of {theirs}")), "{line}");
+    }
+    Ok(())
 }
 
 /// notation before us, after us, and both verify; ours is not made again for it.

@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use integration_tests::formats::{Referrers, wait_for};
+use integration_tests::formats::{Referrers, found, ours, wait_for};
 use integration_tests::house::{House, Keys, Plan, TOKEN, rule, rule_of_all_formats};
 use integration_tests::image::Image;
 use integration_tests::issuer::Issuer;
+use integration_tests::oras::Oras;
 use integration_tests::process::{eventually, on_path, say_aloud};
-use integration_tests::recorder::{Mutable, Recorder, Refusal};
+use integration_tests::recorder::{Mutable, Recorder, Refusal, Write};
 use integration_tests::registry::{External, LOGIN, Options};
-use integration_tests::verifier::{Cosign, Notation, Skopeo};
+use integration_tests::verifier::{Cosign, KeyPair, Notation, Skopeo};
 use reqwest::StatusCode;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -48,29 +49,86 @@ async fn what_is_pushed_before_maintenance_is_signed_when_the_registry_takes_wri
     house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await
 }
 
-#[tokio::test]
-async fn immutable_tags_are_a_dead_letter_that_names_the_exemption_and_a_replay_after_it_signs() -> Result<()> {
-    let mut house = House::build(Plan::default()).await?;
+/// A house that reaches its registry through a recorder, with a rule for each format: `team/bundle/…` is signed as `bundle`.
+async fn recorded() -> Result<(House, Recorder)> {
+    let rule = |format: &str| {
+        let rule = rule(format, &format!("team/{format}"), Keys::P256);
+        rule.replace("[\"cosign\"]", &format!("[\"{format}\"]"))
+    };
+    let mut house = House::build(Plan { rules: Some(FORMATS.map(rule).join("\n")), ..Plan::default() }).await?;
     let recorder = Recorder::start(&house.registry.host()).await?;
-    recorder.set_mutable(Mutable::None);
     house.route_registry(&recorder.url())?;
     house.daemon.start().await?;
-    let image = Image::oci("immutable")?;
-    // The first signature makes the tag, and is no problem; the second would have to change it.
-    house.push(&image, "team/app", &["1.0"]).await?;
-    house.wait_signed("team/app", &image.manifest.digest, &["1.0"]).await?;
-    house.push(&image, "team/app", &["2.0"]).await?;
-    let dead = async || {
-        let letters = house.run(&["queue", "dead"]).await?.expect_code(0)?.stdout;
-        Ok(letters.contains("does not let this tag be changed").then_some(letters))
-    };
-    let letters = eventually("it is a dead letter", LIMIT, dead).await?;
-    assert!(letters.contains("exempt tags of the form sha256-*"), "{letters}");
-    assert_eq!(house.signed("team/app", &image.manifest.digest).await?, [house.reference("team/app", "1.0")]);
+    Ok((house, recorder))
+}
 
-    recorder.set_mutable(Mutable::Signatures);
-    house.run(&["queue", "replay", "--all"]).await?.expect_code(0)?;
-    house.wait_signed("team/app", &image.manifest.digest, &["1.0", "2.0"]).await
+/// What `queue dead` says, as soon as this is in it.
+async fn wait_dead(house: &House, words: &str) -> Result<String> {
+    eventually(&format!("a dead letter says {words:?}"), LIMIT, async || {
+        let letters = house.run(&["queue", "dead"]).await?.expect_code(0)?.stdout;
+        Ok(letters.contains(words).then_some(letters))
+    })
+    .await
+}
+
+/// The `.sig` tag for one format, the tag of referrers for the others.
+#[tokio::test]
+async fn immutable_tags_are_a_dead_letter_that_names_the_exemption_and_a_replay_after_it_signs() -> Result<()> {
+    let (house, recorder) = recorded().await?;
+    let (key, notation) = (KeyPair::generate().await?, Notation::signing("*").await?);
+    for format in FORMATS {
+        recorder.set_mutable(Mutable::None);
+        let (first, second, repository) = (Image::oci("first")?, Image::oci("second")?, format!("team/{format}/app"));
+        // The first signature makes the tag, and is no problem.
+        house.push(&first, &repository, &["1.0"]).await?;
+        wait_for(&house, &house.reference(&repository, "1.0"), &[format]).await?;
+        // Where somebody else was first, the tag would have to change.
+        house.push(&second, &repository, &[]).await?;
+        let (tagged, pinned) = (house.reference(&repository, "2.0"), house.reference(&repository, &second.manifest.digest));
+        match format {
+            "cosign" => Cosign::V2.sign(&key, &pinned).await?,
+            "bundle" => Cosign::sign_bundle(&key, &pinned).await?,
+            _ => notation.sign(&pinned, true).await?,
+        }
+        house.push(&second, &repository, &["2.0"]).await?;
+        let letters = wait_dead(&house, "does not let this tag be changed").await.context(format)?;
+        assert!(letters.contains("exempt tags of the form sha256-*"), "{letters}");
+        let theirs = (format.to_owned(), "rejected".to_owned(), "nobody".to_owned());
+        assert_eq!(found(&house, &tagged).await?, std::slice::from_ref(&theirs), "{format}");
+
+        recorder.set_mutable(Mutable::Signatures);
+        house.run(&["queue", "replay", "--all"]).await?.expect_code(0)?;
+        wait_for(&house, &tagged, &[format]).await.context(format)?;
+        assert_eq!(found(&house, &tagged).await?, [theirs, ours(format)], "{format}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_registry_of_before_image_spec_1_1_gets_the_layout_of_notation_1_and_notation_verifies() -> Result<()> {
+    let rules = rule("team", "team", Keys::P256).replace("[\"cosign\"]", "[\"notation\", \"notation-cose\"]");
+    let mut house = House::build(Plan { rules: Some(rules), ..Plan::default() }).await?;
+    let recorder = Recorder::start(&house.registry.host()).await?;
+    recorder.forget_artifact_types();
+    house.route_registry(&recorder.url())?;
+    house.daemon.start().await?;
+    for name in ["first", "second"] {
+        let (image, repository) = (Image::oci(name)?, format!("team/{name}"));
+        house.push(&image, &repository, &["1.0"]).await?;
+        let reference = house.reference(&repository, "1.0");
+        wait_for(&house, &reference, &["notation", "notation-cose"]).await?;
+        let ruling = Notation::trusting_witness(&house, "*").await?.verify(&reference).await?;
+        assert!(ruling.accepted, "{}", ruling.words);
+        let listed = Oras::new()?.discover(&reference).await?;
+        assert!(listed.iter().all(|one| one.artifact_type == "application/vnd.cncf.notary.signature"), "{listed:?}");
+        assert_eq!(listed.len(), 2, "{listed:?}");
+    }
+    // Both of the first image were tried in the layout of today, and no other.
+    let refused = recorder.exchanges().iter().filter(|one| one.status == StatusCode::BAD_REQUEST).count();
+    assert_eq!(refused, 2);
+    let metrics = house.daemon.metrics().await?;
+    assert_eq!(metrics.ended("dead"), 0, "{metrics:?}");
+    Ok(())
 }
 
 #[tokio::test]
@@ -146,39 +204,41 @@ async fn an_account_that_may_only_pull_is_a_dead_letter_that_names_it_and_the_ri
     Ok(())
 }
 
+/// Of one format, wherever it writes a manifest.
+async fn throttled_and_full(house: &House, recorder: &Recorder, format: &str, write: Write) -> Result<()> {
+    let (repository, context) = (format!("team/{format}"), format!("{format} {write:?}"));
+    let before = recorder.exchanges().len();
+    recorder.refuse(write, [Refusal::Throttled { retry_after: 2 }, Refusal::Throttled { retry_after: 1 }]);
+    let throttled = Image::oci(&format!("throttled {write:?}"))?;
+    house.push(&throttled, &repository, &["1.0"]).await?;
+    wait_for(house, &house.reference(&repository, "1.0"), &[format]).await.context(context.clone())?;
+    let writes: Vec<_> = recorder.exchanges().split_off(before).into_iter().filter(|one| Write::of(one) == Some(write)).collect();
+    let statuses: Vec<_> = writes.iter().map(|one| one.status.as_u16()).collect();
+    assert_eq!(statuses, [429, 429, 201], "{context}");
+    let waits = [writes[1].at - writes[0].at, writes[2].at - writes[1].at];
+    assert!(waits[0] >= Duration::from_secs(2) && waits[1] >= Duration::from_secs(1), "{context}: {waits:?}");
+
+    recorder.refuse(write, [Refusal::Quota]);
+    let full = Image::oci(&format!("full {write:?}"))?;
+    house.push(&full, &repository, &["2.0"]).await?;
+    let letters = wait_dead(house, "quota is used up").await.context(context.clone())?;
+    assert!(letters.contains("raise the quota in the registry"), "{context}: {letters}");
+    house.run(&["queue", "replay", "--all"]).await?.expect_code(0)?;
+    wait_for(house, &house.reference(&repository, "2.0"), &[format]).await.context(context)
+}
+
 #[tokio::test]
 async fn a_registry_that_throttles_is_given_the_time_it_asks_for_and_one_that_is_full_is_a_dead_letter() -> Result<()> {
-    let mut house = House::build(Plan::default()).await?;
-    let recorder = Recorder::start(&house.registry.host()).await?;
-    house.route_registry(&recorder.url())?;
-    house.daemon.start().await?;
-    recorder.refuse([Refusal::Throttled { retry_after: 2 }, Refusal::Throttled { retry_after: 1 }]);
-    let throttled = Image::oci("throttled")?;
-    house.push(&throttled, "team/app", &["1.0"]).await?;
-    house.wait_signed("team/app", &throttled.manifest.digest, &["1.0"]).await?;
-    let metrics = house.wait_settled(1, LIMIT).await?;
-    assert_eq!((metrics.ended("signed"), metrics.ended("dead")), (1, 0), "{metrics:?}");
-    let exchanges = recorder.exchanges();
-    let mut waits = vec![];
-    for (index, refused) in exchanges.iter().enumerate().filter(|(_, exchange)| exchange.status == StatusCode::TOO_MANY_REQUESTS)
-    {
-        let next = exchanges[index + 1..].iter().find(|next| next.method == refused.method && next.path == refused.path);
-        let next = next.context("nothing after a refusal")?;
-        waits.push(next.at - refused.at);
+    let (house, recorder) = recorded().await?;
+    throttled_and_full(&house, &recorder, "cosign", Write::UnderTag).await?;
+    for format in ["bundle", "notation"] {
+        throttled_and_full(&house, &recorder, format, Write::UnderTag).await?;
+        throttled_and_full(&house, &recorder, format, Write::ByDigest).await?;
     }
-    assert!(waits.len() == 2 && waits[0] >= Duration::from_secs(2) && waits[1] >= Duration::from_secs(1), "{waits:?}");
-
-    recorder.refuse([Refusal::Quota]);
-    let full = Image::oci("full")?;
-    house.push(&full, "team/full", &["1.0"]).await?;
-    let dead = async || {
-        let letters = house.run(&["queue", "dead"]).await?.expect_code(0)?.stdout;
-        Ok(letters.contains("quota is used up").then_some(letters))
-    };
-    let letters = eventually("it is a dead letter", LIMIT, dead).await?;
-    assert!(letters.contains("raise the quota in the registry"), "{letters}");
-    house.run(&["queue", "replay", "--all"]).await?.expect_code(0)?;
-    house.wait_signed("team/full", &full.manifest.digest, &["1.0"]).await
+    house.registry.wait_delivered(LIMIT).await?;
+    let metrics = house.wait_settled(10, LIMIT).await?;
+    assert_eq!((metrics.ended("signed"), metrics.ended("dead")), (10, 0), "{metrics:?}");
+    Ok(())
 }
 
 /// The registry has uploads go on at the name that its clients know, which is not where countersign reaches it.

@@ -6,17 +6,31 @@ use anyhow::{Result, ensure};
 use integration_tests::house::{House, Keys, Plan, TOKEN, rule};
 use integration_tests::image::Image;
 use integration_tests::process::eventually;
+use integration_tests::rabbitmq::RabbitMq;
 use integration_tests::verifier::Cosign;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::process::Command;
+use tokio::time::timeout;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn what_a_wrong_rule_skipped_is_signed_by_replaying_since_then() -> Result<()> {
+    skipped_is_signed_by_replaying_since_then(Plan::default()).await
+}
+
+#[tokio::test]
+async fn what_a_wrong_rule_skipped_is_signed_by_replaying_since_then_through_rabbitmq() -> Result<()> {
+    let broker = RabbitMq::start().await?;
+    let queue = "backend = \"amqp\"\nurl = { env = \"AMQP_URL\" }\n".to_owned();
+    skipped_is_signed_by_replaying_since_then(Plan { queue, environment: vec![("AMQP_URL", broker.url())], ..Plan::default() })
+        .await
+}
+
+async fn skipped_is_signed_by_replaying_since_then(plan: Plan) -> Result<()> {
     let wrong = rule("team", "teem", Keys::P256);
-    let mut house = House::start(Plan { rules: Some(wrong), ..Plan::default() }).await?;
+    let mut house = House::start(Plan { rules: Some(wrong), ..plan }).await?;
     let images = (0..5).map(|number| Image::oci(&format!("skipped {number}"))).collect::<Result<Vec<_>>>()?;
     for image in &images {
         house.push(image, "team/app", &[&image.manifest.digest[7..20]]).await?;
@@ -141,13 +155,20 @@ async fn dead_letters_are_replayed_by_filter_at_the_rate_and_until_ctrl_c() -> R
     assert_eq!(dead(&[]).await?, before, "a dry run changes nothing");
 
     let began = Instant::now();
-    let replayed = house.run(&["queue", "replay", "--all", "--rate", "20"]).await?.expect_code(0)?.stdout;
-    assert!(replayed.contains("replay: 30 dead letters"), "{replayed}");
+    let replayed = house.run(&["queue", "replay", "--all", "--rate", "20"]).await?.expect_code(0)?;
+    assert!(replayed.stdout.contains("replay: 30 dead letters"), "{replayed:?}");
     // 30 in batches of 5, each of which waits a quarter of a second for the one before.
     assert!(began.elapsed() >= Duration::from_millis(1200), "{:?}", began.elapsed());
+    assert!(!replayed.stderr.contains('█'), "there is a bar where nobody looks: {replayed:?}");
     house.wait_settled(30, LIMIT).await?;
 
-    let said = interrupted(&house, &["queue", "replay", "--all", "--rate", "60/m"], 30 + 30 + 2).await?;
+    // Whoever looks sees how far it is.
+    let seen = on_a_terminal(&house, &["queue", "replay", "--all", "--rate", "20"]).await?;
+    assert!(seen.contains('█') && (1..30).any(|done| seen.contains(&format!(" {done}/30 "))), "{seen}");
+    assert!(seen.contains("replay: 30 dead letters"), "{seen}");
+    house.wait_settled(30, LIMIT).await?;
+
+    let said = interrupted(&house, &["queue", "replay", "--all", "--rate", "60/m"], 3 * 30 + 2).await?;
     assert!(said.contains("to go: the same command goes on with them"), "{said}");
     house.wait_settled(30, LIMIT).await?;
 
@@ -217,6 +238,18 @@ async fn interrupted(house: &House, arguments: &[&str], handled: u64) -> Result<
     let said = String::from_utf8(output.stdout)?;
     assert_eq!(output.status.code(), Some(1), "{said}");
     Ok(said)
+}
+
+/// What a command writes to a terminal that it runs on until it ends.
+async fn on_a_terminal(house: &House, arguments: &[&str]) -> Result<String> {
+    let countersign = integration_tests::daemon::binary()?;
+    let command = format!("{} {} --config {}", countersign.display(), arguments.join(" "), house.config_path().display());
+    let mut script = Command::new("script");
+    script.args(["-qec", &command, "/dev/null"]).env("TERM", "xterm").stdin(std::process::Stdio::null()).kill_on_drop(true);
+    let output = timeout(LIMIT, script.output()).await??;
+    let seen = String::from_utf8(output.stdout)?;
+    ensure!(output.status.success(), "{}: {seen}", output.status);
+    Ok(seen)
 }
 
 async fn send(house: &House, body: &str) -> Result<u16> {

@@ -8,6 +8,7 @@ use anyhow::Result;
 use integration_tests::formats::Referrers;
 use integration_tests::house::{House, Keys, Plan, rule};
 use integration_tests::image::Image;
+use integration_tests::process::eventually;
 use integration_tests::recorder::Recorder;
 use integration_tests::registry::Options;
 
@@ -74,21 +75,27 @@ impl Counted {
 
     /// How many requests handling this push takes.
     async fn push(&self, image: &Image, tag: &str) -> Result<usize> {
-        let (before, events) = (self.count()?, self.house.daemon.metrics().await?.received());
+        let (before, events) = (self.count().await?, self.house.daemon.metrics().await?.received());
         self.kind.push(&self.house, image, "team/app", tag).await?;
         if self.kind == Referrers::FallbackTag {
             self.house.registry.wait_delivered(LIMIT).await?;
         }
         self.house.wait_settled(events + 1, LIMIT).await?;
-        Ok(self.count()? - before)
+        Ok(self.count().await? - before)
     }
 
     /// By the registry's own log; by what has passed on its way to a registry that has none.
-    fn count(&self) -> Result<usize> {
-        match self.kind {
-            Referrers::FallbackTag => Ok(self.house.registry.count_requests("countersign/")?.values().sum()),
-            Referrers::Api => Ok(self.recorder.exchanges().len()),
+    async fn count(&self) -> Result<usize> {
+        let passed = self.recorder.exchanges().len();
+        if self.kind == Referrers::FallbackTag {
+            // It writes a request down when it has answered it.
+            let logged = async || {
+                let logged: usize = self.house.registry.count_requests("countersign/")?.values().sum();
+                Ok((logged == passed).then_some(()))
+            };
+            eventually("the registry's log has all that has passed on its way there", LIMIT, logged).await?;
         }
+        Ok(passed)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Messages are spread over partitions by their key; each partition is a quorum queue with a single active consumer, so one
 //! replica at a time has its messages, and in that replica equal keys take turns. What a push was answered has been
 //! confirmed by the broker, and what was not confirmed was not accepted. A retry waits in a delay queue on the broker, a
-//! dead letter lies in a queue of its own. `topology.rs` has every queue and flag with its reason.
+//! dead letter lies in a queue of its own. `topology.rs` has every queue, and `flags.rs` every flag, with its reason.
 //!
 //! At least once: a message that is published again (for a retry, a burial, a replay) is acked only when its copy is
 //! confirmed, so a crash in between leaves both. Whoever pulls has to be idempotent.
@@ -12,10 +12,12 @@
 //! with [`Error::Unavailable`] and pulls wait. What was in hand then is delivered again, perhaps to another replica, whatever
 //! is done with it here; if it comes here again, what was decided is carried out without asking anybody.
 
+mod backoff;
 mod connect;
 mod dead;
 mod envelope;
 mod feed;
+mod flags;
 mod inbox;
 mod layouts;
 mod past;

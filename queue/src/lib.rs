@@ -100,7 +100,9 @@ pub struct Stats {
     pub in_flight: u64,
     /// Buried.
     pub dead: u64,
-    /// When the oldest message that is neither settled nor buried was pushed.
+    /// When the oldest message that is neither settled nor buried was pushed; on a broker the oldest that a replica knows of.
+    /// If none knows any, because nobody consumes or all have been started since, the oldest was pushed then or before. Copies
+    /// that a crash has left, and a past that lost its end with the power, may make it look older.
     pub oldest: Option<Timestamp>,
     /// How far back [`Queue::history`] reaches; `None` if this queue was told to keep nothing.
     pub history: Option<History>,

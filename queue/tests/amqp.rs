@@ -1,6 +1,7 @@
 //! What the contract does not ask of every queue: a broker that goes away, comes back, is full, says nothing, and replicas.
 
 mod amqp {
+    mod connections;
     mod deleted;
     mod replicas;
     mod unanswered;
@@ -33,6 +34,13 @@ fn message(id: &str, key: usize) -> Message {
     }
 }
 
+/// A broker of the test's own, to be stopped and killed. The shared one is kept up beside it, for the tests that follow one
+/// another meanwhile: each of them would start it anew.
+async fn own_broker() -> (RabbitMq, Arc<Broker>) {
+    let (own, shared) = tokio::join!(RabbitMq::start(), Broker::shared());
+    (own.unwrap(), shared)
+}
+
 async fn next(queue: &Amqp) -> Delivery {
     timeout(LIMIT, queue.pull()).await.expect("something is delivered").unwrap().expect("the queue is open")
 }
@@ -61,7 +69,7 @@ fn unavailable<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_confirmed_survives_kill_9_of_the_broker_and_comes_again() {
-    let mut broker = RabbitMq::start().await.unwrap();
+    let (mut broker, _shared) = own_broker().await;
     let (url, tracker) = (broker.url(), TaskTracker::new());
     let queue = Amqp::open(options("replica", move || vec![url.clone()]), &tracker).await.unwrap();
     broker.sync().await.unwrap();
@@ -100,7 +108,7 @@ async fn what_was_confirmed_survives_kill_9_of_the_broker_and_comes_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn queue_opens_without_a_broker_and_recovers_by_itself() {
-    let mut broker = RabbitMq::start().await.unwrap();
+    let (mut broker, _shared) = own_broker().await;
     broker.stop().await.unwrap();
     let (url, tracker) = (broker.url(), TaskTracker::new());
     // The first of the two is nobody, ever.
@@ -118,7 +126,7 @@ async fn queue_opens_without_a_broker_and_recovers_by_itself() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn full_disk_refuses_pushes_at_once_and_lets_acks_through() {
-    let broker = RabbitMq::start().await.unwrap();
+    let (broker, _shared) = own_broker().await;
     let (url, tracker) = (broker.url(), TaskTracker::new());
     let queue = Amqp::open(options("replica", move || vec![url.clone()]), &tracker).await.unwrap();
     queue.push(vec![message("1", 1), message("2", 2)]).await.unwrap();
@@ -140,7 +148,7 @@ async fn full_disk_refuses_pushes_at_once_and_lets_acks_through() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silent_broker_is_given_up_and_found_again() {
-    let broker = RabbitMq::start().await.unwrap();
+    let (broker, _shared) = own_broker().await;
     let (url, tracker) = (broker.url(), TaskTracker::new());
     let queue = Amqp::open(options("replica", move || vec![url.clone()]), &tracker).await.unwrap();
     queue.push(vec![message("1", 1)]).await.unwrap();
@@ -184,28 +192,16 @@ async fn secret_is_read_again_at_each_connect() {
     let vhost = Broker::shared().await.vhost().await;
     let rabbitmq = &vhost.broker.rabbitmq;
     let user = format!("user-{}", vhost.name);
-    let password = |password: &str| serde_json::json!({ "password": password, "tags": "" });
-    let all = serde_json::json!({ "configure": ".*", "write": ".*", "read": ".*" });
-    rabbitmq.manage("PUT", &format!("/api/users/{user}"), Some(&password("old"))).await.unwrap();
-    rabbitmq.manage("PUT", &format!("/api/permissions/{}/{user}", vhost.name), Some(&all)).await.unwrap();
+    rabbitmq.let_in(&vhost.name, &user, "old").await.unwrap();
     let url = |password: &str| format!("amqp://{user}:{password}@{}/{}", rabbitmq.host(), vhost.name);
     let secret = Arc::new(Mutex::new(url("old")));
     let read = Arc::clone(&secret);
     let queue = Amqp::open(options("replica", move || vec![read.lock().unwrap().clone()]), &TaskTracker::new()).await.unwrap();
     queue.push(vec![message("1", 1)]).await.unwrap();
 
-    rabbitmq.manage("PUT", &format!("/api/users/{user}"), Some(&password("new"))).await.unwrap();
+    rabbitmq.let_in(&vhost.name, &user, "new").await.unwrap();
     *secret.lock().unwrap() = url("new");
-    let connections = eventually("they are listed", LIMIT, async || {
-        let listed = rabbitmq.manage("GET", &format!("/api/vhosts/{}/connections", vhost.name), None).await?;
-        let listed = listed.as_array().cloned().unwrap_or_default();
-        Ok((listed.len() >= 2).then_some(listed))
-    });
-    for connection in connections.await.unwrap() {
-        let name = connection["name"].as_str().unwrap().replace(' ', "%20").replace('>', "%3E");
-        // With one of them the other ends.
-        let _ = rabbitmq.manage("DELETE", &format!("/api/connections/{name}"), None).await;
-    }
+    rabbitmq.close_connections(&vhost.name).await.unwrap();
     push_until_taken(&queue, message("2", 2)).await;
     let mut left = HashSet::from(["1", "2"]);
     while !left.is_empty() {
@@ -216,7 +212,7 @@ async fn secret_is_read_again_at_each_connect() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn past_is_forgotten_by_size_and_the_totals_go_on_for_all_replicas_over_kill_9_of_the_broker() {
     const MESSAGES: usize = 60;
-    let mut broker = RabbitMq::start().await.unwrap();
+    let (mut broker, _shared) = own_broker().await;
     // As an administrator may who has less room.
     let less = serde_json::json!({ "pattern": "history$", "definition": { "max-length-bytes": 20_000_000 } });
     broker.manage("PUT", "/api/policies/%2F/less", Some(&less)).await.unwrap();
@@ -288,7 +284,6 @@ async fn past_is_forgotten_by_size_and_the_totals_go_on_for_all_replicas_over_ki
     is_so(&again, more).await;
 }
 
-/// The same queue with another number of partitions.
 /// What an administrator imports where the daemon may not declare anything.
 const DEFINITIONS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/rabbitmq/definitions.json");
 

@@ -3,7 +3,7 @@
 #[expect(dead_code, reason = "of what the other tests share, only the options are needed")]
 mod broker;
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::time::Duration;
 
 use broker::options;
 use bytes::Bytes;
@@ -11,90 +11,31 @@ use countersign_queue::{
     Amqp, Error, Message, PartitionKey, Queue,
     amqp::{Access, Options},
 };
-use integration_tests::rabbitmq::RabbitMq;
-use tempfile::TempDir;
+use integration_tests::{certificates::Certificates, rabbitmq::RabbitMq};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Certificates, made by the openssl that RabbitMQ comes with.
-struct Certificates(TempDir);
-
-impl Certificates {
-    /// Two authorities: `ca`, of the broker and of `client` and `expired`; and `other`, of `stranger`.
-    fn make() -> Self {
-        let made = Self(TempDir::new().unwrap());
-        made.authority("ca");
-        made.authority("other");
-        made.signed("server", "ca", "30");
-        made.signed("client", "ca", "30");
-        made.signed("expired", "ca", "-1");
-        made.signed("stranger", "other", "30");
-        made
-    }
-
-    fn openssl(&self, arguments: &str) {
-        let output = Command::new("openssl").args(arguments.split(' ')).current_dir(self.0.path()).output().unwrap();
-        assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    }
-
-    fn authority(&self, name: &str) {
-        self.openssl(&format!(
-            "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj /CN={name} -keyout {name}.key -out {name}.pem"
-        ));
-    }
-
-    fn signed(&self, name: &str, by: &str, days: &str) {
-        fs::write(self.0.path().join("ext"), "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n").unwrap();
-        self.openssl(&format!(
-            "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr"
-        ));
-        self.openssl(&format!(
-            "x509 -req -in {name}.csr -CA {by}.pem -CAkey {by}.key -CAcreateserial -days {days} -extfile ext -out {name}.pem"
-        ));
-    }
-
-    fn folder(&self) -> &Path {
-        self.0.path()
-    }
-
-    fn read(&self, name: &str) -> String {
-        fs::read_to_string(self.folder().join(name)).unwrap()
-    }
-
-    /// Who believes `ca`, and shows itself as `identity`.
-    fn options(&self, url: &str, ca: &str, identity: Option<&str>) -> Options {
-        let access = Access {
-            urls: vec![url.into()],
-            ca: Some(self.read(&format!("{ca}.pem")).into()),
-            identity: identity.map(|name| (self.read(&format!("{name}.pem")).into(), self.read(&format!("{name}.key")).into())),
-        };
-        Options { access: std::sync::Arc::new(move || Ok(access.clone())), ..options("replica", Vec::new) }
-    }
+/// Who believes `ca`, and shows itself as `identity`.
+fn showing(certificates: &Certificates, url: &str, ca: &str, identity: Option<&str>) -> Options {
+    let read = |name: &str, kind: &str| certificates.read(&format!("{name}.{kind}")).unwrap();
+    let access = Access {
+        urls: vec![url.into()],
+        ca: Some(read(ca, "pem").into()),
+        identity: identity.map(|name| (read(name, "pem").into(), read(name, "key").into())),
+    };
+    Options { access: std::sync::Arc::new(move || Ok(access.clone())), ..options("replica", Vec::new) }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn client_certificate_lets_in_and_what_is_wrong_with_one_is_told_with_the_cure() {
-    let certificates = Certificates::make();
-    let folder = certificates.folder().display();
-    let broker = RabbitMq::start_with(&format!(
-        "listeners.ssl.1 = 127.0.0.1:{{tls}}\n\
-         ssl_options.cacertfile = {folder}/ca.pem\n\
-         ssl_options.certfile = {folder}/server.pem\n\
-         ssl_options.keyfile = {folder}/server.key\n\
-         ssl_options.verify = verify_peer\n\
-         ssl_options.fail_if_no_peer_cert = true\n\
-         auth_mechanisms.1 = PLAIN\n\
-         auth_mechanisms.2 = EXTERNAL\n\
-         ssl_cert_login_from = common_name\n"
-    ))
-    .await
-    .unwrap();
+    let certificates = Certificates::make().unwrap();
+    let broker = RabbitMq::start_with(&certificates.demanded_by_rabbitmq()).await.unwrap();
     let url = format!("amqps://guest:guest@127.0.0.1:{}", broker.tls_port());
     let tracker = TaskTracker::new();
 
-    let queue = Amqp::open(certificates.options(&url, "ca", Some("client")), &tracker).await.unwrap();
+    let queue = Amqp::open(showing(&certificates, &url, "ca", Some("client")), &tracker).await.unwrap();
     let message = |id: &str| Message {
         id: id.to_owned(),
         content_type: "text/plain".to_owned(),
@@ -114,7 +55,7 @@ async fn client_certificate_lets_in_and_what_is_wrong_with_one_is_told_with_the_
     let all = serde_json::json!({ "configure": ".*", "write": ".*", "read": ".*" });
     broker.manage("PUT", "/api/permissions/%2F/client", Some(&all)).await.unwrap();
     let external = format!("amqps://127.0.0.1:{}/%2f?auth_mechanism=external", broker.tls_port());
-    let queue = Amqp::open(certificates.options(&external, "ca", Some("client")), &tracker).await.unwrap();
+    let queue = Amqp::open(showing(&certificates, &external, "ca", Some("client")), &tracker).await.unwrap();
     queue.push(vec![message("2")]).await.unwrap();
     drop(queue);
 
@@ -133,7 +74,7 @@ async fn client_certificate_lets_in_and_what_is_wrong_with_one_is_told_with_the_
         ),
         ("ca", Some("stranger"), ["who signed `certificate` in `tls`", "or it has to know who signed it"]),
     ] {
-        let queue = Amqp::open(certificates.options(&url, ca, identity), &tracker).await.unwrap();
+        let queue = Amqp::open(showing(&certificates, &url, ca, identity), &tracker).await.unwrap();
         match queue.push(vec![message("3")]).await {
             Err(Error::Unavailable { what, .. }) => {
                 assert!(expected.iter().any(|expected| what.contains(expected)), "{ca} {identity:?}: {what}");

@@ -84,7 +84,7 @@ pub(super) async fn replay(State(admin): State<Admin>, Json(query): Json<PastQue
 }
 
 /// The events of an image that were accepted and that nothing is on record of yet, oldest first: they wait in the queue, untried.
-/// Only as far as the past is kept, and of that the part in which the queued ones were pushed.
+/// Only as far as the past is kept, and of that the part in which the queued ones were pushed: on a broker, as far as that is known.
 pub(super) async fn untried(admin: &Admin, request: &StoryRequest) -> Result<Vec<PastView>, Problem> {
     /// More would keep whoever asks waiting.
     const MOST_PAGES: usize = 500;

@@ -37,15 +37,20 @@ const REFUSED: &[(&str, &str)] = &[("http_refused", "Requests that were turned a
 pub async fn serve(path: &Path, config: Config, log: LogHandle) -> anyhow::Result<ExitCode> {
     let clock = Clock::system();
     let mut lifecycle = Lifecycle::install(config.server.grace)?;
-    // They run until the process ends: the metrics and the socket ask the queue to the last. What is in hand is waited for below.
-    let queue = open_queue(&config, &clock, &TaskTracker::new(), true).await?;
-    let ledger = open_ledger(&config, &clock).await?;
     let metrics = Metrics::new();
-    let Some(opened) = lifecycle.unless_stopped(setup(&config, &ledger, &clock, &metrics)).await else {
-        info!("stopped before all keys were open");
+    let opening = async {
+        // Its tasks run until the process ends: the metrics and the socket ask the queue to the last. What is in hand is waited for
+        // below.
+        let queue = open_queue(&config, &clock, &TaskTracker::new(), true).await?;
+        let ledger = open_ledger(&config, &clock).await?;
+        let (setup, shut) = setup(&config, &ledger, &clock, &metrics).await?;
+        anyhow::Ok((queue, ledger, setup, shut))
+    };
+    let Some(opened) = lifecycle.unless_stopped(opening).await else {
+        info!("stopped before the queue, the ledger and all keys were open");
         return Ok(ExitCode::SUCCESS);
     };
-    let (setup, shut) = opened?;
+    let (queue, ledger, setup, shut) = opened?;
     let pipeline = Pipeline::new(setup, ledger.clone(), metrics.clone(), clock.clone(), patience(&config));
     let pipeline = Arc::new(pipeline.with_slots(config.queue.in_flight));
     let intake = Arc::new(Intake::new(queue.clone(), clock.clone(), sources(&config)));

@@ -54,6 +54,31 @@ impl Attribute {
     }
 }
 
+/// Why notation's trust policies cannot name this subject, if they cannot: they want C, ST and O, and take no part that has several
+/// attributes, none twice, and none that Go knows no name for. notation specifications, "Trust Policy", "Trusted Identities".
+pub(super) fn nameless(name: &Name) -> Option<String> {
+    /// serialNumber, street and postalCode: RFC 4519 sections 2.31, 2.34 and 2.23.
+    const OTHERS: [&str; 3] = ["2.5.4.5", "2.5.4.9", "2.5.4.17"];
+    if name.0.iter().any(|part| part.0.len() != 1) {
+        return Some("has a part with several attributes".to_owned());
+    }
+    let oids: Vec<_> = name.0.iter().flat_map(|part| part.0.iter()).map(|part| part.oid).collect();
+    let required = [Attribute::Country, Attribute::State, Attribute::Organization];
+    let lacking: Vec<_> =
+        required.iter().filter(|attribute| !oids.contains(&attribute.oid())).map(|lacked| lacked.name()).collect();
+    if !lacking.is_empty() {
+        return Some(format!("has no {}", lacking.join(" and no ")));
+    }
+    let is_known = |oid: &ObjectIdentifier| {
+        Attribute::ALL.iter().any(|known| known.oid() == *oid) || OTHERS.contains(&oid.to_string().as_str())
+    };
+    if let Some(unknown) = oids.iter().find(|oid| !is_known(oid)) {
+        return Some(format!("has an attribute that notation has no name for ({unknown})"));
+    }
+    let twice = oids.iter().enumerate().find(|(place, oid)| oids[..*place].contains(oid));
+    twice.map(|(_, oid)| format!("has an attribute twice ({oid})"))
+}
+
 impl SubjectName {
     /// For witnesses of whom nothing is said: a country that ISO 3166 leaves to its users, and ourselves.
     #[must_use]
@@ -130,6 +155,22 @@ impl fmt::Display for SubjectName {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_subject_that_notation_cannot_name_is_told_with_the_reason() {
+        let why = |text: &str| nameless(&text.parse().unwrap());
+        for named in ["CN=x,O=o,ST=s,C=DE", "CN=x,OU=u,O=o,L=l,ST=s,C=DE", "serialNumber=1,CN=x,O=o,ST=s,C=DE"] {
+            assert_eq!(why(named), None, "{named}");
+        }
+        for (text, reason) in [
+            ("CN=x,C=DE", "has no ST and no O"),
+            ("CN=x+OU=u,O=o,ST=s,C=DE", "has a part with several attributes"),
+            ("OU=a,OU=b,O=o,ST=s,C=DE", "has an attribute twice (2.5.4.11)"),
+            ("DC=example,O=o,ST=s,C=DE", "has an attribute that notation has no name for (0.9.2342.19200300.100.1.25)"),
+        ] {
+            assert_eq!(why(text).as_deref(), Some(reason), "{text}");
+        }
+    }
 
     #[test]
     fn names_have_what_trust_policies_need_and_each_part_once() {

@@ -59,7 +59,8 @@ fn render(copies: &Copies) -> String {
         };
         let of = if signed == digest { String::new() } else { format!(" of {signed}") };
         let approves = match reference {
-            None => "approves the digest".to_owned(),
+            None if *approves_destination => "approves the digest".to_owned(),
+            None => "approves what cannot be read".to_owned(),
             Some(name) if *approves_destination => format!("approves {name}"),
             Some(name) => format!("approves {name} only"),
         };

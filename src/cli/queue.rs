@@ -61,7 +61,7 @@ fn render_status(status: &QueueStatus) -> String {
         status.ready, status.in_flight, status.waiting
     ));
     if let Some(seconds) = status.oldest_seconds {
-        text.push_str(&format!("the oldest has been here for {seconds} s\n"));
+        text.push_str(&format!("the oldest has been here for at least {seconds} s\n"));
     }
     if status.dead_letters > 0 {
         text.push_str(&format!("{} dead letters: see `countersign queue dead`\n", status.dead_letters));

@@ -11,7 +11,7 @@ use crate::{
     clock::Clock,
     config::Config,
     oci::{Reference, Tag},
-    verify::{Evidence, Examination, Judgement, Known, Rejection, Trust, examine},
+    verify::{Attestation, Evidence, Examination, Judgement, Known, Layout, Rejection, Trust, examine},
     witness::Witness,
 };
 
@@ -157,22 +157,30 @@ pub(super) fn render_signatures(examination: &Examination) -> String {
         text.push_str("\n  it has no signatures");
     }
     for signature in &examination.signatures {
+        let layout = match signature.layout {
+            Some(Layout::Oci11) => " as a referrer (oci-1-1), which cosign reads with --experimental-oci11 only",
+            None => "",
+        };
         match &signature.verdict {
             Judgement::Verified(verified) => {
                 text.push_str(&format!(
-                    "\n  ok: {} signature {verified} (key {})",
+                    "\n  ok: {} signature {verified} (key {}){layout}",
                     signature.format,
                     &verified.key_fingerprint()[..16]
                 ));
             }
             Judgement::Rejected { witness, message, .. } => {
                 let by = witness.as_ref().map(|witness| format!(" by {witness}")).unwrap_or_default();
-                text.push_str(&format!("\n  does not count: {} signature{by}, {message}", signature.format));
+                text.push_str(&format!("\n  does not count: {} signature{by}{layout}, {message}", signature.format));
             }
         }
         if let Some(time) = signature.time {
             text.push_str(&format!(", said to be of {time}"));
         }
+    }
+    for Attestation { digest, predicate } in &examination.attestations {
+        let predicate = predicate.escape_debug();
+        text.push_str(&format!("\n  no signature: {digest} is an attestation, and states {predicate}"));
     }
     text
 }

@@ -51,12 +51,19 @@ pub async fn run(config: &Config, clock: &Clock, command: &WitnessCommand, outpu
         WitnessCommand::Certificate { name, renew } => {
             let certificates = app::certificates(config, named(config, name)?, clock, *renew).await?;
             let chain = certificates.first().context("there is no certificate")?;
+            if let Some(why) = chain.nameless() {
+                eprintln!(
+                    "warning: the certificate's subject ({}) {why}: no trust policy of notation's can name it, and one that trusts \
+                     everybody (\"*\") trusts whomever its root certifies",
+                    chain.subject()
+                );
+            }
             let answer = serde_json::json!({
                 "witness": name,
                 "certificate": chain.root_to_pem(),
                 "chain": chain.to_pem(),
                 "thumbprint": chain.thumbprint(),
-                "trusted_identity": format!("x509.subject: {}", chain.subject()),
+                "trusted_identity": chain.trusted_identity(),
                 "not_before": chain.not_before(),
                 "not_after": chain.not_after(),
             });

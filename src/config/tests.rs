@@ -179,6 +179,7 @@ fn imagined() -> Outside {
             "empty" => contents(""),
             "newline" => contents("\n"),
             "release.chain.pem" => contents(include_str!("../../tests/data/vectors/keys/p256.notation.crt.pem")),
+            "nameless.chain.pem" => contents(&nameless()),
             "short" => contents("hunter2\n"),
             "spaced" => contents("hunter2 is a password\n"),
             "binary" => Ok(Contents { bytes: vec![0xff; 40], world_readable: false }),
@@ -189,6 +190,16 @@ fn imagined() -> Outside {
     Outside::imagined(read_file, |name| {
         matches!(name, "TOKEN" | "REGISTRY_PASSWORD" | "WEBHOOK_PASSWORD").then(|| SECRET.to_owned())
     })
+}
+
+/// A certificate whose subject is a common name and a country.
+fn nameless() -> String {
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(rcgen::DnType::CountryName, "DE");
+    params.distinguished_name.push(rcgen::DnType::CommonName, "release");
+    params.key_usages = vec![rcgen::KeyUsagePurpose::DigitalSignature];
+    params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem()
 }
 
 fn parse(text: &str) -> Result<(Config, Vec<Problem>), Problems> {
@@ -487,6 +498,19 @@ fn ten_thousand_rules_are_read_in_no_time() {
         .unwrap();
     }
     assert_eq!(parse(&text).unwrap().0.rules.len(), 10_001);
+}
+
+#[test]
+fn a_certificate_that_notation_can_name_nobody_by_is_warned_of() {
+    let text = "[[witness]]\nname = \"release\"\nkey = \"file:///k\"\ncertificate = \"CHAIN\"\n";
+    let (_, warnings) = parse(&text.replace("CHAIN", "release.chain.pem")).unwrap();
+    assert!(warnings.is_empty(), "{}", in_full(&warnings));
+    let (config, warnings) = parse(&text.replace("CHAIN", "nameless.chain.pem")).unwrap();
+    let said = in_full(&warnings);
+    assert!(said.contains("the certificate's subject (CN=release,C=DE) has no ST and no O"), "{said}");
+    assert!(said.contains("countersign.toml:4:15"), "{said}");
+    let chain = config.witnesses[0].certificate.as_ref().unwrap();
+    assert_eq!((chain.trusted_identity(), chain.nameless().as_deref()), (None, Some("has no ST and no O")));
 }
 
 #[test]

@@ -261,6 +261,14 @@ pub(crate) fn read(section: &Section<'_>) -> Option<Witness> {
         let help = "remove it: `certificate` says whom it is for".to_owned();
         section.report.error(at, "`subject` is for certificates that are made here", help);
     }
+    if let Some(Some(chain)) = &certificate
+        && let Some(why) = chain.nameless()
+    {
+        let message = format!("the certificate's subject ({}) {why}", chain.subject());
+        let help = "no trust policy of notation's can name it, and one that trusts everybody (`trustedIdentities`: \"*\") trusts whomever \
+                    its root certifies: have one made whose subject has C, ST and O, and of the rest L, OU and CN at most, each once";
+        section.report.warning(section.value_span("certificate"), message, help.to_owned());
+    }
     let verify = section.value("verify").map(|value| value.each_table(former_key));
     let rate = section.value("rate").map(|value| value.table().as_ref().and_then(rate));
     Some(Witness {

@@ -1,7 +1,8 @@
 //! Signatures that are referrers: each a manifest of its own, which keeps its bytes and so its digest.
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
-use futures::future::try_join_all;
 
 use super::{Copied, Error, Kind, Route, State, settle};
 use crate::{
@@ -15,9 +16,12 @@ use crate::{
         },
     },
     registry::{self, Address, Manifest, ReferrersIndex},
-    signature::{bundle::MAX_BUNDLE, referrer::ReferrerManifest},
+    signature::{bundle::MAX_BUNDLE, cosign, referrer::ReferrerManifest},
     verify::Stored,
 };
+
+/// Of all blobs of one referrer: a bundle and its config are the largest.
+const MOST_BYTES: u64 = 2 * MAX_BUNDLE;
 
 impl Route<'_> {
     /// Copies the referrers that are signatures.
@@ -39,17 +43,23 @@ impl Route<'_> {
         for entry in listed.entries() {
             let Some((kind, manifest, read)) = self.signature(entry).await? else { continue };
             let is_there = there.entries().iter().any(|entry| entry.digest == *manifest.digest());
-            let state = match self.unwritten(is_there) {
-                Some(state) => state,
-                None => match self.blobs(&read).await? {
-                    Some(blobs) => {
-                        missing.push((manifest, read, blobs));
-                        State::Copied
-                    }
-                    None => State::LeftOut { reason: "its content is missing in the source, so it counts nowhere" },
-                },
+            let unwritten = self.unwritten(is_there);
+            // What a layer approves is in its payload.
+            let is_wanted = kind == Kind::CosignReferrer || matches!(unwritten, None | Some(State::Missing));
+            let Blobs { had, lack } = if is_wanted { self.blobs(&read).await? } else { Blobs::default() };
+            let references = match kind {
+                Kind::CosignReferrer => references(&read, &had),
+                Kind::Cosign | Kind::Bundle | Kind::Notation => vec![None],
             };
-            copied.push(self.copied(kind, None, state));
+            let state = match (unwritten, lack) {
+                (None | Some(State::Missing), Some(reason)) => State::LeftOut { reason },
+                (Some(state), _) => state,
+                (None, None) => {
+                    missing.push((manifest, read, had.into_values().collect()));
+                    State::Copied
+                }
+            };
+            copied.extend(references.into_iter().map(|reference| self.copied(kind, reference, state.clone())));
         }
         if !missing.is_empty() {
             let written = self.write(&missing, there.is_by_api()).await;
@@ -73,27 +83,42 @@ impl Route<'_> {
         let Some(manifest) = found else { return Ok(None) };
         let Ok(read) = ReferrerManifest::read(manifest.media_type(), manifest.content()) else { return Ok(None) };
         // cosign's first bundles have a config that says nothing, and no type of their own.
-        let types = [&read.artifact_type, &read.blob.media_type];
-        let kind = if types.into_iter().any(|named| attachment::is_bundle(named)) {
+        let types = [Some(&read.artifact_type), read.blob().map(|blob| &blob.media_type)];
+        let kind = if types.into_iter().flatten().any(|named| attachment::is_bundle(named)) {
             Kind::Bundle
+        } else if read.artifact_type == cosign::ARTIFACT_TYPE {
+            Kind::CosignReferrer
         } else if attachment::is_signature(&read.artifact_type) {
             Kind::Notation
         } else {
             return Ok(None);
         };
-        let counts = read.subject == *self.subject && !Stored::is_ruled_out(&read.annotations);
+        let is_whole = kind == Kind::CosignReferrer || read.blob().is_some();
+        let counts = is_whole && read.subject == *self.subject && Stored::other_predicate(&read.annotations).is_none();
         Ok(counts.then_some((kind, manifest, read)))
     }
 
-    /// What the manifest needs; None if the source does not have it.
-    async fn blobs(&self, read: &ReferrerManifest) -> Result<Option<Vec<Bytes>>, registry::Error> {
-        let wanted = [&read.blob, &read.config].map(async |blob: &Descriptor| {
-            match self.source.registry.blob(self.source.repository(), &blob.digest, MAX_BUNDLE).await {
-                Err(registry::Error::Oversized { .. }) => Ok(None),
-                blob => blob,
+    /// What the manifest needs, up to the first that cannot be had.
+    async fn blobs(&self, read: &ReferrerManifest) -> Result<Blobs, registry::Error> {
+        let mut blobs = Blobs::default();
+        let mut left = MOST_BYTES;
+        for Descriptor { digest, .. } in read.blobs.iter().chain([&read.config]) {
+            if blobs.had.contains_key(digest) {
+                continue;
             }
-        });
-        Ok(try_join_all(wanted).await?.into_iter().collect())
+            blobs.lack = match self.source.registry.blob(self.source.repository(), digest, left).await {
+                Err(registry::Error::Oversized { .. }) => Some("its content is larger than any that is copied"),
+                Ok(None) => Some("its content is missing in the source, so it counts nowhere"),
+                Ok(Some(blob)) => {
+                    left -= (blob.len() as u64).min(left);
+                    blobs.had.insert(digest.clone(), blob);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            break;
+        }
+        Ok(blobs)
     }
 
     async fn write(&self, missing: &[Missing], by_api: bool) -> Result<(), pipeline::Error> {
@@ -111,6 +136,19 @@ impl Route<'_> {
 
 /// A signature that the destination does not have: its manifest, what that says, and the blobs that it needs.
 type Missing = (Manifest, ReferrerManifest, Vec<Bytes>);
+
+/// What a manifest needs, and why not all of it can be had, if it cannot.
+#[derive(Default)]
+struct Blobs {
+    had: HashMap<Digest, Bytes>,
+    lack: Option<&'static str>,
+}
+
+/// As what each of the layers says that it approves the digest.
+fn references(read: &ReferrerManifest, payloads: &HashMap<Digest, Bytes>) -> Vec<Option<String>> {
+    let said = |layer: &Descriptor| Some(cosign::Statement::read(payloads.get(&layer.digest)?).ok()?.reference);
+    read.blobs.iter().map(said).collect()
+}
 
 /// Entries that are added to the destination's index under the fallback tag.
 struct Entries<'a> {

@@ -3,6 +3,7 @@
 mod cut_short;
 pub(crate) mod fake;
 mod house;
+mod layouts;
 mod referrers;
 mod replay;
 
@@ -200,7 +201,7 @@ async fn a_deadline_that_is_spent_in_line_for_the_key_uses_up_no_patience() {
     let pipeline = house.pipeline(release());
     let setup = pipeline.setup();
     let (registry, tag) = (&setup.registries[&NAME.parse().unwrap()], "1.0".parse().unwrap());
-    let located = subject::locate(registry, &app(), Some(&tag), &digest).await;
+    let located = subject::locate(registry, &app(), Some(&tag), &digest, subject::Children::Signed).await;
     let Ok(Located::Image(image)) = located else { panic!("{located:?}") };
     let plan = plan::plan(&image, Timestamp::UNIX_EPOCH, setup.rules.all(), &setup.witnesses, Timestamp::UNIX_EPOCH);
     let desk = Desk {

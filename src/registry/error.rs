@@ -139,6 +139,14 @@ impl Classify for Error {
     }
 }
 
+impl Error {
+    /// Whether a registry refuses what it was sent, rather than who sends it, where to, or when.
+    #[must_use]
+    pub fn is_of_content(&self) -> bool {
+        matches!(self, Self::Rejected { reported, .. } if matches!(reported.status.as_u16(), 400 | 415 | 422))
+    }
+}
+
 /// What was being done, as the beginning of a sentence: `cannot read the manifest team/app:1.0 at registry.example.com`.
 #[derive(Clone)]
 pub struct At(Arc<str>);

@@ -101,7 +101,29 @@ impl Knowledge {
     }
 }
 
+/// When a registry has refused a manifest that says its artifact's type itself, and taken the one in the layout of before OCI
+/// image-spec 1.1, if it has.
+#[derive(Debug, Default)]
+pub(super) struct OlderLayout(Mutex<Option<Instant>>);
+
+impl OlderLayout {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+        self.0.lock().expect("nothing panics while it holds this")
+    }
+}
+
 impl Registry {
+    /// Whether artifacts are to be stored in the layout of before OCI image-spec 1.1, because the registry took nothing else when
+    /// it was tried last. It is tried again later.
+    pub fn takes_older_layout(&self) -> bool {
+        self.0.older_layout.lock().is_some_and(|since| since.elapsed() < ASK_AGAIN)
+    }
+
+    /// Remembers which of both layouts the registry took when it had refused the other.
+    pub fn remember_layout(&self, is_older: bool) {
+        *self.0.older_layout.lock() = is_older.then(Instant::now);
+    }
+
     /// All referrers of `subject` in this repository: by the API, or if the registry has none, by the index under the fallback
     /// tag.
     ///

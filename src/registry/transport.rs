@@ -377,7 +377,7 @@ impl Registry {
 }
 
 /// The target of a `Link` header whose relation is `next`.
-fn next_link(header: &str) -> Option<&str> {
+pub(super) fn next_link(header: &str) -> Option<&str> {
     let mut rest = header;
     loop {
         let (_, after) = rest.split_once('<')?;

@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     Claim,
-    referrer::{CREATED_ANNOTATION, Referrer},
+    referrer::{CREATED_ANNOTATION, Layouts, Referrer},
 };
 use crate::{
     kms::{PublicKey, RawSignature},
@@ -93,7 +93,7 @@ impl Prepared {
             (HINT_ANNOTATION, hint),
         ];
         let annotations = annotations.map(|(name, value)| (name.to_owned(), value)).into();
-        Referrer::new(MEDIA_TYPE, MEDIA_TYPE, bundle.into(), &self.subject, annotations)
+        Referrer::new(Layouts::Current, MEDIA_TYPE, MEDIA_TYPE, &bundle.into(), &self.subject, &annotations)
     }
 }
 

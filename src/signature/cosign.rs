@@ -23,6 +23,9 @@ pub use manifest::{Entry, Error, SignatureManifest};
 
 /// The media type of a layer that is a payload.
 pub const LAYER_MEDIA_TYPE: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
+/// The type of a referrer that has such layers: what cosign writes in its experimental mode `oci-1-1` instead of the `.sig` tag, and
+/// reads with `--experimental-oci11` only.
+pub const ARTIFACT_TYPE: &str = "application/vnd.dev.cosign.artifact.sig.v1+json";
 /// The annotation of such a layer that holds the signature, in standard base64.
 pub const SIGNATURE_ANNOTATION: &str = "dev.cosignproject.cosign/signature";
 /// No payload that any reader takes is larger, in bytes (containers/image takes 4 MiB; ours are some hundred bytes).

@@ -19,7 +19,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     bundle::{HINT_ANNOTATION, hint},
-    referrer::{CREATED_ANNOTATION, Referrer},
+    referrer::{CREATED_ANNOTATION, Layouts, Referrer},
 };
 use crate::{
     certificate::{self, Chain},
@@ -208,7 +208,8 @@ impl Prepared {
             (HINT_ANNOTATION, hint(self.chain.public_key())),
         ];
         let annotations = annotations.map(|(name, value)| (name.to_owned(), value)).into();
-        Ok(Referrer::new(ARTIFACT_TYPE, self.envelope.media_type(), content.into(), &self.subject, annotations))
+        let (layouts, media_type) = (Layouts::CurrentOrOlder, self.envelope.media_type());
+        Ok(Referrer::new(layouts, ARTIFACT_TYPE, media_type, &content.into(), &self.subject, &annotations))
     }
 }
 

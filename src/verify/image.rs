@@ -7,21 +7,26 @@ use futures::{StreamExt as _, TryStreamExt as _, stream};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::{Rejection, Signer, Stored, Trust, Verified, Wanted, read_referrer};
+use super::{Referring, Rejection, Signer, Stored, Trust, Verified, Wanted, read_referrer};
 use crate::{
-    oci::{Digest, Reference, Tag},
+    oci::{Descriptor, Digest, Reference, Tag},
     registry::{self, Address, Registry},
     signature::{
         Claim, Format,
         bundle::hint,
-        cosign::{MAX_PAYLOAD, SignatureManifest},
+        cosign::{Layer, MAX_PAYLOAD, SignatureManifest},
         notation::Target,
     },
 };
 
 /// No more referrers are read that may be signatures: anybody who can push can add any number.
 const MOST_REFERRERS: usize = 100;
+/// No more signatures are looked at that are layers of referrers, in all of these together.
+const MOST_LAYERS: usize = 1000;
 const READS_AT_ONCE: usize = 4;
+
+/// What was read of the payloads of layers, each once: cosign says in each of its referrers what it said in the one before.
+type Payloads = HashMap<Digest, Option<Bytes>>;
 
 /// What is known of an image's signatures.
 #[derive(Debug, Clone, Serialize)]
@@ -30,19 +35,42 @@ pub struct Examination {
     /// What the reference resolves to; None if the registry has no such image.
     pub digest: Option<Digest>,
     pub signatures: Vec<Examined>,
+    /// What was found beside the signatures and says that it is none. Nobody vouches for it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub attestations: Vec<Attestation>,
     /// Why nothing could be read where signatures are, although something is there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unreadable: Option<String>,
+}
+
+/// A bundle that states something about the image, such as how it was built: not that it is signed, whosever key it is by.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Attestation {
+    /// Of its manifest.
+    pub digest: Digest,
+    /// What it states, by its in-toto predicate type; by its own word.
+    pub predicate: String,
 }
 
 /// One signature, and whether it counts.
 #[derive(Debug, Clone, Serialize)]
 pub struct Examined {
     pub format: Format,
+    /// How it is stored, if not as its format is by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layout: Option<Layout>,
     /// When it was made, on the word of whoever wrote it; None where the format does not tell.
     pub time: Option<Timestamp>,
     #[serde(flatten)]
     pub verdict: Judgement,
+}
+
+/// A way of storing signatures that few verifiers look for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum Layout {
+    /// cosign's experimental referrer: the layers that are under the `.sig` tag otherwise.
+    #[serde(rename = "oci-1-1")]
+    Oci11,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -86,7 +114,8 @@ pub async fn examine(
     now: Timestamp,
 ) -> Result<Examination, registry::Error> {
     let repository = &reference.repository;
-    let mut examination = Examination { reference: reference.clone(), digest: None, signatures: vec![], unreadable: None };
+    let mut examination =
+        Examination { reference: reference.clone(), digest: None, signatures: vec![], attestations: vec![], unreadable: None };
     let tag = || Address::Tag(reference.tag.clone().unwrap_or_else(Tag::latest));
     let address = reference.digest.clone().map_or_else(tag, Address::Digest);
     let Some(manifest) = registry.manifest(repository, &address).await? else { return Ok(examination) };
@@ -94,8 +123,9 @@ pub async fn examine(
     let manifest = Target::new(manifest.media_type(), manifest.digest(), manifest.content().len() as u64);
     let court = Court { registry, wanted: Wanted { manifest, reference: reference.clone() }, trusts, now };
     let (under_tag, referrers) = tokio::try_join!(court.under_tag(), court.referrers())?;
-    for Found { signatures, unreadable } in [under_tag, referrers] {
+    for Found { signatures, attestations, unreadable } in [under_tag, referrers] {
         examination.signatures.extend(signatures);
+        examination.attestations.extend(attestations);
         examination.unreadable = examination.unreadable.or(unreadable);
     }
     Ok(examination)
@@ -105,6 +135,7 @@ pub async fn examine(
 #[derive(Default)]
 struct Found {
     signatures: Vec<Examined>,
+    attestations: Vec<Attestation>,
     unreadable: Option<String>,
 }
 
@@ -131,25 +162,37 @@ impl Court<'_> {
                 return Ok(Found { unreadable, ..Found::default() });
             }
         };
-        let mut fetched: HashMap<&Digest, Option<Bytes>> = HashMap::new();
+        let signatures = self.layers(manifest.layers(), &mut Payloads::new(), None).await?;
+        Ok(Found { signatures, ..Found::default() })
+    }
+
+    /// Judges those that are layers.
+    async fn layers(
+        &self,
+        layers: &[Layer],
+        payloads: &mut Payloads,
+        layout: Option<Layout>,
+    ) -> Result<Vec<Examined>, registry::Error> {
+        let repository = &self.wanted.reference.repository;
         let mut signatures = vec![];
-        for layer in manifest.layers() {
+        for layer in layers {
             // The payload of a signature that nobody trusted made is not worth a request, and any other is worth one.
             let signers = layer.payload_sha256().map(|sha256| self.signers(Format::Cosign, &sha256, layer.signature()));
             let signers = signers.unwrap_or_default();
             let claim = if signers.is_empty() {
                 Err(Rejection::UnknownKey)
             } else {
-                if !fetched.contains_key(layer.payload()) {
+                if !payloads.contains_key(layer.payload()) {
                     let payload = self.registry.blob(repository, layer.payload(), MAX_PAYLOAD).await?;
-                    fetched.insert(layer.payload(), payload);
+                    payloads.insert(layer.payload().clone(), payload);
                 }
-                let payload = fetched[layer.payload()].as_ref().ok_or(Rejection::NoPayload);
+                let payload = payloads[layer.payload()].as_ref().ok_or(Rejection::NoPayload);
                 payload.and_then(|payload| layer.claim(payload).map_err(Rejection::Malformed))
             };
-            signatures.push(Examined { format: Format::Cosign, time: None, verdict: self.judge(&signers, claim) });
+            let verdict = self.judge(&signers, claim);
+            signatures.push(Examined { format: Format::Cosign, layout, time: None, verdict });
         }
-        Ok(Found { signatures, unreadable: None })
+        Ok(signatures)
     }
 
     /// Those that are referrers.
@@ -169,20 +212,46 @@ impl Court<'_> {
                 keys.chain(trust.certificates.iter().map(|chain| chain.thumbprint().to_owned()))
             })
             .collect();
-        let mut candidates = Stored::candidates(&listed, &hints);
+        let mut candidates = Stored::candidates(&listed, Stored::ALL_ARTIFACT_TYPES, &hints);
         let all = candidates.len();
         candidates.truncate(MOST_REFERRERS);
         let unreadable =
             (all > MOST_REFERRERS).then(|| format!("only {MOST_REFERRERS} of {all} referrers that may be signatures were read"));
-        let read: Vec<_> =
-            candidates.into_iter().map(|entry| read_referrer(self.registry, &reference.repository, digest, entry)).collect();
-        let stored: Vec<_> = stream::iter(read).buffered(READS_AT_ONCE).try_collect().await?;
-        let signatures = stored.into_iter().flatten().map(|Stored { format, time, claim }| {
-            let signers = claim.as_ref().map(|claim| self.signers(format, &claim.signed_sha256, &claim.signature));
-            let signers = signers.unwrap_or_default();
-            Examined { format, time, verdict: self.judge(&signers, claim) }
-        });
-        Ok(Found { signatures: signatures.collect(), unreadable })
+        let says_so = |entry: &Descriptor| {
+            let predicate = Stored::other_predicate(&entry.annotations)?;
+            Some(Attestation { digest: entry.digest.clone(), predicate })
+        };
+        let says_so = listed.candidates(Stored::ALL_ARTIFACT_TYPES).filter_map(says_so);
+        let mut found = Found { signatures: vec![], attestations: says_so.take(MOST_REFERRERS).collect(), unreadable };
+        let read = candidates
+            .into_iter()
+            .map(async |entry| Ok((entry, read_referrer(self.registry, &reference.repository, digest, entry).await?)));
+        let read: Vec<_> = read.collect();
+        let mut read = stream::iter(read).buffered(READS_AT_ONCE);
+        let (mut layers_left, mut payloads) = (MOST_LAYERS, Payloads::new());
+        while let Some((entry, referring)) = read.try_next().await? {
+            match referring {
+                Referring::Signature(Stored { format, time, claim }) => {
+                    let signers = claim.as_ref().map(|claim| self.signers(format, &claim.signed_sha256, &claim.signature));
+                    let verdict = self.judge(&signers.unwrap_or_default(), claim);
+                    found.signatures.push(Examined { format, layout: None, time, verdict });
+                }
+                Referring::Layers(manifest) => {
+                    let layers = &manifest.layers()[..manifest.layers().len().min(layers_left)];
+                    if layers.len() < manifest.layers().len() {
+                        let problem = || format!("only {MOST_LAYERS} signatures in oci-1-1 referrers were read");
+                        found.unreadable.get_or_insert_with(problem);
+                    }
+                    layers_left -= layers.len();
+                    found.signatures.extend(self.layers(layers, &mut payloads, Some(Layout::Oci11)).await?);
+                }
+                Referring::Attestation { predicate } => {
+                    found.attestations.push(Attestation { digest: entry.digest.clone(), predicate });
+                }
+                Referring::Other => {}
+            }
+        }
+        Ok(found)
     }
 
     fn signers(&self, format: Format, sha256: &[u8; 32], signature: &[u8]) -> Vec<Signer<'_>> {
@@ -203,3 +272,6 @@ impl Court<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,12 +10,26 @@ use crate::{
     oci::{Descriptor, Digest, Repository},
     registry::{self, Address, Referrers, Registry},
     signature::{
-        Claim, Format, bundle, notation,
+        Claim, Format, bundle, cosign, notation,
         referrer::{CREATED_ANNOTATION, ReferrerManifest},
     },
 };
 
-/// One that was found, and what it says or why that cannot be told.
+/// What a referrer turned out to be.
+#[derive(Debug)]
+pub(crate) enum Referring {
+    Signature(Stored),
+    /// Signatures as cosign's mode `oci-1-1` keeps them: what is under the `.sig` tag otherwise.
+    Layers(cosign::SignatureManifest),
+    /// A bundle that says of itself that its statement is another one than that the image is signed.
+    Attestation {
+        predicate: String,
+    },
+    /// No referrer of this image, or of a kind that is nobody's signature.
+    Other,
+}
+
+/// A signature that was found, and what it says or why that cannot be told.
 #[derive(Debug, Clone)]
 pub(crate) struct Stored {
     pub(crate) format: Format,
@@ -25,33 +39,39 @@ pub(crate) struct Stored {
 }
 
 impl Stored {
-    /// The types of artifacts that are signatures.
-    const ARTIFACT_TYPES: &[&str] = &[bundle::MEDIA_TYPE, notation::ARTIFACT_TYPE];
+    /// The types of artifacts that are signatures such as ours.
+    pub(crate) const ARTIFACT_TYPES: &[&str] = &[bundle::MEDIA_TYPE, notation::ARTIFACT_TYPE];
+    /// The same, and of those that only others write.
+    pub(crate) const ALL_ARTIFACT_TYPES: &[&str] = &[bundle::MEDIA_TYPE, notation::ARTIFACT_TYPE, cosign::ARTIFACT_TYPE];
 
-    /// Those of the listed referrers that may be signatures; first those that say that one of these made them: keys, as bundles
-    /// name them, and certificates, by thumbprint.
-    pub(crate) fn candidates<'a>(listed: &'a Referrers, hints: &[String]) -> Vec<&'a Descriptor> {
-        let candidates = listed.candidates(Self::ARTIFACT_TYPES);
-        let mut candidates: Vec<_> = candidates.filter(|entry| !Self::is_ruled_out(&entry.annotations)).collect();
+    /// Those of the listed referrers that may be signatures of these types; first those that say that one of these made them: keys,
+    /// as bundles name them, and certificates, by thumbprint. Last those that only cosign's experimental mode writes.
+    pub(crate) fn candidates<'a>(listed: &'a Referrers, types: &'static [&'static str], hints: &[String]) -> Vec<&'a Descriptor> {
+        let candidates = listed.candidates(types);
+        let mut candidates: Vec<_> = candidates.filter(|entry| Self::other_predicate(&entry.annotations).is_none()).collect();
         let is_named = |entry: &&Descriptor| {
             let key = entry.annotations.get(bundle::HINT_ANNOTATION).cloned();
             let leaf = notation::thumbprints(&entry.annotations).and_then(|all| all.into_iter().next());
             [key, leaf].iter().flatten().any(|named| hints.contains(named))
         };
-        candidates.sort_by_cached_key(|entry| !is_named(entry));
+        let is_experimental = |entry: &Descriptor| entry.artifact_type.as_deref() == Some(cosign::ARTIFACT_TYPE);
+        candidates.sort_by_cached_key(|entry| (!is_named(entry), is_experimental(entry)));
         candidates
     }
 
-    /// Whether its annotations say that an artifact is something else than a signature.
-    pub(crate) fn is_ruled_out(annotations: &BTreeMap<String, String>) -> bool {
-        annotations.get(bundle::PREDICATE_ANNOTATION).is_some_and(|predicate| predicate != bundle::PREDICATE_TYPE)
+    /// What an artifact states, where its annotations say that it is something else than a signature: no more than is shown, since
+    /// anybody can have written it.
+    pub(crate) fn other_predicate(annotations: &BTreeMap<String, String>) -> Option<String> {
+        const SHOWN: usize = 200;
+        let predicate = annotations.get(bundle::PREDICATE_ANNOTATION).filter(|predicate| *predicate != bundle::PREDICATE_TYPE);
+        predicate.map(|predicate| predicate.chars().take(SHOWN).collect())
     }
 }
 
 /// Reads a blob of one format.
 type Reader = fn(&[u8]) -> Result<Claim, String>;
 
-/// Reads a referrer of `subject` that is listed as `entry`. None if it is no signature, or no referrer of this subject.
+/// Reads a referrer of `subject` that is listed as `entry`.
 ///
 /// # Errors
 /// When the registry could not be asked. What anybody can have put there, such as a manifest that cannot be read, is no error.
@@ -60,35 +80,45 @@ pub(crate) async fn read_referrer(
     repository: &Repository,
     subject: &Digest,
     entry: &Descriptor,
-) -> Result<Option<Stored>, registry::Error> {
+) -> Result<Referring, registry::Error> {
     let found = match registry.manifest(repository, &Address::Digest(entry.digest.clone())).await {
         Err(registry::Error::Unsupported { .. } | registry::Error::Oversized { .. }) => None,
         found => found?,
     };
-    let Some(found) = found else { return Ok(None) };
-    let Ok(manifest) = ReferrerManifest::read(found.media_type(), found.content()) else { return Ok(None) };
-    if manifest.subject != *subject || Stored::is_ruled_out(&manifest.annotations) {
-        return Ok(None);
+    let Some(found) = found else { return Ok(Referring::Other) };
+    let Ok(manifest) = ReferrerManifest::read(found.media_type(), found.content()) else { return Ok(Referring::Other) };
+    if manifest.subject != *subject {
+        return Ok(Referring::Other);
     }
-    let (format, limit, read): (Format, u64, Reader) = match manifest.blob.media_type.as_str() {
+    if let Some(predicate) = Stored::other_predicate(&manifest.annotations) {
+        return Ok(Referring::Attestation { predicate });
+    }
+    if manifest.artifact_type == cosign::ARTIFACT_TYPE {
+        let layers = cosign::SignatureManifest::read(found.media_type(), found.content());
+        return Ok(layers.map_or(Referring::Other, Referring::Layers));
+    }
+    let Some(at) = manifest.blob() else { return Ok(Referring::Other) };
+    let (format, limit, read): (Format, u64, Reader) = match at.media_type.as_str() {
         bundle::MEDIA_TYPE => (Format::Bundle, bundle::MAX_BUNDLE, bundle::read),
         other => match notation::Envelope::of_media_type(other) {
             // It has rules of its own for what says the artifact's type.
-            Some(_) if notation::SignatureManifest::read(found.media_type(), found.content()).is_err() => return Ok(None),
+            Some(_) if notation::SignatureManifest::read(found.media_type(), found.content()).is_err() => {
+                return Ok(Referring::Other);
+            }
             Some(notation::Envelope::Jws) => {
                 (Format::Notation, notation::MAX_ENVELOPE, |blob| notation::read(notation::Envelope::Jws, blob))
             }
             Some(notation::Envelope::Cose) => {
                 (Format::NotationCose, notation::MAX_ENVELOPE, |blob| notation::read(notation::Envelope::Cose, blob))
             }
-            None => return Ok(None),
+            None => return Ok(Referring::Other),
         },
     };
-    let blob = blob(registry, repository, &manifest.blob, limit).await?;
+    let blob = blob(registry, repository, at, limit).await?;
     let claim = blob.ok_or(Rejection::NoPayload).and_then(|blob| read(&blob).map_err(Rejection::Malformed));
     let signed = claim.as_ref().ok().and_then(|claim| claim.notation.as_ref()).map(|envelope| envelope.signing_time());
     let time = signed.or_else(|| manifest.annotations.get(CREATED_ANNOTATION).and_then(|created| created.parse().ok()));
-    Ok(Some(Stored { format, time, claim }))
+    Ok(Referring::Signature(Stored { format, time, claim }))
 }
 
 /// A blob that is not there, or larger than it may be, is None alike.
@@ -104,5 +134,41 @@ async fn blob(
     match registry.blob(repository, &at.digest, limit).await {
         Err(registry::Error::Oversized { .. }) => Ok(None),
         blob => blob,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{oci::media_type, registry::ReferrersIndex};
+
+    #[test]
+    fn what_only_an_experiment_writes_takes_no_others_place() {
+        let entry = |number: u8, artifact_type: &str| Descriptor {
+            media_type: media_type::OCI_MANIFEST.to_owned(),
+            digest: Digest::of(&[number]),
+            size: 1,
+            artifact_type: Some(artifact_type.to_owned()),
+            platform: None,
+            annotations: BTreeMap::new(),
+        };
+        let mut index = ReferrersIndex::empty();
+        for one in [entry(1, cosign::ARTIFACT_TYPE), entry(2, bundle::MEDIA_TYPE), entry(3, cosign::ARTIFACT_TYPE)] {
+            index.add(&one).unwrap();
+        }
+        let listed = Referrers::of_index(index);
+        let order = |types| Stored::candidates(&listed, types, &[]).iter().map(|one| one.digest.clone()).collect::<Vec<_>>();
+        assert_eq!(order(Stored::ALL_ARTIFACT_TYPES), [2, 1, 3].map(|number| Digest::of(&[number])));
+        assert_eq!(order(Stored::ARTIFACT_TYPES), [Digest::of(&[2])]);
+    }
+
+    #[test]
+    fn what_an_attestation_says_that_it_states_is_cut() {
+        let said = |predicate: &str| {
+            Stored::other_predicate(&BTreeMap::from([(bundle::PREDICATE_ANNOTATION.to_owned(), predicate.to_owned())]))
+        };
+        assert_eq!(said("https://slsa.dev/provenance/v1").as_deref(), Some("https://slsa.dev/provenance/v1"));
+        assert_eq!(said(&"ä".repeat(4 << 20)), Some("ä".repeat(200)));
+        assert_eq!(said(bundle::PREDICATE_TYPE), None);
     }
 }

@@ -19,14 +19,7 @@ use std::{
 };
 
 use futures::StreamExt as _;
-use lapin::{
-    BasicProperties, Channel,
-    options::{
-        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, QueueDeclareOptions,
-        QueueDeleteOptions,
-    },
-    types::FieldTable,
-};
+use lapin::{BasicProperties, Channel, types::FieldTable};
 use tokio::{
     sync::{Mutex, RwLock, RwLockReadGuard},
     time::{Instant, timeout},
@@ -35,7 +28,7 @@ use tokio::{
 use super::{
     Core,
     envelope::Envelope,
-    lock,
+    flags, lock,
     session::{Session, lost},
 };
 use crate::{DeadLetter, Error};
@@ -216,8 +209,8 @@ impl Graveyard {
     async fn settle(&self, taken: Taken<'_>, done: Result<(), Error>) -> Result<bool, Error> {
         let Taken { session, channel, tag, .. } = &taken;
         let settled = match &done {
-            Ok(()) => session.asked(channel.basic_ack(*tag, BasicAckOptions { multiple: false })).await,
-            Err(_) => session.asked(channel.basic_nack(*tag, BasicNackOptions { multiple: false, requeue: true })).await,
+            Ok(()) => session.asked(channel.basic_ack(*tag, flags::ACK)).await,
+            Err(_) => session.asked(channel.basic_nack(*tag, flags::GIVE_BACK)).await,
         };
         self.held.fetch_sub(1, Ordering::Relaxed);
         done.and(settled).map(|()| true)
@@ -344,13 +337,8 @@ impl Cursor {
         let (number, channel) = (self.channels.len() - 1, &self.channels[self.channels.len() - 1]);
         let tag = format!("dead-{}", self.chunks.len());
         let prefetch = u16::try_from(expected).unwrap_or(u16::MAX);
-        session.asked(channel.basic_qos(prefetch, BasicQosOptions { global: false })).await?;
-        let consuming = channel.basic_consume(
-            queue.as_str().into(),
-            tag.as_str().into(),
-            BasicConsumeOptions::default(),
-            FieldTable::default(),
-        );
+        session.asked(channel.basic_qos(prefetch, flags::WINDOW)).await?;
+        let consuming = channel.basic_consume(queue.as_str().into(), tag.as_str().into(), flags::CONSUME, FieldTable::default());
         let mut consumer = session.asked(consuming).await?;
         let mut letters = Vec::with_capacity(expected);
         let (mut twice, mut last) = (Vec::new(), 0);
@@ -369,9 +357,9 @@ impl Cursor {
             }
         }
         self.chunks.push((number, last));
-        session.asked(channel.basic_cancel(tag.as_str().into(), BasicCancelOptions { nowait: false })).await?;
+        session.asked(channel.basic_cancel(tag.as_str().into(), flags::LEAVE)).await?;
         for tag in twice {
-            session.asked(channel.basic_ack(tag, BasicAckOptions { multiple: false })).await?;
+            session.asked(channel.basic_ack(tag, flags::ACK)).await?;
         }
         Ok(letters)
     }
@@ -389,9 +377,7 @@ impl Cursor {
         for some in iter::once(first).chain(rest.chunks(CHUNKS)) {
             for chunk in some {
                 let (channel, last) = *chunk.last().expect("a chunk has letters");
-                session
-                    .asked(self.channels[channel].basic_nack(last, BasicNackOptions { multiple: true, requeue: true }))
-                    .await?;
+                session.asked(self.channels[channel].basic_nack(last, flags::GIVE_ALL_BACK)).await?;
                 there += chunk.len() as u64;
             }
             let taken_back = async {
@@ -407,7 +393,7 @@ impl Cursor {
         }
         let lock = core.topology.lock("dead");
         let channel = session.channel().await?;
-        session.asked(channel.queue_delete(lock.as_str().into(), QueueDeleteOptions::default())).await?;
+        session.asked(channel.queue_delete(lock.as_str().into(), flags::UNLOCK)).await?;
         session.asked(channel.close(200, "OK".into())).await
     }
 }
@@ -418,9 +404,8 @@ async fn take_lock(core: &Core, session: &Session) -> Result<(), Error> {
     let began = Instant::now();
     loop {
         let channel = session.channel().await?;
-        let options = QueueDeclareOptions { exclusive: true, auto_delete: false, ..QueueDeclareOptions::default() };
         // Refused, the broker closes the channel, and nothing else.
-        if channel.queue_declare(name.as_str().into(), options, FieldTable::default()).await.is_ok() {
+        if channel.queue_declare(name.as_str().into(), flags::LOCK, FieldTable::default()).await.is_ok() {
             return session.asked(channel.close(200, "OK".into())).await;
         }
         if began.elapsed() > PATIENCE {

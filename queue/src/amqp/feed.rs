@@ -8,22 +8,24 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use jiff::Timestamp;
 use lapin::{
     message::Delivery,
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
+use tokio::time::{Instant, sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
+    backoff::Backoff,
     connect::{self, Access, Address},
+    flags,
     session::{in_time, unavailable},
     topology::{self, Queue},
 };
 use crate::Error;
 
-/// The wait after the first failure, of a connection or of a message; it doubles with each further one.
-const FIRST: Duration = Duration::from_millis(200);
+/// The longest wait after a failure, of a connection or of a message.
 const LONGEST: Duration = Duration::from_secs(10);
 
 /// What is consumed, and how.
@@ -51,7 +53,7 @@ impl fmt::Debug for Feed {
 pub struct Letter {
     pub body: Bytes,
     pub content_type: Option<String>,
-    /// Those headers whose values are texts.
+    /// Those headers whose values are texts, and times as RFC 3339 has them.
     pub headers: Vec<(String, String)>,
 }
 
@@ -62,14 +64,13 @@ impl Feed {
     /// Hands letters to `take` until `stop` is cancelled: those in hand are then left to be delivered again. All tasks of the
     /// connection run on `tracker`.
     pub async fn run(self, take: Take, tracker: TaskTracker, stop: CancellationToken) {
-        let (mut failures, mut told) = (0_u32, None::<String>);
+        let (mut backoff, mut told) = (Backoff::new(LONGEST), None::<String>);
         loop {
-            let mut consumed = false;
+            let (began, mut consumed) = (Instant::now(), false);
             let ended = tokio::select! {
                 ended = self.consume_somewhere(&take, &tracker, &mut consumed) => ended,
                 () = stop.cancelled() => return,
             };
-            failures = if consumed { 0 } else { failures.saturating_add(1) };
             let trouble = ended.to_string();
             if consumed || told.as_ref() != Some(&trouble) {
                 tracing::warn!(
@@ -80,7 +81,7 @@ impl Feed {
                 told = Some(trouble);
             }
             tokio::select! {
-                () = pause(failures) => {}
+                () = sleep(backoff.ended(began.elapsed())) => {}
                 () = stop.cancelled() => return,
             }
         }
@@ -105,9 +106,8 @@ impl Feed {
             }
             let trouble = |error| unavailable(format!("the queue {} cannot be consumed", self.queue), error);
             let channel = in_time(connection.create_channel()).await?.map_err(trouble)?;
-            let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-            let declaring = channel.queue_declare(self.queue.as_str().into(), passive, FieldTable::default());
-            return in_time(declaring).await?.map(drop).map_err(trouble);
+            let looking = channel.queue_declare(self.queue.as_str().into(), flags::LOOK_AT_QUEUE, FieldTable::default());
+            return in_time(looking).await?.map(drop).map_err(trouble);
         }
         Err(last)
     }
@@ -149,10 +149,9 @@ impl Feed {
             topology::declare_queue(&channel, Queue::durable(&self.queue)).await?;
             topology::bind(&channel, exchange, key, &self.queue).await?;
         }
-        in_time(channel.basic_qos(self.window, BasicQosOptions::default())).await?.map_err(trouble)?;
-        // Acked by hand, when it is durable elsewhere.
-        let options = BasicConsumeOptions { no_ack: false, ..BasicConsumeOptions::default() };
-        let consuming = channel.basic_consume(self.queue.as_str().into(), "countersign".into(), options, FieldTable::default());
+        in_time(channel.basic_qos(self.window, flags::WINDOW)).await?.map_err(trouble)?;
+        let (queue, tag) = (self.queue.as_str().into(), "countersign".into());
+        let consuming = channel.basic_consume(queue, tag, flags::CONSUME, FieldTable::default());
         let mut letters = in_time(consuming).await?.map_err(trouble)?;
         tracing::info!(queue = self.queue, "events come from this queue");
         *consumed = true;
@@ -176,29 +175,46 @@ impl Feed {
 /// Until it is taken.
 async fn hand_over(delivery: Delivery, take: &Take) {
     let properties = &delivery.properties;
-    let headers = properties.headers().iter().flat_map(FieldTable::inner).filter_map(|(name, value)| match value {
-        AMQPValue::LongString(text) => Some((name.to_string(), text.to_string())),
-        AMQPValue::ShortString(text) => Some((name.to_string(), text.to_string())),
-        _ => None,
-    });
+    let headers = properties.headers().iter().flat_map(FieldTable::inner);
+    let headers = headers.filter_map(|(name, value)| Some((name.to_string(), text(value)?)));
     let letter = Letter {
         content_type: properties.content_type().as_ref().map(ToString::to_string),
         headers: headers.collect(),
         body: delivery.data.into(),
     };
-    for failures in 1.. {
-        if take(letter.clone()).await {
-            break;
-        }
-        pause(failures).await;
+    let mut backoff = Backoff::new(LONGEST);
+    while !take(letter.clone()).await {
+        sleep(backoff.failed()).await;
     }
-    if let Err(error) = delivery.acker.ack(BasicAckOptions::default()).await {
+    if let Err(error) = delivery.acker.ack(flags::ACK).await {
         tracing::debug!(error = &error as &dyn std::error::Error, "a message that was taken could not be acked and comes again");
     }
 }
 
-/// Grows with the failures, and differs between those who failed together.
-async fn pause(failures: u32) {
-    let full = FIRST.saturating_mul(1 << failures.saturating_sub(1).min(10)).min(LONGEST);
-    tokio::time::sleep(full.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+fn text(value: &AMQPValue) -> Option<String> {
+    match value {
+        AMQPValue::LongString(text) => Some(text.to_string()),
+        AMQPValue::ShortString(text) => Some(text.to_string()),
+        // In seconds. As such RabbitMQ hands on what was sent as a time by AMQP 1.0.
+        AMQPValue::Timestamp(time) => Some(Timestamp::from_second(i64::try_from(*time).ok()?).ok()?.to_string()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_read_that_are_texts_or_times() {
+        for (value, expected) in [
+            (AMQPValue::LongString("text".into()), Some("text")),
+            (AMQPValue::ShortString("short".into()), Some("short")),
+            (AMQPValue::Timestamp(1_768_468_364), Some("2026-01-15T09:12:44Z")),
+            (AMQPValue::Timestamp(u64::MAX), None),
+            (AMQPValue::Boolean(true), None),
+        ] {
+            assert_eq!(text(&value).as_deref(), expected, "{value:?}");
+        }
+    }
 }

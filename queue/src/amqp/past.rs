@@ -92,6 +92,17 @@ impl Past {
         }
     }
 
+    /// When the last but so many were pushed (`many` is not 0), or a bit later.
+    pub async fn last_but(&self, core: &Core, session: &Arc<Session>, many: u64) -> Result<Option<Timestamp>, Error> {
+        let stream = core.topology.history();
+        let end = self.pushed.total(session, &stream).await?.end;
+        if end == 0 {
+            return Ok(None);
+        }
+        let mut reader = Reader::open(session, &stream, Place::At(end.saturating_sub(many)), 1).await?;
+        Ok(Some(reader.expect().await?.read(core.now()).pushed_at))
+    }
+
     /// How far back [`Past::list`] reaches, with the stream ending before that number. The broker's own numbers count as well:
     /// one in a segment.
     pub async fn reach(&self, core: &Core, session: &Arc<Session>, end: u64) -> Result<Option<History>, Error> {

@@ -15,11 +15,7 @@ use std::{
 };
 
 use futures::{StreamExt as _, stream::SelectAll};
-use lapin::{
-    Channel, Connection, Consumer, Event,
-    options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions},
-    types::FieldTable,
-};
+use lapin::{Channel, Connection, Consumer, Event, types::FieldTable};
 use tokio::{
     sync::{Notify, watch},
     time::{Instant, sleep_until, timeout},
@@ -31,6 +27,7 @@ mod publish;
 pub(super) use self::publish::Word;
 use super::{
     connect::{self, Address},
+    flags,
     returns::Returns,
     topology::{self, Layout, Topology},
 };
@@ -41,6 +38,8 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 pub(super) struct Session {
     pub number: u64,
+    /// Tells it from every other session of any replica.
+    pub mark: u64,
     began: Instant,
     publishing: Connection,
     consuming: Connection,
@@ -117,7 +116,7 @@ impl Session {
             let publish = in_time(publishing.create_channel()).await?.map_err(open)?;
             let probing = in_time(publishing.create_channel()).await?.map_err(open)?;
             for channel in [&publish, &probing] {
-                in_time(channel.confirm_select(ConfirmSelectOptions { nowait: false })).await?.map_err(open)?;
+                in_time(channel.confirm_select(flags::CONFIRM)).await?.map_err(open)?;
             }
             if is_known && topology::is_bare(&in_time(consuming.create_channel()).await?.map_err(open)?, topology).await? {
                 tracing::error!(
@@ -139,6 +138,7 @@ impl Session {
         guard.disarm();
         let session = Arc::new(Self {
             number,
+            mark: fastrand::u64(..),
             began: Instant::now(),
             publishing,
             consuming,
@@ -169,18 +169,8 @@ impl Session {
             sources.all.len() - 1
         };
         let consuming = async {
-            // Of each consumer that is begun after it.
-            self.consume.basic_qos(window, BasicQosOptions { global: false }).await?;
-            let options = BasicConsumeOptions {
-                // Not meant for quorum queues.
-                no_local: false,
-                // A message is gone when it was handled, not when it was sent.
-                no_ack: false,
-                // Others stand by.
-                exclusive: false,
-                nowait: false,
-            };
-            self.consume.basic_consume(queue.into(), tag(number).into(), options, FieldTable::default()).await
+            self.consume.basic_qos(window, flags::WINDOW).await?;
+            self.consume.basic_consume(queue.into(), tag(number).into(), flags::CONSUME, FieldTable::default()).await
         };
         let consumer: Consumer = self.asked(consuming).await?;
         let deliveries = consumer.map(move |delivery| (number, Some(delivery)));
@@ -199,8 +189,7 @@ impl Session {
             sources.left.insert(number);
             sources.active.remove(&number);
         }
-        let options = BasicCancelOptions { nowait: false };
-        self.asked(self.consume.basic_cancel(tag(number).into(), options)).await
+        self.asked(self.consume.basic_cancel(tag(number).into(), flags::LEAVE)).await
     }
 
     /// Begins to end all consumers, and no more are begun: their numbers.
@@ -302,8 +291,8 @@ impl Session {
 
     /// Messages that are ready in a queue, and its consumers.
     pub async fn depth(&self, queue: &str) -> Result<(u64, u32), Error> {
-        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let queue = self.asked(self.consume.queue_declare(queue.into(), options, FieldTable::default())).await?;
+        let looking = self.consume.queue_declare(queue.into(), flags::LOOK_AT_QUEUE, FieldTable::default());
+        let queue = self.asked(looking).await?;
         Ok((queue.message_count().into(), queue.consumer_count()))
     }
 

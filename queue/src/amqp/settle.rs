@@ -3,12 +3,12 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use lapin::options::{BasicAckOptions, BasicNackOptions};
 use tokio::sync::oneshot;
 
 use super::{
     Core,
     envelope::Envelope,
+    flags,
     inbox::Held,
     lock,
     session::{Session, lost},
@@ -181,7 +181,7 @@ impl Core {
         if held.session != session.number {
             return Err(lost());
         }
-        let acked = session.asked(held.acker.ack(BasicAckOptions { multiple: false })).await?;
+        let acked = session.asked(held.acker.ack(flags::ACK)).await?;
         if acked { Ok(()) } else { Err(lost()) }
     }
 
@@ -262,7 +262,7 @@ impl Core {
         if held.session != session.number {
             return Ok(());
         }
-        session.asked(held.acker.nack(BasicNackOptions { multiple: false, requeue: true })).await.map(drop)
+        session.asked(held.acker.nack(flags::GIVE_BACK)).await.map(drop)
     }
 
     fn remember(&self, held: &Held, settlement: Settlement) {

@@ -6,7 +6,10 @@
 //! Nothing is agreed on. As long as two replicas see it differently, a partition may have a holder that it is not meant for;
 //! it never has two.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use tokio::time::{sleep, timeout};
 
@@ -24,22 +27,22 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Gives others their share, for ever.
 pub(super) async fn watch(core: &Core, session: &Session) {
-    // Whoever is alone has nothing to give.
-    let mut settled = BTreeSet::from([core.options.replica.clone()]);
+    // Whoever is alone has nothing to give. One that was gone for a moment stands behind the others even in what is its own.
+    let mut settled = BTreeMap::new();
     let mut last = settled.clone();
     loop {
         sleep(BEAT).await;
-        let replicas = core.replicas();
-        if replicas == last && replicas != settled && core.consumes() {
-            match give(core, session, &replicas).await {
-                Ok(true) => settled.clone_from(&replicas),
+        let sharing = core.sharing();
+        if sharing == last && sharing != settled && core.consumes() {
+            match give(core, session, &core.replicas()).await {
+                Ok(true) => settled.clone_from(&sharing),
                 // Another time.
                 Ok(false) => {}
                 // It ends the session, too.
                 Err(_) => return std::future::pending().await,
             }
         }
-        last = replicas;
+        last = sharing;
     }
 }
 

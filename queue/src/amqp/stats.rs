@@ -5,21 +5,22 @@
 //! what others hold is as old as their last report. Queues are counted one after the other, in the order that messages take, so
 //! that none is missed: one whose wait ends in between is counted twice.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::{StreamExt as _, future::join_all};
 use jiff::Timestamp;
-use lapin::{
-    options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions},
-    types::{AMQPValue, FieldTable},
-};
-use tokio::time::Instant;
+use lapin::types::{AMQPValue, FieldTable};
+use tokio::time::{Instant, timeout};
 
 use super::{
     Core,
     envelope::Envelope,
-    lock,
-    session::{Session, Source},
+    flags, lock,
+    session::{Session, Source, lost},
     shares, supervisor,
 };
 use crate::{Error, Partition, Stats};
@@ -30,6 +31,8 @@ pub(super) const BEAT: Duration = Duration::from_secs(2);
 const SILENCE: Duration = Duration::from_secs(7);
 /// Retries whose time of push is remembered, at most.
 const WAITING: usize = 50_000;
+/// How long it may take to find out how old something is that nobody has.
+const AGE: Duration = Duration::from_secs(3);
 /// The longest report that is read, in bytes.
 const REPORT: usize = 64 * 1024;
 
@@ -37,6 +40,8 @@ const REPORT: usize = 64 * 1024;
 #[derive(Clone, Debug)]
 pub(super) struct Report {
     at: Instant,
+    /// Which of its sessions it is from; 0 if it does not say, as older versions do not.
+    session: u64,
     /// How many partitions it shares with the others; none if it leaves them to those.
     shares: u16,
     pub partitions: Vec<Partition>,
@@ -52,7 +57,7 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
         // Others have most of it: by then each has told so.
         session.has_lived_for(BEAT + Duration::from_millis(500)).await;
     }
-    let _halted = core.moves.halt().await;
+    let halted = core.moves.halt().await;
     let delays = async {
         let delays: Vec<_> = core.topology.delays().collect();
         join_all(delays.iter().map(|queue| session.depth(queue))).await.into_iter().collect::<Result<Vec<_>, _>>()
@@ -88,7 +93,7 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
         history,
         partitions: vec![],
     };
-    let others = core.others();
+    let (others, mut lying) = (core.others(), stray);
     for report in &others {
         stats.dead += report.dead;
         stats.ready += report.moving;
@@ -96,6 +101,7 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     }
     for ((is_own, route, _), depth) in partitions.into_iter().zip(depths) {
         let mut partition = Partition { name: route.clone(), ready: depth?.0, ..Partition::default() };
+        lying += partition.ready;
         let held = others.iter().flat_map(|report| &report.partitions).chain(&own).filter(|held| held.name == route);
         for held in held {
             partition.ready += held.ready;
@@ -116,7 +122,23 @@ pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     let in_hand = core.inbox.level().in_hand;
     let with_partition: u64 = own.iter().map(|held| held.in_flight).sum();
     stats.in_flight += in_hand.saturating_sub(with_partition);
+    // One whose wait ended in between is in both numbers.
+    let lying = lying.max(stats.waiting);
+    if stats.oldest.is_none() && lying > 0 {
+        drop(halted);
+        stats.oldest = age_of(core, &session, lying).await;
+    }
     Ok(stats)
+}
+
+/// What lies on the broker does not show how old it is, unless it is consumed. But no two were pushed as one, so the oldest of so
+/// many is as old as that many pushes ago at least. None if the broker does not say so soon: the counts are worth more.
+async fn age_of(core: &Core, session: &Arc<Session>, many: u64) -> Option<Timestamp> {
+    let answer = timeout(AGE, core.past.last_but(core, session, many)).await.unwrap_or_else(|_| Err(lost()));
+    if let Err(error) = &answer {
+        tracing::debug!(error = error as &dyn std::error::Error, "no age is told of what lies on the broker");
+    }
+    answer.ok().flatten()
 }
 
 /// With those that are idle and ours.
@@ -146,7 +168,8 @@ fn older(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestamp> 
 pub(super) async fn report(core: Arc<Core>, session: Arc<Session>) {
     core.graveyard.tidy(&core).await;
     let shares = if core.consumes() { core.topology.partitions } else { 0 };
-    let mut text = format!("shares {shares}\ndead {}\nmoving {}\n", core.graveyard.held(), core.moves.under_way());
+    let mut text =
+        format!("session {}\nshares {shares}\ndead {}\nmoving {}\n", session.mark, core.graveyard.held(), core.moves.under_way());
     let shown = |time: Option<Timestamp>| time.map_or(0, |time| i64::try_from(time.as_nanosecond()).unwrap_or(i64::MAX));
     text.push_str(&format!("oldest {}\n", shown(core.oldest())));
     for held in own_partitions(&core, &session) {
@@ -161,22 +184,15 @@ pub(super) async fn report(core: Arc<Core>, session: Arc<Session>) {
 pub(super) async fn listen(core: &Arc<Core>, session: &Arc<Session>) {
     let listening = async {
         let channel = session.channel().await?;
-        // Ours alone, and gone with us. The newest of a few reports is what matters.
-        let options = QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
+        // The newest of a few reports is what matters.
         let mut arguments = FieldTable::default();
         arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(1000));
-        let queue = session.asked(channel.queue_declare("".into(), options, arguments)).await?.name().clone();
+        let queue = session.asked(channel.queue_declare("".into(), flags::OWN_QUEUE, arguments)).await?.name().clone();
         let exchange = core.topology.replicas();
-        let bound = channel.queue_bind(
-            queue.clone(),
-            exchange.as_str().into(),
-            "".into(),
-            QueueBindOptions::default(),
-            FieldTable::default(),
-        );
+        let bound = channel.queue_bind(queue.clone(), exchange.as_str().into(), "".into(), flags::BIND, FieldTable::default());
         session.asked(bound).await?;
-        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-        let consumer = session.asked(channel.basic_consume(queue, "reports".into(), options, FieldTable::default())).await?;
+        let listening = channel.basic_consume(queue, "reports".into(), flags::LISTEN, FieldTable::default());
+        let consumer = session.asked(listening).await?;
         Ok::<_, Error>((channel, consumer))
     };
     if let Ok((_channel, mut reports)) = listening.await {
@@ -198,12 +214,13 @@ pub(super) async fn listen(core: &Arc<Core>, session: &Arc<Session>) {
 
 /// Tolerant: another version may say more.
 fn parse(replica: &str, text: &str) -> Report {
-    let mut report = Report { at: Instant::now(), shares: 0, partitions: vec![], dead: 0, moving: 0, oldest: None };
+    let mut report = Report { at: Instant::now(), session: 0, shares: 0, partitions: vec![], dead: 0, moving: 0, oldest: None };
     let time = |word: &str| {
         word.parse().ok().filter(|time| *time > 0).and_then(|time: i64| Timestamp::from_nanosecond(time.into()).ok())
     };
     for line in text.lines() {
         match line.split(' ').collect::<Vec<_>>()[..] {
+            ["session", mark] => report.session = mark.parse().unwrap_or_default(),
             ["shares", number] => report.shares = number.parse().unwrap_or_default(),
             ["dead", number] => report.dead = number.parse().unwrap_or_default(),
             ["moving", number] => report.moving = number.parse().unwrap_or_default(),
@@ -241,14 +258,19 @@ impl Core {
 
     /// Those that share the partitions of our layout, this one included.
     pub(super) fn replicas(&self) -> BTreeSet<String> {
+        self.sharing().into_keys().chain([self.options.replica.clone()]).collect()
+    }
+
+    /// The others that share the partitions of our layout, with the session that each is in.
+    pub(super) fn sharing(&self) -> BTreeMap<String, u64> {
         let others = lock(&self.others);
         let sharing =
             others.iter().filter(|(_, report)| report.at.elapsed() < SILENCE && report.shares == self.topology.partitions);
-        sharing.map(|(replica, _)| replica.clone()).chain([self.options.replica.clone()]).collect()
+        sharing.map(|(replica, report)| (replica.clone(), report.session)).collect()
     }
 
-    /// When the oldest message was pushed that this replica holds, or handed back to wait. What waits from before a restart is
-    /// not known until it comes again.
+    /// When the oldest message was pushed that this replica holds, or handed back to wait. What waits from before a restart, or
+    /// lies behind what it holds, is not known until it comes.
     fn oldest(&self) -> Option<Timestamp> {
         older(self.inbox.level().oldest, lock(&self.waiting).values().min().copied())
     }

@@ -12,7 +12,6 @@ use std::{
 use futures::StreamExt as _;
 use lapin::{
     BasicProperties, Channel, Consumer,
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
     protocol::AMQPSoftError,
     types::{AMQPValue, FieldTable},
 };
@@ -20,7 +19,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     envelope::{Envelope, Read},
-    lock,
+    flags, lock,
     session::{Session, in_time, lost, unavailable},
     topology::soft_error,
 };
@@ -78,9 +77,9 @@ impl Reader {
         };
         arguments.insert("x-stream-offset".into(), place);
         let consuming = async {
-            // Streams are not read without a limit, nor without acks: these take nothing away, they say "go on".
-            channel.basic_qos(window, BasicQosOptions { global: false }).await?;
-            channel.basic_consume(stream.into(), "reader".into(), BasicConsumeOptions::default(), arguments).await
+            // Streams are not read without a limit.
+            channel.basic_qos(window, flags::WINDOW).await?;
+            channel.basic_consume(stream.into(), "reader".into(), flags::CONSUME, arguments).await
         };
         let consumer = answered(session, consuming).await?;
         Ok(Self { session: Arc::clone(session), stream: stream.to_owned(), channel, consumer, window, had: 0 })
@@ -97,7 +96,7 @@ impl Reader {
         self.had += 1;
         if self.had >= self.window.div_ceil(2) {
             self.had = 0;
-            let told = self.channel.basic_ack(delivery.delivery_tag, BasicAckOptions { multiple: true });
+            let told = self.channel.basic_ack(delivery.delivery_tag, flags::ACK_ALL);
             answered(&self.session, told).await?;
         }
         let number = Read::new(&delivery.properties).number("x-stream-offset");
@@ -111,9 +110,8 @@ impl Reader {
 
     /// When this returns, all that the broker sent before is here: it sends in order.
     async fn catch_up(&self) -> Result<(), Error> {
-        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         // The count in its answer is seconds old.
-        let asking = self.channel.queue_declare(self.stream.as_str().into(), options, FieldTable::default());
+        let asking = self.channel.queue_declare(self.stream.as_str().into(), flags::LOOK_AT_QUEUE, FieldTable::default());
         answered(&self.session, asking).await.map(drop)
     }
 

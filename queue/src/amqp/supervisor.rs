@@ -15,7 +15,9 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Core, connect,
+    Core,
+    backoff::Backoff,
+    connect,
     envelope::Envelope,
     inbox::Held,
     layouts, lock,
@@ -25,11 +27,8 @@ use super::{
 };
 use crate::Error;
 
-/// The wait after the first failure; it doubles with each further one.
-const FIRST: Duration = Duration::from_millis(200);
+/// The longest wait for the next connection.
 const LONGEST: Duration = Duration::from_secs(5);
-/// A connection that held for so long was a good one.
-const GOOD: Duration = Duration::from_secs(30);
 
 type Running = FuturesUnordered<BoxFuture<'static, ()>>;
 
@@ -42,7 +41,7 @@ pub(super) async fn run(
     opened: oneshot::Sender<Result<(), Error>>,
 ) {
     let mut opened = Some(opened);
-    let (mut failures, mut is_known) = (0, false);
+    let (mut backoff, mut is_known) = (Backoff::new(LONGEST), false);
     let mut running = Running::new();
     for number in 1.. {
         let began = Instant::now();
@@ -84,10 +83,7 @@ pub(super) async fn run(
                 }
             }
         }
-        failures = if began.elapsed() > GOOD { 0 } else { failures + 1 };
-        let pause = FIRST.saturating_mul(1 << (failures - i32::from(failures > 0)).min(10)).min(LONGEST);
-        // All replicas lost their broker at the same moment.
-        let pause = tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0));
+        let pause = tokio::time::sleep(backoff.ended(began.elapsed()));
         if idle(&core, &mut chores, &mut running, &stop, pause).await.is_none() {
             return;
         }

@@ -40,12 +40,14 @@ use std::time::Duration;
 
 use lapin::{
     Channel, ErrorKind, ExchangeKind,
-    options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     protocol::{AMQPErrorKind, AMQPSoftError},
     types::{AMQPValue, FieldTable},
 };
 
-use super::session::{in_time, unavailable};
+use super::{
+    flags,
+    session::{in_time, unavailable},
+};
 use crate::{Error, PartitionKey};
 
 /// Raised when anything below changes in a way that a broker would refuse.
@@ -312,18 +314,9 @@ pub(super) fn fnv1a(bytes: &[u8]) -> u64 {
 /// Declares everything of this layout that is not there yet.
 pub(super) async fn declare(channel: &Channel, topology: &Topology) -> Result<(), Error> {
     for exchange in topology.exchanges() {
-        let options = ExchangeDeclareOptions {
-            // It survives the broker's restart.
-            durable: true,
-            // It stays when the last queue is unbound.
-            auto_delete: false,
-            // We publish into it, `stray` aside, which is left alone.
-            internal: false,
-            passive: false,
-            nowait: false,
-        };
+        let arguments = table(exchange.arguments);
         let declaring =
-            channel.exchange_declare(exchange.name.as_str().into(), exchange.kind, options, table(exchange.arguments));
+            channel.exchange_declare(exchange.name.as_str().into(), exchange.kind, flags::DECLARE_EXCHANGE, arguments);
         in_time(declaring).await?.map_err(|error| refused("exchange", &exchange.name, error))?;
     }
     for queue in topology.queues() {
@@ -337,8 +330,7 @@ pub(super) async fn declare(channel: &Channel, topology: &Topology) -> Result<()
 
 /// Whether nothing of ours is on the broker. The channel is not to be used again.
 pub(super) async fn is_bare(channel: &Channel, topology: &Topology) -> Result<bool, Error> {
-    let options = ExchangeDeclareOptions { passive: true, durable: true, ..ExchangeDeclareOptions::default() };
-    let name = topology.accept();
+    let (name, options) = (topology.accept(), flags::LOOK_FOR_EXCHANGE);
     let declaring = channel.exchange_declare(name.as_str().into(), ExchangeKind::Direct, options, FieldTable::default());
     match in_time(declaring).await? {
         Ok(()) => {
@@ -377,23 +369,12 @@ pub(super) async fn declare_layout(channel: &Channel, topology: &Topology, layou
 }
 
 pub(super) async fn declare_queue(channel: &Channel, queue: Queue) -> Result<(), Error> {
-    let options = QueueDeclareOptions {
-        // It survives the broker's restart; quorum queues and streams know nothing else.
-        durable: true,
-        // All replicas use it.
-        exclusive: false,
-        // It stays when nobody consumes.
-        auto_delete: false,
-        passive: false,
-        nowait: false,
-    };
-    let declared = in_time(channel.queue_declare(queue.name.as_str().into(), options, table(queue.arguments))).await?;
-    declared.map(drop).map_err(|error| refused("queue", &queue.name, error))
+    let declaring = channel.queue_declare(queue.name.as_str().into(), flags::DECLARE_QUEUE, table(queue.arguments));
+    in_time(declaring).await?.map(drop).map_err(|error| refused("queue", &queue.name, error))
 }
 
 pub(super) async fn bind(channel: &Channel, exchange: &str, route: &str, queue: &str) -> Result<(), Error> {
-    let options = QueueBindOptions { nowait: false };
-    let binding = channel.queue_bind(queue.into(), exchange.into(), route.into(), options, FieldTable::default());
+    let binding = channel.queue_bind(queue.into(), exchange.into(), route.into(), flags::BIND, FieldTable::default());
     in_time(binding).await?.map_err(|error| refused("queue", queue, error))
 }
 

@@ -8,6 +8,7 @@ use std::{
 
 use countersign_queue::{Amqp, Burial, Message, Queue as _, Retry};
 use integration_tests::process::eventually;
+use jiff::Timestamp;
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::task::TaskTracker;
 
@@ -105,6 +106,39 @@ async fn replicas_share_the_partitions_and_who_closes_keeps_its_keys_until_they_
     assert!(!held.lost().is_cancelled());
     held.ack().await.unwrap();
     seen.await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replica_that_comes_back_at_once_under_its_name_gets_its_share_again() {
+    let vhost = Broker::shared().await.vhost().await;
+    let first = Amqp::open(vhost.options("a"), &TaskTracker::new()).await.unwrap();
+    // Whose a partition is shows when something comes from it.
+    let shared = async |second: &Amqp| {
+        let pushed = first.push((0..64).map(|n| message(&n.to_string(), n)).collect()).await;
+        let (Ok(()), Ok(stats)) = (pushed, first.stats().await) else { return Ok(None) };
+        let has =
+            |name: &str, replica| stats.partitions.iter().any(|at| at.name == name && at.holder.as_deref() == Some(replica));
+        let is_shared = has("3.0", "a") && has("3.1", "b") && has("3.2", "a");
+        while let Ok(delivery) = timeout(Duration::from_millis(200), async {
+            tokio::select! {
+                delivery = first.pull() => delivery,
+                delivery = second.pull() => delivery,
+            }
+        })
+        .await
+        {
+            delivery?.expect("nobody closes them").ack().await?;
+        }
+        Ok(is_shared.then_some(()))
+    };
+    for _ in 0..2 {
+        let tracker = TaskTracker::new();
+        let second = Amqp::open(vhost.options("b"), &tracker).await.unwrap();
+        eventually("each has its share", LIMIT, async || shared(&second).await).await.unwrap();
+        drop(second);
+        tracker.close();
+        timeout(LIMIT, tracker.wait()).await.expect("all its tasks end with it");
+    }
 }
 
 async fn with_partitions(vhost: &broker::Vhost, replica: &str, partitions: u16, tracker: &TaskTracker) -> Amqp {
@@ -274,4 +308,43 @@ async fn who_does_not_consume_sees_everything_and_takes_nothing() {
     assert_eq!((partition.holder.as_deref(), partition.in_flight), (Some("replica"), 0));
     let letters = later.dead_letters(None, 5).await.unwrap();
     assert!(later.discard(&letters[0].message.id).await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn age_of_what_no_replica_has_is_told_by_when_as_many_were_pushed() {
+    let vhost = Broker::shared().await.vhost().await;
+    let open = async |name: &str, consume| {
+        let options = countersign_queue::amqp::Options { consume, ..vhost.options(name) };
+        Amqp::open(options, &TaskTracker::new()).await.unwrap()
+    };
+    let watching = open("watching", false).await;
+    assert_eq!(watching.stats().await.unwrap().oldest, None);
+    for n in 0..4 {
+        watching.push(vec![message(&n.to_string(), n)]).await.unwrap();
+    }
+    let pushed = watching.history(Timestamp::MIN, Timestamp::MAX, None, 10).await.unwrap();
+    let pushed_at = |id: &str| pushed.iter().find(|kept| kept.message.id == id).map(|kept| kept.pushed_at);
+    // A busy broker's counts are told without it.
+    let told = async |queue: &Amqp| {
+        let told = async || Ok(queue.stats().await?).map(|stats| Some(stats).filter(|stats| stats.oldest.is_some()));
+        eventually("an age is told", LIMIT, told).await.unwrap()
+    };
+    let stats = told(&watching).await;
+    assert_eq!((stats.ready, stats.oldest), (4, pushed_at("0")));
+
+    // Two are done, and two wait.
+    let (replica, hour) = (open("replica", true).await, Duration::from_secs(3600));
+    for _ in 0..4 {
+        let delivery = next(&replica).await;
+        if ["0", "1"].contains(&delivery.message().id.as_str()) {
+            delivery.ack().await.unwrap();
+        } else {
+            delivery.retry(Retry { after: hour, counted: true, reason: "busy".to_owned() }).await.unwrap();
+        }
+    }
+    assert_eq!(replica.stats().await.unwrap().oldest, pushed_at("2"));
+    drop((replica, watching));
+    // Nobody remembers whose wait that is.
+    let stats = told(&open("later", true).await).await;
+    assert_eq!((stats.queued(), stats.waiting, stats.oldest), (2, 2, pushed_at("2")));
 }

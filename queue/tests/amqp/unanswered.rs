@@ -13,13 +13,13 @@ use std::{
 
 use bytes::Bytes;
 use countersign_queue::{Amqp, Message, PartitionKey, Queue, amqp::Options};
-use integration_tests::{process::eventually, rabbitmq::RabbitMq};
+use integration_tests::process::eventually;
 use jiff::Timestamp;
 use rusqlite::{Connection, OpenFlags};
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
-use crate::broker::options;
+use crate::{broker::options, own_broker};
 
 const LIMIT: Duration = Duration::from_secs(180);
 const ROUNDS: u64 = 2;
@@ -32,7 +32,7 @@ type Pushed = Arc<Mutex<HashMap<String, bool>>>;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_broker_has_not_answered_when_it_is_killed_is_counted_if_it_comes() {
-    let mut broker = RabbitMq::start().await.unwrap();
+    let (mut broker, _shared) = own_broker().await;
     let (url, tracker) = (broker.url(), TaskTracker::new());
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str| folder.path().join(format!("{name}.db"));
@@ -111,7 +111,7 @@ async fn what_the_broker_has_not_answered_when_it_is_killed_is_counted_if_it_com
             format!("{many} {answered}, {records} times in the past, {}", if *came { "came" } else { "never came" })
         })
         .collect();
-    eprintln!("{shown:#?}");
+    eprintln!("{shown:#?}; {} came; {:?}", came.len(), queue.stats().await);
     settled.unwrap();
     for (yes, records, came) in kinds.into_keys() {
         assert_eq!(records, u32::from(came), "{shown:#?}");

@@ -1,6 +1,6 @@
 //! What the broker itself says of what we send it, and of how we take it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use countersign_queue::{Amqp, Burial, Queue as _, Retry, amqp::Options};
 use integration_tests::{process::eventually, proxy::Proxy};
@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 use crate::{
     LIMIT,
     broker::{Broker, Vhost},
-    message, next, push_until_taken,
+    message, next, push_until_taken, unavailable,
 };
 
 /// The first message of a queue, as it lies there.
@@ -62,6 +62,33 @@ async fn messages_are_persistent_and_a_dead_letter_says_when_why_by_whom_and_how
     assert!(headers["buried-at"].as_i64() >= headers["pushed-at"].as_i64() && headers["pushed-at"].is_i64(), "{headers}");
 }
 
+/// What waits longer than a delay queue holds anything has the rest written on it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wait_of_an_hour_goes_on_where_a_delay_queue_ends_it() {
+    const LEFT: Duration = Duration::from_secs(2);
+    let vhost = Broker::shared().await.vhost().await;
+    let queue = Amqp::open(vhost.options("replica"), &TaskTracker::new()).await.unwrap();
+    queue.push(vec![message("1", 1)]).await.unwrap();
+    let hour = Duration::from_secs(3600);
+    next(&queue).await.retry(Retry { after: hour, counted: true, reason: "busy".to_owned() }).await.unwrap();
+    let mut waits = peek(&vhost, "countersign.v1.delay.1048576").await;
+    let properties = &mut waits["properties"];
+    assert_eq!((&properties["expiration"], &properties["headers"]["left"]), (&json!("1048576"), &json!(3_600_002 - 1_048_576)));
+
+    // As it comes out of its last delay queue but one.
+    properties["headers"]["left"] = json!(LEFT.as_millis());
+    properties.as_object_mut().unwrap().remove("expiration");
+    waits["payload_encoding"] = json!("string");
+    let began = Instant::now();
+    let path = format!("/api/exchanges/{}/countersign.v1.again/publish", vhost.name);
+    let published = vhost.broker.rabbitmq.manage("POST", &path, Some(&waits)).await.unwrap();
+    assert_eq!(published["routed"], true);
+    let delivery = next(&queue).await;
+    assert!(began.elapsed() >= LEFT, "{:?}", began.elapsed());
+    assert_eq!((delivery.message(), delivery.attempts(), delivery.waited()), (&message("1", 1), 1, hour));
+    delivery.ack().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_more_is_in_hand_than_was_asked_for() {
     const WINDOW: u16 = 8;
@@ -88,10 +115,11 @@ async fn no_more_is_in_hand_than_was_asked_for() {
 async fn slow_broker_is_waited_for() {
     let vhost = Broker::shared().await.vhost().await;
     let proxy = Proxy::start(&vhost.broker.rabbitmq.host()).await.unwrap();
-    // All that is declared at the beginning takes half a minute so, one answer after the other.
-    proxy.delay(Duration::from_millis(200));
+    // All that is declared at the beginning takes more than 20 s so, one answer after the other.
+    proxy.delay(Duration::from_millis(150));
     let url = vhost.url().replace(&vhost.broker.rabbitmq.host(), &proxy.host());
     let queue = Amqp::open(crate::broker::options("far", move || vec![url.clone()]), &TaskTracker::new()).await.unwrap();
+    unavailable(queue.push(vec![message("too early", 1)]).await);
     for n in 0..3 {
         push_until_taken(&queue, message(&n.to_string(), n)).await;
         let delivery = next(&queue).await;

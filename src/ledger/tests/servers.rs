@@ -80,6 +80,23 @@ async fn somebody_waits(server: &Server, database: &str) {
 }
 
 #[tokio::test]
+async fn replicas_of_a_new_version_that_start_at_once_bring_the_ledger_up_with_what_is_in_it() {
+    let (server, database, place) = place();
+    let url = server.url(&database);
+    place.system().conclude(conclusion(1, Outcome::Signed)).await.unwrap();
+    server.sql(&database, "DROP TABLE countersign.certificate; UPDATE countersign.ledger SET version = 1").unwrap();
+
+    let replicas: Vec<_> = (0..8).map(|_| connect(&url)).collect();
+    for result in join_all(replicas.iter().map(Ledger::check)).await {
+        result.unwrap();
+    }
+    assert_eq!(place.rows("SELECT version FROM ledger"), [["2"]]);
+    replicas[3].keep_certificate(certificate(1, "a")).await.unwrap();
+    assert_eq!(replicas[5].certificates("release", "key").await.unwrap(), [certificate(1, "a")]);
+    assert_eq!(replicas[7].sums().await.unwrap().signed, 1);
+}
+
+#[tokio::test]
 async fn replicas_that_start_at_once_make_one_ledger() {
     let (server, database, _place) = place();
     let replicas: Vec<_> = (0..8).map(|_| connect(&server.url(&database))).collect();

@@ -42,6 +42,8 @@ pub(crate) struct Store {
     pub(crate) has_api: bool,
     /// Whether it says that it took notice of a subject, if not as it lists them.
     pub(crate) says_subject: Option<bool>,
+    /// The manifests that it refuses to take.
+    pub(crate) refuses: Option<fn(&Value) -> bool>,
     /// `METHOD path`, without `/v2/`, of each request.
     pub(crate) asked: Vec<String>,
 }
@@ -112,6 +114,9 @@ impl Store {
             },
             ("PUT", true) => {
                 let document: Value = serde_json::from_slice(&body).unwrap();
+                if self.refuses.is_some_and(|refuses| refuses(&document)) {
+                    return refuse(400, "MANIFEST_INVALID");
+                }
                 let layers = document["layers"].as_array().into_iter().flatten();
                 let mut needed = layers.chain([&document["config"]]).filter_map(|descriptor| descriptor["digest"].as_str());
                 if needed.any(|digest| !self.blobs.contains_key(digest)) {

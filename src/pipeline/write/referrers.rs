@@ -15,13 +15,14 @@ use super::{
 };
 use crate::{
     oci::{Digest, Repository, Tag, media_type},
+    outcome::{Classify as _, Verdict},
     pipeline::{
         Error,
         plan::{Target, Wanted},
     },
     registry::{self, Referrers, ReferrersIndex, Registry},
     signature::{Claim, EMPTY_CONFIG, Format, bundle, notation, referrer::Referrer},
-    verify::{self, Stored},
+    verify::{self, Referring, Stored},
     witness::Witness,
 };
 
@@ -58,13 +59,16 @@ impl<'a> ReferrerStore<'a> {
         let hints: Vec<_> =
             wanted.iter().flat_map(|(_, wanted)| [Some(key(&wanted.witness)), certificate(&wanted.witness)]).flatten().collect();
         let mut found = HashSet::new();
-        for entry in Stored::candidates(listed, &hints).into_iter().take(MOST_READ) {
+        for entry in Stored::candidates(listed, Stored::ARTIFACT_TYPES, &hints).into_iter().take(MOST_READ) {
             if found.len() == wanted.len() {
                 break;
             }
             if !self.read.contains_key(&entry.digest) {
-                let stored = verify::read_referrer(self.registry, self.repository, self.subject, entry).await?;
-                let said = stored.and_then(|Stored { format, claim, .. }| claim.ok().map(|claim| (format, claim)));
+                let read = verify::read_referrer(self.registry, self.repository, self.subject, entry).await?;
+                let said = match read {
+                    Referring::Signature(Stored { format, claim: Ok(claim), .. }) => Some((format, claim)),
+                    Referring::Signature(_) | Referring::Layers(_) | Referring::Attestation { .. } | Referring::Other => None,
+                };
                 self.read.insert(entry.digest.clone(), said);
             }
             if let Some((format, claim)) = &self.read[&entry.digest] {
@@ -89,14 +93,38 @@ impl<'a> ReferrerStore<'a> {
             && key.verify(*algorithm, &claim.signed_sha256, &claim.signature).is_ok()
     }
 
-    /// Stores the blobs and the manifests.
-    async fn put(&self, referrers: impl Iterator<Item = &Referrer>) -> Result<(), Error> {
-        try_join_all(referrers.map(|referrer| self.put_one(referrer))).await.map(drop)
+    /// Stores the blobs and the manifests. Returns each as it was stored.
+    async fn put<'r>(&self, ready: &[&'r Ready<'r>]) -> Result<Vec<Put<'r>>, Error> {
+        let referrers = ready.iter().filter_map(|one| Some((*one, one.fresh.artifact().referrer()?)));
+        try_join_all(referrers.map(async |(one, referrer)| Ok((one, self.put_one(referrer).await?)))).await
     }
 
-    async fn put_one(&self, referrer: &Referrer) -> Result<(), Error> {
+    /// In the layout that the registry takes, where there are two.
+    async fn put_one<'r>(&self, referrer: &'r Referrer) -> Result<&'r Referrer, Error> {
+        let Some(older) = referrer.older() else { return self.put_as(referrer).await };
+        let is_older = self.registry.takes_older_layout();
+        let (first, second) = if is_older { (older, referrer) } else { (referrer, older) };
+        match self.put_as(first).await {
+            Err(Error::Registry(refused)) if refused.is_of_content() => {
+                debug!(error = &refused as &dyn std::error::Error, "manifest refused, trying the artifact's other layout");
+                match self.put_as(second).await {
+                    Ok(stored) => {
+                        self.registry.remember_layout(!is_older);
+                        Ok(stored)
+                    }
+                    // What refuses both refuses something else, and says of the first what.
+                    Err(error) if !matches!(error.verdict(), Verdict::Retry { .. }) => Err(refused.into()),
+                    error => error,
+                }
+            }
+            done => done,
+        }
+    }
+
+    async fn put_as<'r>(&self, referrer: &'r Referrer) -> Result<&'r Referrer, Error> {
         let blobs = [referrer.blob().clone(), Bytes::from_static(EMPTY_CONFIG)];
-        store(self.registry, self.repository, &blobs, referrer.digest(), referrer.manifest()).await
+        store(self.registry, self.repository, &blobs, referrer.digest(), referrer.manifest()).await?;
+        Ok(referrer)
     }
 }
 
@@ -175,22 +203,25 @@ impl Store for ReferrerStore<'_> {
         if ready.is_empty() {
             return Ok(HashSet::new());
         }
-        self.put(artifacts(&ready).map(|(_, referrer)| referrer)).await?;
-        let written: Vec<_> = artifacts(&ready).map(|(_, referrer)| referrer.digest()).collect();
+        let put = self.put(&ready).await?;
+        let written: Vec<_> = put.iter().map(|(_, referrer)| referrer.digest()).collect();
         if self.by_api && are_listed(self.registry, self.repository, self.subject, &written).await? {
             return Ok(ready.iter().map(|one| one.index).collect());
         }
         let (registry, repository, tag) = (self.registry, self.repository, Tag::referrers(self.subject));
-        let mut entries = Entries { store: self, ready: &ready, merged: vec![], ours: HashSet::new() };
+        let mut entries = Entries { store: self, put: &put, merged: vec![], ours: HashSet::new() };
         tag::add(registry, repository, &tag, &mut entries).await?;
         Ok(entries.ours)
     }
 }
 
+/// A signature, and the referrer that it was stored as.
+type Put<'r> = (&'r Ready<'r>, &'r Referrer);
+
 /// What is added to the index under the fallback tag.
 struct Entries<'a, 's> {
     store: &'a mut ReferrerStore<'s>,
-    ready: &'a [&'a Ready<'a>],
+    put: &'a [Put<'a>],
     /// What the last merge added, and what was written of it.
     merged: Vec<usize>,
     ours: HashSet<usize>,
@@ -210,7 +241,7 @@ impl Addition for Entries<'_, '_> {
 
     async fn merge(&mut self, current: Option<ReferrersIndex>) -> Result<Merged, Error> {
         let mut index = current.unwrap_or_else(ReferrersIndex::empty);
-        let absent: Vec<_> = artifacts(self.ready).filter(|(_, referrer)| !index.contains(referrer.digest())).collect();
+        let absent: Vec<_> = self.put.iter().filter(|(_, referrer)| !index.contains(referrer.digest())).collect();
         let wanted: Vec<Numbered<'_>> = absent.iter().map(|(one, _)| (one.index, one.wanted)).collect();
         // Another replica may have been here since the first look: what it wrote has other bytes, and says the same.
         let listed = Referrers::of_index(index.clone());
@@ -232,7 +263,7 @@ impl Addition for Entries<'_, '_> {
 
     fn is_in(&self, content: &ReferrersIndex) -> bool {
         let is_ours = |one: &Ready<'_>| self.ours.contains(&one.index);
-        artifacts(self.ready).all(|(one, referrer)| !is_ours(one) || content.contains(referrer.digest()))
+        self.put.iter().all(|(one, referrer)| !is_ours(one) || content.contains(referrer.digest()))
     }
 }
 
@@ -241,8 +272,4 @@ impl Entries<'_, '_> {
         let tag = Tag::referrers(self.store.subject);
         Error::ReferrersTag { repository: self.store.repository.clone(), tag, source }
     }
-}
-
-fn artifacts<'a>(ready: &'a [&'a Ready<'a>]) -> impl Iterator<Item = (&'a Ready<'a>, &'a Referrer)> {
-    ready.iter().filter_map(|one| Some((*one, one.fresh.artifact().referrer()?)))
 }

@@ -167,6 +167,21 @@ async fn a_fallback_tag_that_holds_something_else_is_an_error() {
     assert!(error.to_string().contains("sha256-"), "{error}");
 }
 
+#[tokio::test]
+async fn the_layout_that_a_registry_takes_is_believed_for_an_hour() {
+    let client = Fake::start(|_| status(500)).await.client();
+    assert!(!client.takes_older_layout());
+    client.remember_layout(true);
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(3599)).await;
+    assert!(client.takes_older_layout());
+    tokio::time::advance(Duration::from_secs(2)).await;
+    assert!(!client.takes_older_layout());
+    client.remember_layout(true);
+    client.remember_layout(false);
+    assert!(!client.takes_older_layout());
+}
+
 #[test]
 fn candidates_are_those_of_the_type_and_those_of_none() {
     let entries = [

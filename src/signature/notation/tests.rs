@@ -5,6 +5,7 @@ use super::*;
 use crate::{
     kms::{PublicKey, VerifyError},
     oci::media_type,
+    registry::ReferrersIndex,
     signature::cosign::tests::vector,
 };
 
@@ -71,18 +72,41 @@ fn what_is_signed_is_the_vectors_byte_for_byte() {
 fn envelopes_and_manifests_are_the_vectors_but_for_who_wrote_them() {
     for (folder, envelope, key) in VECTORS {
         let artifact = prepared(envelope, key, None).assemble(&answered(folder, envelope)).unwrap();
-        assert_eq!(Claim::read(envelope, artifact.blob()), Claim::read(envelope, &stored(folder, envelope)), "{folder}");
-        let mut ours: Value = serde_json::from_slice(artifact.manifest()).unwrap();
-        let mut theirs: Value = serde_json::from_slice(&vector(folder, "manifest.json")).unwrap();
-        for (manifest, content) in [(&mut ours, artifact.blob().to_vec()), (&mut theirs, stored(folder, envelope))] {
-            assert_eq!(manifest["layers"][0]["digest"], Digest::of(&content).as_str(), "{folder}");
-            assert_eq!(manifest["layers"][0]["size"], content.len(), "{folder}");
-            manifest["layers"][0] = manifest["layers"][0]["mediaType"].take();
-        }
-        // Ours has the hint that bundles have, too.
-        theirs["annotations"][HINT_ANNOTATION] = hint(&self::key(key)).into();
-        assert_eq!(ours, theirs, "{folder}");
+        is_the_vectors(&artifact, folder, envelope, key);
     }
+    let (folder, envelope, key) = ("C-jws-rsa-ps256-config-type", Envelope::Jws, "rsa2048");
+    let artifact = prepared(envelope, key, None).assemble(&answered(folder, envelope)).unwrap();
+    let older = artifact.older().expect("notation reads two layouts");
+    is_the_vectors(older, folder, envelope, key);
+    assert_eq!((older.blob(), older.older()), (artifact.blob(), None));
+}
+
+fn is_the_vectors(artifact: &Referrer, folder: &str, envelope: Envelope, key: &str) {
+    assert_eq!(Claim::read(envelope, artifact.blob()), Claim::read(envelope, &stored(folder, envelope)), "{folder}");
+    let mut ours: Value = serde_json::from_slice(artifact.manifest()).unwrap();
+    let mut theirs: Value = serde_json::from_slice(&vector(folder, "manifest.json")).unwrap();
+    for (manifest, content) in [(&mut ours, artifact.blob().to_vec()), (&mut theirs, stored(folder, envelope))] {
+        assert_eq!(manifest["layers"][0]["digest"], Digest::of(&content).as_str(), "{folder}");
+        assert_eq!(manifest["layers"][0]["size"], content.len(), "{folder}");
+        manifest["layers"][0] = manifest["layers"][0]["mediaType"].take();
+    }
+    // Ours has the hint that bundles have, too.
+    theirs["annotations"][HINT_ANNOTATION] = hint(&self::key(key)).into();
+    assert_eq!(ours, theirs, "{folder}");
+    // And so is the index that lists it.
+    let mut index = ReferrersIndex::empty();
+    index.add(artifact.descriptor()).unwrap();
+    let mut ours: Value = serde_json::from_slice(&index.to_bytes().unwrap()).unwrap();
+    let mut theirs: Value = serde_json::from_slice(&vector(folder, "referrers-index.json")).unwrap();
+    assert_eq!(ours["manifests"][0]["digest"], Digest::of(artifact.manifest()).as_str(), "{folder}");
+    assert_eq!(ours["manifests"][0]["size"], artifact.manifest().len(), "{folder}");
+    for index in [&mut ours, &mut theirs] {
+        for member in ["digest", "size"] {
+            index["manifests"][0][member].take();
+        }
+    }
+    theirs["manifests"][0]["annotations"][HINT_ANNOTATION] = hint(&self::key(key)).into();
+    assert_eq!(ours, theirs, "{folder}");
 }
 
 #[test]

@@ -45,6 +45,8 @@ impl Writes {
         let length = match keys {
             Keys::P256 => 71,
             Keys::Rsa2048 => 256,
+            Keys::Rsa3072 => 384,
+            Keys::Rsa4096 => 512,
         };
         let write = |(number, image): (usize, &integration_tests::image::Manifest)| {
             let payload = json!({
@@ -121,7 +123,7 @@ impl Signings {
     pub fn prepare(kms: &Ministack, who: &Credentials, alias: &str, keys: Keys, count: usize) -> Self {
         let algorithm = match keys {
             Keys::P256 => "ECDSA_SHA_256",
-            Keys::Rsa2048 => "RSASSA_PKCS1_V1_5_SHA_256",
+            Keys::Rsa2048 | Keys::Rsa3072 | Keys::Rsa4096 => "RSASSA_PKCS1_V1_5_SHA_256",
         };
         let request = |_| {
             let message: [u8; 32] = std::array::from_fn(|_| fastrand::u8(..));

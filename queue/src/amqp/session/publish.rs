@@ -3,17 +3,10 @@
 use std::collections::HashSet;
 
 use futures::future::try_join_all;
-use lapin::{BasicProperties, Confirmation, options::BasicPublishOptions};
+use lapin::{BasicProperties, Confirmation};
 
 use super::Session;
-use crate::Error;
-
-/// What no queue takes comes back to us, and is not lost.
-const MANDATORY: BasicPublishOptions = BasicPublishOptions {
-    mandatory: true,
-    // RabbitMQ knows it no more.
-    immediate: false,
-};
+use crate::{Error, amqp::flags};
 
 /// The broker's word on a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +52,8 @@ impl Session {
             let mut sending = Vec::with_capacity(routes.len());
             for route in &routes {
                 let properties = BasicProperties::default().with_delivery_mode(2);
-                let probe = self.probing.basic_publish(exchange.into(), route.as_str().into(), MANDATORY, b"probe", properties);
+                let probe =
+                    self.probing.basic_publish(exchange.into(), route.as_str().into(), flags::PUBLISH, b"probe", properties);
                 sending.push(probe.await?);
             }
             // What comes back may come with the word on another, but with one of these.
@@ -79,7 +73,7 @@ impl Session {
 
     /// Publishes, and waits for the broker's word as long as it takes.
     pub async fn send(&self, exchange: &str, route: &str, properties: BasicProperties, body: &[u8]) -> lapin::Result<Word> {
-        let sent = self.publish.basic_publish(exchange.into(), route.into(), MANDATORY, body, properties).await?;
+        let sent = self.publish.basic_publish(exchange.into(), route.into(), flags::PUBLISH, body, properties).await?;
         let confirmation = sent.await?;
         Ok(match confirmation {
             // Whose it is cannot be told.
@@ -109,9 +103,8 @@ impl Session {
             return Ok(());
         }
         let properties = BasicProperties::default().with_app_id(from.into());
-        let options = BasicPublishOptions { mandatory: false, immediate: false };
         self.asked(async {
-            self.publish.basic_publish(exchange.into(), "".into(), options, body, properties).await?.await.map(drop)
+            self.publish.basic_publish(exchange.into(), "".into(), flags::TELL, body, properties).await?.await.map(drop)
         })
         .await
     }
