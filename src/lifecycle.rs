@@ -76,20 +76,27 @@ impl Lifecycle {
         self.abort.clone()
     }
 
-    /// Changes with each SIGHUP; the value counts them.
+    /// Changes with each SIGHUP; the value counts them. One that came earlier is a change, too.
     #[must_use]
     pub fn reload(&self) -> watch::Receiver<u64> {
-        self.reload.subscribe()
+        let mut asked = self.reload.subscribe();
+        if *asked.borrow() > 0 {
+            asked.mark_changed();
+        }
+        asked
     }
 
     /// What `work` gives, or None if a signal to stop comes first: starting may wait for a peer that does not answer.
     pub async fn unless_stopped<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
-        let signals = &mut self.signals;
-        // A reload that is asked for while the configuration is first put into force has nothing to do.
-        let mut stop = signals.filter(|signal| std::future::ready(*signal == Signal::Stop));
-        tokio::select! {
-            done = work => Some(done),
-            Some(_) = stop.next() => None,
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return Some(done),
+                Some(signal) = self.signals.next() => match signal {
+                    Signal::Reload => self.reload.send_modify(|count| *count += 1),
+                    Signal::Stop => return None,
+                },
+            }
         }
     }
 
@@ -235,10 +242,12 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_start_that_waits_for_ever_can_be_stopped_and_one_that_ends_goes_on() {
+    async fn a_start_that_waits_for_ever_can_be_stopped_and_a_reload_waits_for_its_end() {
         let (signals, mut lifecycle) = lifecycle();
         signals.unbounded_send(Signal::Reload).unwrap();
+        assert!(!lifecycle.reload().has_changed().unwrap());
         assert_eq!(lifecycle.unless_stopped(sleep(GRACE)).await, Some(()));
+        assert!(lifecycle.reload().has_changed().unwrap(), "what was asked for meanwhile is done then");
         signals.unbounded_send(Signal::Stop).unwrap();
         assert_eq!(lifecycle.unless_stopped(pending::<()>()).await, None);
     }

@@ -1,6 +1,6 @@
 //! `countersign copy-signatures`, between registries that list referrers themselves and such that do not.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -146,7 +146,8 @@ async fn everybodys_signatures_are_copied(source: Options, mirror: Options) -> R
         assert_eq!(text.contains(&format!("approves {source} only")), !cosign_counts, "{text}");
 
         // What cosign wrote is at the mirror byte for byte.
-        let (here, there) = (layers(&pair.house.client, repository, digest).await?, layers(&client, repository, digest).await?);
+        let (here, there) =
+            (layers(&pair.house.client, repository, &tag_of(digest)).await?, layers(&client, repository, &tag_of(digest)).await?);
         assert!(here.iter().all(|layer| there.contains(layer)), "{here:?}\n{there:?}");
         assert_eq!(there.len(), here.len() + 1);
     }
@@ -211,6 +212,62 @@ async fn signatures_of_every_manifest_of_an_index_are_copied_to_a_registry_that_
     signatures_of_every_manifest_of_an_index_are_copied(lists, Options::default()).await
 }
 
+#[tokio::test]
+async fn a_signature_whose_content_the_source_has_lost_is_left_out_with_the_reason() -> Result<()> {
+    let pair = Pair::start(Options::default(), Options::default()).await?;
+    let (image, repository, client) = (Image::oci("lost")?, "other/app", pair.mirror.client()?);
+    pair.house.push(&image, repository, &["1.0"]).await?;
+    client.push(&image, repository, &["1.0"]).await?;
+    let (source, destination) = (pair.house.reference(repository, "1.0"), pair.at_mirror(repository, "1.0"));
+    let (lost, kept) = (KeyPair::generate().await?, KeyPair::generate().await?);
+    let pinned = pair.house.reference(repository, &image.manifest.digest);
+    Cosign::V3.sign(&lost, &pinned).await?;
+    Cosign::sign_bundle(&lost, &pinned).await?;
+    Cosign::V2.sign_referrer(&lost, &pinned).await?;
+
+    // By its digest in the registry, which then has the manifests alone.
+    let fallback = pair.house.client.manifest(repository, &image.manifest.digest.replace(':', "-")).await?;
+    let index: Value = serde_json::from_slice(&fallback.context("no referrers")?.bytes)?;
+    let referrers = index["manifests"].as_array().context("no entries")?;
+    let mut payloads: BTreeSet<String> = layers(&pair.house.client, repository, &tag_of(&image.manifest.digest))
+        .await?
+        .iter()
+        .map(|one| text(&one["digest"]))
+        .collect();
+    for referrer in referrers {
+        payloads.extend(
+            layers(&pair.house.client, repository, &text(&referrer["digest"])).await?.iter().map(|one| text(&one["digest"])),
+        );
+    }
+    for payload in payloads {
+        let at = format!("{}/v2/{repository}/blobs/{payload}", pair.house.registry.url());
+        let answer = reqwest::Client::new().delete(at).send().await?;
+        ensure!(answer.status() == StatusCode::ACCEPTED, "{answer:?}");
+    }
+    Cosign::sign_bundle(&kept, &pinned).await?;
+
+    let answer = pair.copy(&source, &destination, &[]).await?.expect_code(0)?.json()?;
+    let mut became: Vec<_> = answer["signatures"].as_array().context("no signatures")?.iter().map(became).collect();
+    became.sort();
+    let left_out =
+        |format: &str, what: &str| format!("{format}: left_out, its {what} is missing in the source, so it counts nowhere");
+    let expected = [
+        "bundle: copied, nothing".to_owned(),
+        left_out("bundle", "content"),
+        left_out("cosign-oci-1-1", "content"),
+        left_out("cosign", "payload"),
+    ];
+    assert_eq!(became, expected, "{answer}");
+    let ruling = Cosign::V3.verify(&kept.public(), &destination).await?;
+    assert!(ruling.accepted, "{}", ruling.words);
+    assert_eq!(client.manifest(repository, &tag_of(&image.manifest.digest)).await?.map(|_| ()), None);
+    Ok(())
+}
+
+fn became(signature: &Value) -> String {
+    format!("{}: {}, {}", text(&signature["format"]), text(&signature["state"]), text(&signature["reason"]))
+}
+
 /// The witness's own key in cosign's hands: it counts, and it is said who else reads it.
 #[tokio::test]
 async fn what_cosign_keeps_as_a_referrer_is_judged_and_named_as_what_it_is() -> Result<()> {
@@ -236,8 +293,8 @@ async fn what_cosign_keeps_as_a_referrer_is_judged_and_named_as_what_it_is() -> 
     Ok(())
 }
 
-async fn layers(client: &integration_tests::registry::Client, repository: &str, digest: &str) -> Result<Vec<Value>> {
-    let manifest: Manifest = client.manifest(repository, &tag_of(digest)).await?.context("no signatures")?;
+async fn layers(client: &integration_tests::registry::Client, repository: &str, reference: &str) -> Result<Vec<Value>> {
+    let manifest: Manifest = client.manifest(repository, reference).await?.context("no such manifest")?;
     let manifest: Value = serde_json::from_slice(&manifest.bytes)?;
     Ok(manifest["layers"].as_array().context("no layers")?.clone())
 }

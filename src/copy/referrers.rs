@@ -39,7 +39,9 @@ impl Route<'_> {
             Err(error) => return Err(error.into()),
         };
         let mut copied = vec![];
-        let mut missing = vec![];
+        let mut stored = vec![];
+        // Why the destination takes none at the moment.
+        let mut unavailable = None;
         for entry in listed.entries() {
             let Some((kind, manifest, read)) = self.signature(entry).await? else { continue };
             let is_there = there.entries().iter().any(|entry| entry.digest == *manifest.digest());
@@ -55,15 +57,23 @@ impl Route<'_> {
                 (None | Some(State::Missing), Some(reason)) => State::LeftOut { reason },
                 (Some(state), _) => state,
                 (None, None) => {
-                    missing.push((manifest, read, had.into_values().collect()));
-                    State::Copied
+                    let state = match unavailable.clone() {
+                        Some(state) => state,
+                        None => self.store(&manifest, had).await,
+                    };
+                    match &state {
+                        State::Copied => stored.push(descriptor(&manifest, &read)),
+                        State::Failed { retry: true, .. } => unavailable = Some(state.clone()),
+                        _ => {}
+                    }
+                    state
                 }
             };
             copied.extend(references.into_iter().map(|reference| self.copied(kind, reference, state.clone())));
         }
-        if !missing.is_empty() {
-            let written = self.write(&missing, there.is_by_api()).await;
-            settle(&mut copied, written);
+        if !stored.is_empty() {
+            let listed = self.list(&stored, there.is_by_api()).await;
+            settle(&mut copied, listed);
         }
         Ok(copied)
     }
@@ -121,21 +131,23 @@ impl Route<'_> {
         Ok(blobs)
     }
 
-    async fn write(&self, missing: &[Missing], by_api: bool) -> Result<(), pipeline::Error> {
+    async fn store(&self, manifest: &Manifest, blobs: HashMap<Digest, Bytes>) -> State {
         let (registry, repository) = (self.destination.registry, self.destination.repository());
-        for (manifest, _, blobs) in missing {
-            store(registry, repository, blobs, manifest.digest(), manifest.content()).await?;
-        }
-        let digests: Vec<_> = missing.iter().map(|(manifest, ..)| manifest.digest()).collect();
+        let blobs: Vec<Bytes> = blobs.into_values().collect();
+        let stored = store(registry, repository, &blobs, manifest.digest(), manifest.content()).await;
+        stored.map_or_else(|error| State::failed(&error), |()| State::Copied)
+    }
+
+    /// Sees to it that what is stored is found from its image.
+    async fn list(&self, stored: &[Descriptor], by_api: bool) -> Result<(), pipeline::Error> {
+        let (registry, repository) = (self.destination.registry, self.destination.repository());
+        let digests: Vec<_> = stored.iter().map(|entry| &entry.digest).collect();
         if by_api && are_listed(registry, repository, self.subject, &digests).await? {
             return Ok(());
         }
-        tag::add(registry, repository, &Tag::referrers(self.subject), &mut Entries { route: self, missing }).await
+        tag::add(registry, repository, &Tag::referrers(self.subject), &mut Entries { route: self, stored }).await
     }
 }
-
-/// A signature that the destination does not have: its manifest, what that says, and the blobs that it needs.
-type Missing = (Manifest, ReferrerManifest, Vec<Bytes>);
 
 /// What a manifest needs, and why not all of it can be had, if it cannot.
 #[derive(Default)]
@@ -153,7 +165,7 @@ fn references(read: &ReferrerManifest, payloads: &HashMap<Digest, Bytes>) -> Vec
 /// Entries that are added to the destination's index under the fallback tag.
 struct Entries<'a> {
     route: &'a Route<'a>,
-    missing: &'a [Missing],
+    stored: &'a [Descriptor],
 }
 
 impl Addition for Entries<'_> {
@@ -179,8 +191,8 @@ impl Addition for Entries<'_> {
             tag: Tag::referrers(self.route.subject),
             source,
         };
-        for (manifest, read, _) in self.missing {
-            index.add(&descriptor(manifest, read)).map_err(full)?;
+        for entry in self.stored {
+            index.add(entry).map_err(full)?;
         }
         index.to_bytes().map(Merged::Write).map_err(full)
     }
@@ -188,7 +200,7 @@ impl Addition for Entries<'_> {
     fn written(&mut self) {}
 
     fn is_in(&self, content: &ReferrersIndex) -> bool {
-        self.missing.iter().all(|(manifest, ..)| content.contains(manifest.digest()))
+        self.stored.iter().all(|entry| content.contains(&entry.digest))
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -245,11 +245,15 @@ fn connect(path: &Path) -> Result<Connection, Error> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection = Connection::open_with_flags(path, flags).map_err(open)?;
     connection.busy_timeout(PATIENCE).map_err(open)?;
-    match state(&connection).map_err(open)? {
-        State::Empty | State::Ours(1..VERSION) => bring_up(&mut connection).map_err(open)?,
-        State::Ours(VERSION) => {}
+    let behind = match state(&connection).map_err(open)? {
+        State::Empty | State::Ours(1..VERSION) => true,
+        State::Ours(VERSION) => false,
         State::Ours(found) => return Err(Error::Newer { place: path.display().to_string(), found, known: VERSION }),
         State::Foreign => return Err(Error::Foreign { place: path.display().to_string(), cure: ANOTHER_FILE }),
+    };
+    write_ahead(&connection).map_err(open)?;
+    if behind {
+        bring_up(&mut connection).map_err(open)?;
     }
     configure(&connection).map_err(open)?;
     Ok(connection)
@@ -276,9 +280,23 @@ fn state(connection: &Connection) -> rusqlite::Result<State> {
     })
 }
 
+/// Turns the file to WAL, which it then stays. SQLite waits for nobody there (it would do so with its lock for reading held, and
+/// two that turn the same file would wait for each other), so that whoever opens a new ledger beside another asks again.
+fn write_ahead(connection: &Connection) -> rusqlite::Result<()> {
+    let begun = Instant::now();
+    loop {
+        match connection.pragma_update(None, "journal_mode", "WAL") {
+            Err(error) if busy(&error) && begun.elapsed() < PATIENCE => thread::sleep(Duration::from_millis(10)),
+            turned => return turned,
+        }
+    }
+}
+
+fn busy(error: &rusqlite::Error) -> bool {
+    error.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseBusy)
+}
+
 fn bring_up(connection: &mut Connection) -> rusqlite::Result<()> {
-    // Kept in the file. It cannot change within a transaction.
-    connection.pragma_update(None, "journal_mode", "WAL")?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     // Another process may have been first.
     let found = match state(&transaction)? {
@@ -297,7 +315,6 @@ fn bring_up(connection: &mut Connection) -> rusqlite::Result<()> {
 }
 
 fn configure(connection: &Connection) -> rusqlite::Result<()> {
-    connection.pragma_update(None, "journal_mode", "WAL")?;
     // Each commit is on the disk before it returns: an outcome that is lost must not have let its event be acked.
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "temp_store", "MEMORY")?;
