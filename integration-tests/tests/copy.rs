@@ -240,9 +240,7 @@ async fn a_signature_whose_content_the_source_has_lost_is_left_out_with_the_reas
         );
     }
     for payload in payloads {
-        let at = format!("{}/v2/{repository}/blobs/{payload}", pair.house.registry.url());
-        let answer = reqwest::Client::new().delete(at).send().await?;
-        ensure!(answer.status() == StatusCode::ACCEPTED, "{answer:?}");
+        pair.house.client.delete_blob(repository, &payload).await?;
     }
     Cosign::sign_bundle(&kept, &pinned).await?;
 

@@ -106,6 +106,12 @@ impl Client {
         Ok(response.bytes().await?)
     }
 
+    pub async fn delete_blob(&self, repository: &str, digest: &str) -> Result<()> {
+        let response = self.request(Method::DELETE, &format!("{repository}/blobs/{digest}"))?.send().await?;
+        ensure!(response.status() == StatusCode::ACCEPTED, "delete blob {repository}@{digest}: {}", complaint(response).await);
+        Ok(())
+    }
+
     /// All tags of the repository, those of signatures included; none if there is no such repository.
     pub async fn tags(&self, repository: &str) -> Result<Vec<String>> {
         let response = self.request(Method::GET, &format!("{repository}/tags/list"))?.send().await?;
