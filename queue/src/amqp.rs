@@ -154,15 +154,15 @@ struct Core {
     tracker: TaskTracker,
     /// For the supervisor to do.
     chores: mpsc::UnboundedSender<Chore>,
-    /// What was decided of messages whose connection broke before the broker heard it, by their ids.
-    unwritten: Mutex<HashMap<String, Settlement>>,
+    /// What was decided of messages whose connection broke before the broker heard it, by their ids and the number of the copy.
+    unwritten: Mutex<HashMap<(String, u64), Settlement>>,
     graveyard: Graveyard,
     past: Past,
     unanswered: Unanswered,
     discarded: Counter,
     moves: Moves,
-    /// When what this replica handed back was pushed, for as long as it waits.
-    waiting: Mutex<HashMap<String, Timestamp>>,
+    /// What this replica handed back, for as long as it waits, by its id.
+    waiting: Mutex<HashMap<String, stats::Waiting>>,
     others: Mutex<HashMap<String, stats::Report>>,
 }
 

@@ -30,11 +30,18 @@ pub(super) struct Envelope {
     pub moved: u32,
     /// Why it was handed back last.
     pub reason: Option<String>,
+    /// Tells what was published once from what was published again under the same id: each that is read has another; 0 of those
+    /// that older versions published.
+    pub copy: u64,
 }
 
 impl Envelope {
     pub fn new(message: Message, pushed_at: Timestamp) -> Self {
-        Self { message, pushed_at, attempts: 0, waited: Duration::ZERO, left: 0, moved: 0, reason: None }
+        Self { message, pushed_at, attempts: 0, waited: Duration::ZERO, left: 0, moved: 0, reason: None, copy: 0 }
+    }
+
+    pub fn this_copy(&self) -> (String, u64) {
+        (self.message.id.clone(), self.copy)
     }
 
     pub fn moved_once_more(&self) -> Self {
@@ -63,6 +70,7 @@ impl Envelope {
     fn headers(&self) -> Headers {
         let mut headers = Headers(FieldTable::default());
         headers.text("key", &self.message.key.0);
+        headers.number("copy", fastrand::i64(1..));
         headers.time("pushed-at", self.pushed_at);
         headers.number("attempts", self.attempts.into());
         headers.number("waited", i64::try_from(self.waited.as_nanos()).unwrap_or(i64::MAX));
@@ -102,6 +110,7 @@ impl Envelope {
             left: headers.number("left"),
             moved: u32::try_from(headers.number("moved")).unwrap_or(u32::MAX),
             reason: headers.text("retry-reason"),
+            copy: headers.number("copy"),
         }
     }
 

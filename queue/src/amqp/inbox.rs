@@ -37,6 +37,9 @@ impl Held {
     }
 }
 
+/// No source has this number.
+const GONE: usize = usize::MAX;
+
 #[derive(Debug)]
 pub(super) struct Inbox {
     inner: Mutex<Inner>,
@@ -51,7 +54,7 @@ pub(super) struct Inbox {
 #[derive(Debug, Default)]
 struct Inner {
     lines: HashMap<PartitionKey, Line>,
-    /// Keys that have a message waiting and none in hand, once each.
+    /// Each key that has a message waiting and none in hand, and some that no longer have.
     turns: VecDeque<PartitionKey>,
     /// Unsettled messages by source, in hand or not.
     unsettled: HashMap<usize, usize>,
@@ -98,6 +101,10 @@ impl Inbox {
     /// what its partition may have unsettled, and keeps the others from coming.
     pub fn arrive(&self, held: Held) -> Vec<Held> {
         let mut inner = self.lock();
+        if held.lost.is_cancelled() {
+            // The broker has it already, and all others of its connection may have been taken away.
+            return vec![];
+        }
         let (key, source) = (held.key().clone(), held.source);
         *inner.unsettled.entry(source).or_default() += 1;
         inner.waiting += 1;
@@ -131,7 +138,7 @@ impl Inbox {
             }
             // Whoever was in line may have gone with its connection.
             let Some(key) = inner.turns.pop_front() else { continue };
-            let Some(line) = inner.lines.get_mut(&key) else { continue };
+            let Some(line) = inner.lines.get_mut(&key).filter(|line| line.in_hand.is_none()) else { continue };
             // What is lost stays until all of its connection is taken away.
             let is_due = |held: &Held| !inner.frozen.contains(&held.source) && !held.lost.is_cancelled();
             if !line.waiting.front().is_some_and(is_due) {
@@ -160,7 +167,7 @@ impl Inbox {
         let key = held.key().clone();
         let source = inner.let_go(&key);
         let mut returned = None;
-        if inner.closed || session != Some(held.session) {
+        if inner.closed || session != Some(held.session) || held.lost.is_cancelled() {
             if let Some(source) = source {
                 inner.forget(source);
             }
@@ -254,6 +261,8 @@ impl Inbox {
         let mut inner = self.lock();
         inner.unsettled.clear();
         inner.frozen.clear();
+        // The next connection gives the same numbers to sources of its own.
+        inner.lines.values_mut().filter_map(|line| line.in_hand.as_mut()).for_each(|in_hand| in_hand.source = GONE);
     }
 
     /// No message is handed out any more.
@@ -319,5 +328,76 @@ impl Inner {
         if let Some(unsettled) = self.unsettled.get_mut(&source) {
             *unsettled = unsettled.saturating_sub(1);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use futures::FutureExt as _;
+    use lapin::message::Delivery;
+
+    use super::*;
+    use crate::Message;
+
+    fn held(id: &str, key: &str, source: usize, lost: &CancellationToken) -> Held {
+        let message = Message {
+            id: id.to_owned(),
+            content_type: String::new(),
+            key: PartitionKey(key.to_owned()),
+            body: Bytes::new(),
+            replay_of: None,
+        };
+        let acker = Delivery::mock(1, "".into(), "".into(), false, vec![]).acker;
+        let envelope = Envelope::new(message, Timestamp::UNIX_EPOCH);
+        Held { envelope, source, redelivered: false, acker, session: 1, lost: lost.clone() }
+    }
+
+    fn taken(inbox: &Inbox) -> Option<String> {
+        inbox.take().now_or_never().flatten().map(|held| held.envelope.message.id)
+    }
+
+    #[test]
+    fn key_of_a_source_that_went_and_came_back_is_in_one_hand_only() {
+        let (inbox, lost) = (Inbox::new(8), CancellationToken::new());
+        inbox.arrive(held("before", "key", 1, &lost));
+        inbox.freeze(1);
+        assert_eq!(inbox.take_source(1).len(), 1);
+        for id in ["first", "second"] {
+            inbox.arrive(held(id, "key", 2, &lost));
+        }
+        assert_eq!([taken(&inbox), taken(&inbox)], [Some("first".to_owned()), None]);
+        assert_eq!(inbox.level().in_hand, 1);
+        inbox.settled(&PartitionKey("key".to_owned()));
+        assert_eq!([taken(&inbox), taken(&inbox)], [Some("second".to_owned()), None]);
+    }
+
+    #[test]
+    fn what_is_in_hand_from_before_does_not_count_against_the_next_connection() {
+        let (inbox, lost) = (Inbox::new(8), CancellationToken::new());
+        inbox.arrive(held("old", "old", 1, &lost));
+        assert_eq!(taken(&inbox), Some("old".to_owned()));
+        inbox.take_all();
+        inbox.lose_sources();
+        inbox.arrive(held("other", "other", 1, &lost));
+        assert_eq!(inbox.levels()[&1], Level { waiting: 1, in_hand: 0, oldest: Some(Timestamp::UNIX_EPOCH) });
+        assert!(inbox.let_go_of(1).now_or_never().is_some(), "nothing of the new one is in hand");
+        inbox.settled(&PartitionKey("old".to_owned()));
+        let moved: usize = (0..7).map(|n| inbox.arrive(held(&n.to_string(), "busy", 1, &lost)).len()).sum();
+        assert!(moved > 0, "one key fills the window");
+    }
+
+    #[test]
+    fn what_comes_in_when_its_connection_is_over_keeps_nothing_up() {
+        let (inbox, lost, live) = (Inbox::new(8), CancellationToken::new(), CancellationToken::new());
+        inbox.arrive(held("in hand", "key", 1, &lost));
+        let in_hand = inbox.take().now_or_never().flatten().unwrap();
+        lost.cancel();
+        inbox.arrive(held("late", "other key", 1, &lost));
+        assert!(inbox.give_back(in_hand, Some(1)).is_some());
+        for key in ["key", "other key"] {
+            inbox.arrive(held(key, key, 1, &live));
+        }
+        assert_eq!([taken(&inbox), taken(&inbox)], ["key", "other key"].map(|id| Some(id.to_owned())));
     }
 }

@@ -158,7 +158,7 @@ impl Core {
     /// Puts a copy where it waits, or in line again if it has nothing to wait for.
     pub(super) async fn put_off(&self, session: &Session, mut envelope: Envelope, after: Duration) -> Result<(), Error> {
         let route = self.topology.layout().route(&envelope.message.key);
-        let (exchange, expiration) = if after.is_zero() {
+        let (exchange, wait) = if after.is_zero() {
             envelope.left = 0;
             (self.topology.again(), None)
         } else {
@@ -167,12 +167,12 @@ impl Core {
             (queue, Some(here))
         };
         let mut properties = envelope.properties();
-        if let Some(expiration) = expiration {
-            properties = properties.with_expiration(expiration.to_string().into());
+        if let Some(wait) = wait {
+            properties = properties.with_expiration(wait.to_string().into());
         }
         session.publish(&exchange, &route, properties, &envelope.message.body).await?;
-        if !after.is_zero() {
-            self.note_waiting(&envelope);
+        if let Some(wait) = wait {
+            self.note_waiting(&envelope, wait);
         }
         Ok(())
     }
@@ -269,14 +269,14 @@ impl Core {
         let mut unwritten = lock(&self.unwritten);
         // Beyond that, messages are handled twice, which they can be.
         if unwritten.len() < REMEMBERED {
-            unwritten.insert(held.envelope.message.id.clone(), settlement);
+            unwritten.insert(held.envelope.this_copy(), settlement);
         }
     }
 
     /// What was decided of a message that comes again.
     pub(super) fn remembered(&self, held: &Held) -> Option<Settlement> {
-        // A message that comes for the first time is another one: a copy, or a replay.
-        let settlement = lock(&self.unwritten).remove(&held.envelope.message.id)?;
+        // Others of the same id are a retry or a replay, which nothing was decided of.
+        let settlement = lock(&self.unwritten).remove(&held.envelope.this_copy())?;
         held.redelivered.then_some(settlement)
     }
 }

@@ -51,6 +51,21 @@ pub(super) struct Report {
     oldest: Option<Timestamp>,
 }
 
+/// What this replica has handed back.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pushed_at: Timestamp,
+    since: Instant,
+    wait: Duration,
+}
+
+impl Waiting {
+    /// Whether it has come out of its delay queue by now, however late that was: `topology.rs` says how late it may be.
+    fn is_over(&self) -> bool {
+        self.since.elapsed() > 2 * self.wait + BEAT
+    }
+}
+
 pub(super) async fn read(core: &Core) -> Result<Stats, Error> {
     let session = core.session()?;
     if !core.options.consume {
@@ -272,13 +287,18 @@ impl Core {
     /// When the oldest message was pushed that this replica holds, or handed back to wait. What waits from before a restart, or
     /// lies behind what it holds, is not known until it comes.
     fn oldest(&self) -> Option<Timestamp> {
-        older(self.inbox.level().oldest, lock(&self.waiting).values().min().copied())
+        let mut waiting = lock(&self.waiting);
+        // It may have come to another replica.
+        waiting.retain(|_, wait| !wait.is_over());
+        older(self.inbox.level().oldest, waiting.values().map(|wait| wait.pushed_at).min())
     }
 
-    pub(super) fn note_waiting(&self, envelope: &Envelope) {
+    /// It waits for as many milliseconds in a delay queue.
+    pub(super) fn note_waiting(&self, envelope: &Envelope, wait: u64) {
         let mut waiting = lock(&self.waiting);
         if waiting.len() < WAITING {
-            waiting.insert(envelope.message.id.clone(), envelope.pushed_at);
+            let wait = Waiting { pushed_at: envelope.pushed_at, since: Instant::now(), wait: Duration::from_millis(wait) };
+            waiting.insert(envelope.message.id.clone(), wait);
         }
     }
 

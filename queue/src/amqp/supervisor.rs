@@ -63,9 +63,9 @@ pub(super) async fn run(
                 session.end().await;
                 drop(core.inbox.take_all());
                 core.inbox.lose_sources();
-                core.graveyard.forget().await;
                 core.forget_others();
-                if over {
+                // Whoever holds what is to be forgotten may be one of those that are running.
+                if over || idle(&core, &mut chores, &mut running, &stop, core.graveyard.forget()).await.is_none() {
                     return;
                 }
             }
@@ -167,8 +167,11 @@ async fn live(
             () = &mut unanswered => {}
             () = &mut finished => {
                 if !session.is_closing() {
-                    close(core, session).await;
+                    let (core, session) = (Arc::clone(core), Arc::clone(session));
+                    running.push(Box::pin(async move { close(&core, &session).await }));
                 }
+                // It may have to wait for another of them.
+                while running.next().await.is_some() {}
                 chores.close();
                 while let Some(task) = chores.recv().await {
                     start(core, Some(session), task, running);

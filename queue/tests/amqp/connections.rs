@@ -6,10 +6,10 @@ use std::{
 };
 
 use countersign_queue::{
-    Amqp,
+    Amqp, Burial, Queue as _,
     amqp::{Access, Feed, Options},
 };
-use integration_tests::proxy::Proxy;
+use integration_tests::{process::eventually, proxy::Proxy};
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -86,4 +86,27 @@ async fn broker_that_throws_everybody_out_is_tried_less_and_less_often() {
     drop(queue);
     stop.cancel();
     timeout(LIMIT, feeding).await.expect("it ends").unwrap();
+}
+
+/// What is left of a listing is tidied up in the background, which a broker that has just gone silent does not answer either.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn broker_that_falls_silent_after_a_listing_is_connected_to_again() {
+    let vhost = Broker::shared().await.vhost().await;
+    let proxy = Proxy::start(&vhost.broker.rabbitmq.host()).await.unwrap();
+    let through = vhost.url().replace(&vhost.broker.rabbitmq.host(), &proxy.host());
+    let queue = Amqp::open(options("replica", move || vec![through.clone()]), &TaskTracker::new()).await.unwrap();
+    for n in 0..3 {
+        push_until_taken(&queue, message(&n.to_string(), n)).await;
+        let burial = Burial { kind: "denied".to_owned(), reason: "no".to_owned() };
+        next(&queue).await.bury(burial).await.unwrap();
+    }
+    for round in 0..4 {
+        let listed = eventually("some are listed", LIMIT, async || Ok(queue.dead_letters(None, 1).await.ok()));
+        assert_eq!(listed.await.unwrap().len(), 1);
+        proxy.silence(true);
+        let down = async || Ok(queue.push(vec![message("refused", 9)]).await.err());
+        eventually("it is noticed", LIMIT, down).await.unwrap();
+        proxy.silence(false);
+        push_until_taken(&queue, message(&format!("after {round}"), 4)).await;
+    }
 }

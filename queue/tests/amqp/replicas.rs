@@ -7,7 +7,7 @@ use std::{
 };
 
 use countersign_queue::{Amqp, Burial, Message, Queue as _, Retry};
-use integration_tests::process::eventually;
+use integration_tests::{process::eventually, proxy::Proxy};
 use jiff::Timestamp;
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::task::TaskTracker;
@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::{
     LIMIT,
     broker::{self, Broker},
-    message, next,
+    message, next, push_until_taken, unavailable,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -347,4 +347,71 @@ async fn age_of_what_no_replica_has_is_told_by_when_as_many_were_pushed() {
     // Nobody remembers whose wait that is.
     let stats = told(&open("later", true).await).await;
     assert_eq!((stats.queued(), stats.waiting, stats.oldest), (2, 2, pushed_at("2")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retry_that_came_to_another_replica_is_no_longer_told_of() {
+    let vhost = Broker::shared().await.vhost().await;
+    let first = Amqp::open(vhost.options("a"), &TaskTracker::new()).await.unwrap();
+    first.push(vec![message("1", 1)]).await.unwrap();
+    let retry = Retry { after: Duration::from_secs(3), counted: true, reason: "busy".to_owned() };
+    next(&first).await.retry(retry).await.unwrap();
+    assert!(first.stats().await.unwrap().oldest.is_some());
+    first.close().await;
+    let second = Amqp::open(vhost.options("b"), &TaskTracker::new()).await.unwrap();
+    next(&second).await.ack().await.unwrap();
+    let forgotten = async || {
+        let stats = first.stats().await?;
+        Ok((stats.queued(), stats.oldest).eq(&(0, None)).then_some(()))
+    };
+    eventually("nothing is old, since nothing is there", LIMIT, forgotten).await.unwrap();
+}
+
+/// All of it is one replica's share: that of the first by name.
+fn one_partition(options: countersign_queue::amqp::Options) -> countersign_queue::amqp::Options {
+    countersign_queue::amqp::Options { partitions: 1, ..options }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn decision_that_the_broker_did_not_hear_is_not_taken_for_one_about_a_replay() {
+    let vhost = Broker::shared().await.vhost().await;
+    let proxy = Proxy::start(&vhost.broker.rabbitmq.host()).await.unwrap();
+    let through = vhost.url().replace(&vhost.broker.rabbitmq.host(), &proxy.host());
+    let cut_off = one_partition(broker::options("z", move || vec![through.clone()]));
+    let cut_off = Amqp::open(cut_off, &TaskTracker::new()).await.unwrap();
+    push_until_taken(&cut_off, message("1", 1)).await;
+    let held = next(&cut_off).await;
+    let tracker = TaskTracker::new();
+    let other = Amqp::open(one_partition(vhost.options("a")), &tracker).await.unwrap();
+    proxy.cut();
+    let burial = Burial { kind: "denied".to_owned(), reason: "no".to_owned() };
+    unavailable(held.bury(burial.clone()).await);
+    next(&other).await.bury(burial).await.unwrap();
+    assert!(other.replay("1").await.unwrap());
+    // The other goes in the middle of it.
+    let replayed = next(&other).await;
+    drop((other, replayed));
+    tracker.close();
+    timeout(LIMIT, tracker.wait()).await.expect("all its tasks end with it");
+    next(&cut_off).await.ack().await.unwrap();
+    let stats = eventually("it is done", LIMIT, async || {
+        let Ok(stats) = cut_off.stats().await else { return Ok(None) };
+        Ok((stats.queued() == 0).then_some(stats))
+    });
+    assert_eq!(stats.await.unwrap().dead, 0, "the replay was buried unseen");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn partition_of_a_replica_that_closes_is_another_s_at_once() {
+    let vhost = Broker::shared().await.vhost().await;
+    let first = Amqp::open(one_partition(vhost.options("a")), &TaskTracker::new()).await.unwrap();
+    let second = Amqp::open(one_partition(vhost.options("b")), &TaskTracker::new()).await.unwrap();
+    first.push(vec![message("1", 1)]).await.unwrap();
+    next(&first).await.ack().await.unwrap();
+    first.close().await;
+    second.push(vec![message("2", 2)]).await.unwrap();
+    // The first is still there, and need not end for that; a report takes two seconds, and a release in vain five.
+    let delivery = timeout(Duration::from_secs(2), second.pull()).await.expect("nothing is waited for").unwrap().unwrap();
+    delivery.ack().await.unwrap();
+    drop(first);
 }

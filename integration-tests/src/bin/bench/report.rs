@@ -124,6 +124,11 @@ impl Table {
         }
     }
 
+    /// Whether a number falls short of its aim.
+    pub fn misses(&self) -> bool {
+        self.rows.iter().flat_map(|row| &row.aims).any(|held| !held.aim.is_met(held.measured))
+    }
+
     pub fn note(&mut self, note: impl Into<String>) {
         self.notes.push(note.into());
     }
