@@ -1,10 +1,7 @@
 //! The registry client against the real thing: Debian's `docker-registry`, without authentication, with a password file, and
 //! with a token service of the test's own.
 
-#[path = "registry/server.rs"]
-mod server;
-
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use bytes::Bytes;
 use countersign::{
@@ -12,18 +9,57 @@ use countersign::{
     outcome::{Classify, Verdict},
     registry::{Address, Credentials, Error, Registry, Settings, Timeouts},
 };
-use integration_tests::issuer::Issuer;
+use integration_tests::{
+    issuer::Issuer,
+    recorder::{Exchange, Recorder},
+    registry::{LOGIN, Options, Registry as Server},
+};
+use reqwest::{Method, StatusCode};
 use tokio::task::JoinSet;
 
-use server::{Auth, Server};
-
 const CONFIG: &[u8] = b"{}";
+const PASSWORD: &str = "correct horse";
 
-fn client(server: &Server, credentials: Option<(&str, &str)>) -> Registry {
+/// A registry, and what was asked of it: it writes its own log when it has answered, which may be too late to be counted.
+struct Site {
+    server: Server,
+    recorder: Recorder,
+}
+
+impl Site {
+    async fn start(options: Options) -> Self {
+        let server = Server::start_with(options).await.unwrap();
+        let recorder = Recorder::start(&server.host()).await.unwrap();
+        Self { server, recorder }
+    }
+
+    async fn open() -> Self {
+        Self::start(Options::default()).await
+    }
+
+    async fn with_tokens(issuer: &Arc<Issuer>) -> Self {
+        Self::start(Options { tokens: Some(issuer.clone()), ..Options::default() }).await
+    }
+
+    fn count(&self, is_meant: impl Fn(&Exchange) -> bool) -> usize {
+        self.recorder.exchanges().iter().filter(|exchange| is_meant(exchange)).count()
+    }
+
+    fn uploads(&self) -> usize {
+        self.count(|exchange| exchange.method == Method::POST)
+    }
+
+    fn answered(&self, status: StatusCode) -> usize {
+        self.count(|exchange| exchange.status == status)
+    }
+}
+
+fn client(site: &Site, credentials: Option<(&str, &str)>) -> Registry {
     let credentials =
         credentials.map(|(username, password)| Credentials { username: username.into(), password: password.to_owned().into() });
-    let timeouts = Timeouts::default();
-    Registry::new(Settings { name: server.name(), url: server.url(), credentials, ca: None, timeouts, observer: None }).unwrap()
+    let url: reqwest::Url = site.recorder.url().parse().unwrap();
+    let name = url.authority().parse().unwrap();
+    Registry::new(Settings { name, url, credentials, ca: None, timeouts: Timeouts::default(), observer: None }).unwrap()
 }
 
 fn repository(name: &str) -> Repository {
@@ -58,8 +94,8 @@ async fn push(registry: &Registry, repository: &Repository, name: &str, layer: &
 
 #[tokio::test]
 async fn what_is_pushed_is_read_back_by_tag_and_by_digest() {
-    let server = Server::start(&Auth::None);
-    let registry = client(&server, None);
+    let site = Site::open().await;
+    let registry = client(&site, None);
     let app = repository("team/app");
     registry.ping().await.unwrap();
     assert_eq!(registry.manifest(&app, &tag("1.0").into()).await.unwrap(), None, "an unknown repository");
@@ -90,8 +126,8 @@ async fn what_is_pushed_is_read_back_by_tag_and_by_digest() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_blob_that_many_want_at_once_is_uploaded_once() {
-    let server = Server::start(&Auth::None);
-    let registry = client(&server, None);
+    let site = Site::open().await;
+    let registry = client(&site, None);
     let app = repository("app");
     let mut tasks = JoinSet::new();
     for n in 0..32 {
@@ -100,21 +136,19 @@ async fn a_blob_that_many_want_at_once_is_uploaded_once() {
     }
     let digests = tasks.join_all().await;
     assert_eq!(digests.iter().collect::<BTreeSet<_>>().len(), 1);
-    let log = server.requests();
-    let uploads = log.iter().filter(|line| line.contains("POST ")).count();
-    assert_eq!(uploads, 2, "the config and the layer: {log:#?}");
+    assert_eq!(site.uploads(), 2, "the config and the layer");
 
     registry.forget_blob(&app, &Digest::of(CONFIG));
     registry.ensure_blob(&app, Bytes::from_static(CONFIG)).await.unwrap();
     registry.ensure_blob(&app, Bytes::from_static(CONFIG)).await.unwrap();
     registry.ensure_blob(&repository("other"), Bytes::from_static(CONFIG)).await.unwrap();
-    assert_eq!(server.requests().iter().filter(|line| line.contains("POST ")).count(), 4);
+    assert_eq!(site.uploads(), 4);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tag_that_is_read_while_it_is_written_is_read_all_the_same() {
-    let server = Server::start(&Auth::None);
-    let registry = client(&server, None);
+    let site = Site::open().await;
+    let registry = client(&site, None);
     let app = repository("app");
     let digest = push(&registry, &app, "busy", b"layer").await.unwrap();
     let mut tasks = JoinSet::new();
@@ -138,16 +172,16 @@ async fn a_tag_that_is_read_while_it_is_written_is_read_all_the_same() {
 /// Notation deletes the index that it has replaced: who reads the tag in between is told of a manifest that is not there.
 #[tokio::test]
 async fn a_tag_whose_manifest_is_being_deleted_is_asked_for_again_before_it_counts_as_none() {
-    let server = Server::start(&Auth::None);
-    let registry = client(&server, None);
+    let site = Site::open().await;
+    let registry = client(&site, None);
     let app = repository("app");
     let digest = push(&registry, &app, "moved", b"layer").await.unwrap();
-    let absent = || server.requests().iter().filter(|line| line.contains("\" 404 ")).count();
+    let absent = || site.count(|exchange| exchange.status == StatusCode::NOT_FOUND && exchange.path.contains("/manifests/"));
     assert_eq!(registry.manifest(&app, &tag("never").into()).await.unwrap(), None);
     assert_eq!(absent(), 1);
-    server.delete_revision(app.as_str(), &digest);
+    site.server.delete_revision(app.as_str(), digest.as_str()).unwrap();
     assert_eq!(registry.manifest(&app, &tag("moved").into()).await.unwrap(), None);
-    assert!(absent() > 2, "{:#?}", server.requests());
+    assert!(absent() > 2, "{:#?}", site.recorder.exchanges());
     let now = push(&registry, &app, "moved", b"another layer").await.unwrap();
     let read = registry.manifest(&app, &tag("moved").into()).await.unwrap();
     assert_eq!(read.map(|manifest| manifest.digest().clone()), Some(now));
@@ -155,8 +189,8 @@ async fn a_tag_whose_manifest_is_being_deleted_is_asked_for_again_before_it_coun
 
 #[tokio::test]
 async fn a_manifest_whose_blobs_are_missing_asks_for_them_again() {
-    let server = Server::start(&Auth::None);
-    let registry = client(&server, None);
+    let site = Site::open().await;
+    let registry = client(&site, None);
     let app = repository("app");
     registry.ensure_blob(&app, Bytes::from_static(CONFIG)).await.unwrap();
     let content = manifest(b"never uploaded");
@@ -165,14 +199,13 @@ async fn a_manifest_whose_blobs_are_missing_asks_for_them_again() {
     assert_eq!(error.verdict(), Verdict::TRANSIENT);
     assert!(error.to_string().contains("MANIFEST_BLOB_UNKNOWN"), "{error}");
     registry.ensure_blob(&app, Bytes::from_static(CONFIG)).await.unwrap();
-    let uploads = server.requests().iter().filter(|line| line.contains("POST ")).count();
-    assert_eq!(uploads, 2, "what was known of the repository's blobs is forgotten");
+    assert_eq!(site.uploads(), 2, "what was known of the repository's blobs is forgotten");
 }
 
 #[tokio::test]
 async fn a_manifest_that_the_registry_does_not_take_is_refused_with_the_registrys_words() {
-    let server = Server::start(&Auth::None);
-    let registry = client(&server, None);
+    let site = Site::open().await;
+    let registry = client(&site, None);
     let content = manifest(b"served as another type");
     let error =
         registry.put_manifest(&repository("app"), &tag("1").into(), media_type::DOCKER_MANIFEST, content).await.unwrap_err();
@@ -183,8 +216,8 @@ async fn a_manifest_that_the_registry_does_not_take_is_refused_with_the_registry
 
 #[tokio::test]
 async fn long_listings_are_read_page_by_page() {
-    let server = Server::start(&Auth::None);
-    let registry = client(&server, None);
+    let site = Site::open().await;
+    let registry = client(&site, None);
     let mut expected = Vec::new();
     for n in 0..205 {
         let name = format!("r{n:04}");
@@ -192,8 +225,7 @@ async fn long_listings_are_read_page_by_page() {
         expected.push(repository(&name));
     }
     assert_eq!(registry.repositories().await.unwrap(), expected);
-    let pages = server.requests().iter().filter(|line| line.contains("GET /v2/_catalog")).count();
-    assert_eq!(pages, 3);
+    assert_eq!(site.count(|exchange| exchange.path.starts_with("/v2/_catalog")), 3);
 
     let app = repository("app");
     for name in ["1.0", "1.1", "latest"] {
@@ -205,16 +237,15 @@ async fn long_listings_are_read_page_by_page() {
 
 #[tokio::test]
 async fn a_password_is_asked_for_once_and_then_sent_without_being_asked() {
-    let server = Server::start(&Auth::Password);
-    let registry = client(&server, Some(("ann", server::PASSWORD)));
+    let site = Site::start(Options { login: true, ..Options::default() }).await;
+    let registry = client(&site, Some(LOGIN));
     let app = repository("app");
     registry.ping().await.unwrap();
     push(&registry, &app, "1", b"layer").await.unwrap();
-    let refused = server.requests().iter().filter(|line| line.contains("\" 401 ")).count();
-    assert_eq!(refused, 1);
+    assert_eq!(site.answered(StatusCode::UNAUTHORIZED), 1);
 
     for (credentials, account) in [(Some(("ann", "wrong")), "\"ann\""), (None, "without an account")] {
-        let error = client(&server, credentials).ping().await.unwrap_err();
+        let error = client(&site, credentials).ping().await.unwrap_err();
         assert!(matches!(error, Error::Unauthorized { .. }), "{error:?}");
         assert!(matches!(error.verdict(), Verdict::Refuse { .. }));
         let text = format!("{error} {error:?}");
@@ -224,9 +255,9 @@ async fn a_password_is_asked_for_once_and_then_sent_without_being_asked() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_are_asked_for_once_per_repository_and_right() {
-    let issuer = Issuer::start(server::PASSWORD).await.unwrap();
-    let server = Server::start(&Auth::of(&issuer));
-    let registry = client(&server, Some(("ann", server::PASSWORD)));
+    let issuer = Arc::new(Issuer::start(PASSWORD).await.unwrap());
+    let site = Site::with_tokens(&issuer).await;
+    let registry = client(&site, Some(("ann", PASSWORD)));
     registry.ping().await.unwrap();
     let app = repository("team/app");
     let mut tasks = JoinSet::new();
@@ -243,17 +274,16 @@ async fn tokens_are_asked_for_once_per_repository_and_right() {
     scopes.sort();
     let expected = ["", "registry:catalog:*", "repository:team/app:pull", "repository:team/app:pull,push"];
     assert_eq!(scopes, expected, "one token each");
-    let refused = server.requests().iter().filter(|line| line.contains("\" 401 ")).count();
-    assert_eq!(refused, 1, "asked for a token once, then sent without being asked");
+    assert_eq!(site.answered(StatusCode::UNAUTHORIZED), 1, "asked for a token once, then sent without being asked");
 }
 
 #[tokio::test]
 async fn an_account_without_the_right_to_push_is_told_so_and_by_name() {
-    let issuer = Issuer::start(server::PASSWORD).await.unwrap();
-    let server = Server::start(&Auth::of(&issuer));
-    let reader = client(&server, Some((Issuer::READER, server::PASSWORD)));
+    let issuer = Arc::new(Issuer::start(PASSWORD).await.unwrap());
+    let site = Site::with_tokens(&issuer).await;
+    let reader = client(&site, Some((Issuer::READER, PASSWORD)));
     let app = repository("team/app");
-    push(&client(&server, Some(("ann", server::PASSWORD))), &app, "1", b"layer").await.unwrap();
+    push(&client(&site, Some(("ann", PASSWORD))), &app, "1", b"layer").await.unwrap();
     reader.manifest(&app, &tag("1").into()).await.unwrap().unwrap();
     let before = issuer.scopes().len();
     let error = push(&reader, &app, "2", b"layer").await.unwrap_err();
@@ -262,7 +292,7 @@ async fn an_account_without_the_right_to_push_is_told_so_and_by_name() {
     assert!(text.contains("\"reader\"") && text.contains("push to this repository") && text.contains("team/app"), "{text}");
     assert_eq!(issuer.scopes().len(), before + 1, "a fresh token that lacks the right is not asked for again");
 
-    let stranger = client(&server, Some(("ann", "wrong")));
+    let stranger = client(&site, Some(("ann", "wrong")));
     let error = stranger.manifest(&app, &tag("1").into()).await.unwrap_err();
     assert!(matches!(error, Error::Unauthorized { .. }), "{error:?}");
     assert!(error.to_string().contains("get a token to pull from team/app"), "{error}");
@@ -270,10 +300,10 @@ async fn an_account_without_the_right_to_push_is_told_so_and_by_name() {
 
 #[tokio::test]
 async fn a_token_is_renewed_before_it_expires() {
-    let issuer = Issuer::start(server::PASSWORD).await.unwrap();
+    let issuer = Arc::new(Issuer::start(PASSWORD).await.unwrap());
     issuer.expire_after(1);
-    let server = Server::start(&Auth::of(&issuer));
-    let registry = client(&server, Some(("ann", server::PASSWORD)));
+    let site = Site::with_tokens(&issuer).await;
+    let registry = client(&site, Some(("ann", PASSWORD)));
     let app = repository("app");
     let began = std::time::Instant::now();
     for _ in 0..10 {
@@ -282,6 +312,5 @@ async fn a_token_is_renewed_before_it_expires() {
     }
     let (asked, seconds) = (issuer.scopes().len(), began.elapsed().as_secs());
     assert!(asked >= 2 && asked <= 4 + 2 * usize::try_from(seconds).unwrap(), "{asked} tokens in {seconds} seconds");
-    let refused = server.requests().iter().filter(|line| line.contains("\" 401 ")).count();
-    assert_eq!(refused, 1, "never with an expired one");
+    assert_eq!(site.answered(StatusCode::UNAUTHORIZED), 1, "never with an expired one");
 }

@@ -262,6 +262,13 @@ impl Registry {
         Ok(counts)
     }
 
+    /// Takes a manifest away and leaves the tags that name it: what a reader sees in the middle of a deletion.
+    pub fn delete_revision(&self, repository: &str, digest: &str) -> Result<()> {
+        let revision = format!("_manifests/revisions/{}", digest.replace(':', "/"));
+        let path = self.folder.path().join("data/docker/registry/v2/repositories").join(repository).join(revision);
+        fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))
+    }
+
     fn log(&self) -> PathBuf {
         self.folder.path().join("log")
     }

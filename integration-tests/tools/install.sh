@@ -419,7 +419,7 @@ usual=(docker-registry ferro-oci-server cosign2 cosign3 notation oras skopeo pod
 others=(containers kubernetes namespaces rabbitmq4 cargo-fuzz)
 wanted=("${@:-${usual[@]}}")
 
-debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev python3-venv strace
+debian_packages ca-certificates curl debian-archive-keyring gcc libc6-dev openssl procps python3-venv strace
 for tool in "${wanted[@]}"; do
     [[ " ${usual[*]} ${others[*]} " == *" $tool "* ]] || fail "there is no tool named $tool"
     version=$(version_of "$tool") || true
