@@ -137,6 +137,12 @@ impl Chain {
         self.0.certificates.iter().map(|parts| parts.thumbprint.as_str())
     }
 
+    /// The last of [`Self::thumbprints`]: that of the leaf, if it signed itself.
+    #[must_use]
+    pub fn root_thumbprint(&self) -> &str {
+        &self.last().thumbprint
+    }
+
     /// The first of [`Self::thumbprints`].
     #[must_use]
     pub fn thumbprint(&self) -> &str {

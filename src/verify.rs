@@ -20,7 +20,7 @@ use crate::{
     witness::{Signed, Standing, TrustedKeys, Witness},
 };
 
-pub use image::{Attestation, Examination, Examined, Judgement, Layout, examine};
+pub use image::{Attestation, Depth, Examination, Examined, Judgement, Layout, examine};
 pub(crate) use stored::{Referring, Stored, read_referrer};
 
 /// A witness, and the public keys whose signatures count as its own.

@@ -285,6 +285,8 @@ async fn what_cosign_keeps_as_a_referrer_is_judged_and_named_as_what_it_is() -> 
         let said = house.run(&["verify", &reference]).await?.expect_code(code)?.stdout;
         assert!(said.contains("as a referrer (oci-1-1), which cosign reads with --experimental-oci11 only"), "{said}");
         assert_eq!(said.contains("no key of the witnesses asked for made this signature"), code == 1, "{said}");
+        let bare = format!("does not count: cosign signature of {}/{repository} as a referrer", house.registry.host());
+        assert_eq!(said.contains(&bare), code == 1, "{said}");
         assert!(Cosign::V2.verify_referrer(&by.public(), &reference).await?.accepted);
         assert!(!Cosign::V2.verify(&by.public(), &reference).await?.accepted, "others do not see it");
     }

@@ -137,6 +137,49 @@ async fn what_the_daemon_signs_under_an_administrators_chain_is_accepted_by_its_
     Ok(())
 }
 
+/// By us as by notation: the root answers for both. What the key certified itself before counts on, too.
+#[tokio::test]
+async fn signatures_from_before_a_certificate_was_renewed_count_on() -> Result<()> {
+    let (authority, other) = (Authority::new()?, Authority::new()?);
+    let bao = OpenBao::start().await?;
+    let (plan, _) = in_openbao(&bao, Keys::P256).await?;
+    let rules = rule("team", "team", Keys::P256, &["notation"]);
+    let mut house = House::build(Plan { rules: Some(rules), ..plan }).await?;
+    let (certificate, public) = (house.config_path().with_file_name("chain.pem"), house.public_key_path());
+    let issue = |authority: &Authority| fs::write(&certificate, authority.chain(&public, SUBJECT)?).context("write");
+    let own_config = house.config();
+    let witness = "[[witness]]\nname = \"release\"\n";
+    let by_chain = own_config.replace(witness, &format!("{witness}certificate = \"chain.pem\"\n"));
+    let mut signed = vec![];
+    for (step, config, issuer) in
+        [("own", &own_config, None), ("first", &by_chain, Some(&authority)), ("second", &by_chain, Some(&authority))]
+    {
+        if let Some(authority) = issuer {
+            issue(authority)?;
+        }
+        house.write_config(config)?;
+        house.daemon.start().await?;
+        house.push(&Image::oci(step)?, "team/app", &[step]).await?;
+        let tagged = house.reference("team/app", step);
+        wait_for(&house, &tagged, &["notation"]).await?;
+        assert!(house.daemon.terminate(Duration::from_secs(60)).await?.success());
+        signed.push(tagged);
+    }
+    let by_root = Notation::trusting(&authority.root()?, "*", "*")?;
+    for tagged in &signed {
+        house.run(&["verify", tagged]).await?.expect_code(0)?;
+        assert_eq!(by_root.verify(tagged).await?.accepted, tagged != &signed[0], "{tagged}");
+    }
+    // Another authority that certifies the same key answers for none of the former.
+    issue(&other)?;
+    house.run(&["verify", &signed[0]]).await?.expect_code(0)?;
+    for tagged in &signed[1..] {
+        let said = house.run(&["verify", tagged]).await?.expect_code(1)?.stdout;
+        assert!(said.contains("which is none of witness release's"), "{said}");
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_chain_for_another_key_keeps_the_daemon_from_starting_and_it_says_which_key_it_is_for() -> Result<()> {
     let (authority, bao) = (Authority::new()?, OpenBao::start().await?);

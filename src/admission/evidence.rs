@@ -5,7 +5,7 @@
 
 use std::{
     collections::HashMap,
-    fmt,
+    fmt, iter,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -25,7 +25,7 @@ use crate::{
     oci::{Digest, Reference, RegistryName, Tag, media_type},
     registry::{self, Address, Credentials, Flights, Registry},
     signature::Format,
-    verify::{self, Judgement, Known, Rejection, Trust},
+    verify::{self, Depth, Judgement, Known, Rejection, Trust},
 };
 
 /// What counts against an image is not believed for longer than this: it may have been signed since.
@@ -326,11 +326,11 @@ impl Inner {
         let at = Instant::now();
         let now = self.settings.clock.now();
         let trusts: Vec<Trust<'_>> = self.settings.witnesses.iter().map(Known::trust).collect();
-        let examination = verify::examine(&registry, &image, &trusts, now).await?;
+        let examination = verify::examine(&registry, &image, &trusts, now, Depth::Verdicts).await?;
         let evidence = Evidence {
             until: examination.verified().filter_map(verify::Verified::until).min(),
             exists: examination.digest.is_some(),
-            signatures: examination.signatures.into_iter().map(read).collect(),
+            signatures: examination.signatures.into_iter().flat_map(read).collect(),
             unreadable: examination.unreadable,
             at,
         };
@@ -350,17 +350,25 @@ impl Inner {
     }
 }
 
-fn read(examined: verify::Examined) -> Signature {
-    match examined.verdict {
-        Judgement::Verified(verified) => Signature::Stands {
-            witness: verified.witness().into(),
-            format: examined.format,
-            reference: verified.reference().and_then(|reference| reference.parse().ok()),
-        },
-        Judgement::Rejected { reason: Rejection::OtherReference(reference), witness: Some(witness), .. } => {
-            Signature::Elsewhere { witness: witness.into(), format: examined.format, reference }
+/// One for each witness that has the key.
+pub(super) fn read(examined: verify::Examined) -> Vec<Signature> {
+    let verify::Examined { format, also, verdict, .. } = examined;
+    let each = |witness: &str, signature: &dyn Fn(&str) -> Signature| {
+        iter::once(witness).chain(also.iter().map(String::as_str)).map(signature).collect()
+    };
+    match verdict {
+        Judgement::Verified(verified) => {
+            let reference: Option<Reference> = verified.reference().and_then(|reference| reference.parse().ok());
+            each(verified.witness(), &|witness| Signature::Stands {
+                witness: witness.into(),
+                format,
+                reference: reference.clone(),
+            })
         }
-        Judgement::Rejected { reason, .. } => Signature::Falls(reason),
+        Judgement::Rejected { reason: Rejection::OtherReference(reference), witness: Some(witness), .. } => {
+            each(&witness, &|witness| Signature::Elsewhere { witness: witness.into(), format, reference: reference.clone() })
+        }
+        Judgement::Rejected { reason, .. } => vec![Signature::Falls(reason)],
     }
 }
 

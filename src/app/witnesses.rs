@@ -62,14 +62,13 @@ pub fn known_by(config: &Config, witness: &config::Witness, keys: TrustedKeys) -
     Known { witness: witness.name.clone(), keys: keys.taking_pss(takes_pss), certificates }
 }
 
-/// Adds the certificates that the ledger keeps, if it can be asked: without one, keys decide alone.
+/// Adds the certificates that the ledger keeps, if it can be asked: without any, keys decide alone.
 pub async fn with_certificates(config: &Config, witness: &config::Witness, mut known: Known, clock: &Clock) -> Known {
     let is_there = match &config.ledger {
         config::Ledger::Sqlite { path } => path.exists(),
         config::Ledger::Postgres(_) => true,
     };
-    let Some(key) = known.keys.own().filter(|_| known.certificates.is_empty() && is_there && signs_notation(config, witness))
-    else {
+    let Some(key) = known.keys.own().filter(|_| is_there && signs_notation(config, witness)) else {
         return known;
     };
     let kept = async {
@@ -77,7 +76,7 @@ pub async fn with_certificates(config: &Config, witness: &config::Witness, mut k
         anyhow::Ok(certificate::kept(&ledger, &witness.name, key.fingerprint()).await?)
     };
     match kept.await {
-        Ok(kept) => known.certificates = kept,
+        Ok(kept) => known.certificates.extend(kept),
         Err(error) => {
             let error = format!("{error:#}");
             warn!(
@@ -252,12 +251,16 @@ pub(super) async fn open_witness(
     check_rules(config, &open)?;
     accept_certificate(witness, open.public_key(), clock)?;
     let certificates = match &witness.certificate {
-        _ if !signs_notation(config, witness) => vec![],
-        Some(chain) => vec![chain.clone()],
-        None => match certificate::kept_or_made(ledger, &open, &witness.subject, clock).await {
-            Ok(certificates) => certificates,
-            Err(error) => return Ok(Err(error.into())),
-        },
+        _ if !signs_notation(config, witness) => Ok(vec![]),
+        // What was signed under those that it had before counts on.
+        Some(chain) => certificate::kept(ledger, &witness.name, open.public_key().fingerprint())
+            .await
+            .map(|kept| [chain.clone()].into_iter().chain(kept).collect()),
+        None => certificate::kept_or_made(ledger, &open, &witness.subject, clock).await,
+    };
+    let certificates: Vec<Chain> = match certificates {
+        Ok(certificates) => certificates,
+        Err(error) => return Ok(Err(error.into())),
     };
     if let (Some(first), None) = (certificates.first(), &witness.certificate) {
         warn_of_end(&witness.name, first, clock);

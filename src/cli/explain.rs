@@ -17,7 +17,7 @@ use crate::{
     outcome::{Outcome, Skip},
     rule::{Matches, Occasion, Rule, Trigger},
     signature::Format,
-    verify::{Examination, Known, examine},
+    verify::{Depth, Examination, Known, examine},
 };
 
 #[derive(Debug, Serialize)]
@@ -77,7 +77,7 @@ pub async fn run(config: &Config, client: &Client, clock: &Clock, reference: &st
                 }
             }
             let trusts: Vec<_> = known.iter().map(Known::trust).collect();
-            match examine(&registry, &reference, &trusts, clock.now()).await {
+            match examine(&registry, &reference, &trusts, clock.now(), Depth::Statements).await {
                 Ok(found) => examination = Some(found),
                 Err(error) => registry_error = Some(format!("{:#}", anyhow::Error::from(error))),
             }

@@ -11,7 +11,7 @@ use crate::{
     clock::Clock,
     config::Config,
     oci::{Reference, Tag},
-    verify::{Attestation, Evidence, Examination, Judgement, Known, Layout, Rejection, Trust, examine},
+    verify::{Attestation, Depth, Evidence, Examination, Judgement, Known, Layout, Rejection, Trust, examine},
     witness::Witness,
 };
 
@@ -73,12 +73,11 @@ pub async fn run(config: &Config, clock: &Clock, args: &VerifyArgs, output: Outp
     for reference in &args.references {
         let reference = parse_image(reference)?;
         let registry = app::registry_of(config, &reference.registry)?;
-        let mut examination = examine(&registry, &reference, &trusts, clock.now())
+        let mut examination = examine(&registry, &reference, &trusts, clock.now(), Depth::Statements)
             .await
             .with_context(|| format!("{reference}: the registry could not be asked"))?;
         let kms = if args.with_kms { Some(confirm(&mut examination, &kms).await?) } else { None };
-        let signed_by = |name: &String| examination.verified().any(|verified| verified.witness() == name);
-        let missing: Vec<String> = args.witness.iter().filter(|name| !signed_by(name)).cloned().collect();
+        let missing: Vec<String> = args.witness.iter().filter(|name| !examination.is_signed_by(name)).cloned().collect();
         let attested = examination.is_attested() && missing.is_empty();
         answers.push(Answer { attested, missing, kms, examination });
     }
@@ -108,6 +107,7 @@ async fn confirm(examination: &mut Examination, witnesses: &[Witness]) -> anyhow
             let message = format!("the KMS of witness {name} says that its key did not make it");
             let reference = verified.reference().map(ToOwned::to_owned);
             examined.verdict = Judgement::Rejected { witness: None, reference, reason: Rejection::UnknownKey, message };
+            examined.also.clear();
         }
         answers.push(Remote { witness: name, fingerprint, said });
     }
@@ -161,17 +161,22 @@ pub(super) fn render_signatures(examination: &Examination) -> String {
             Some(Layout::Oci11) => " as a referrer (oci-1-1), which cosign reads with --experimental-oci11 only",
             None => "",
         };
+        let also = match &signature.also[..] {
+            [] => String::new(),
+            others => format!(" and by {}", others.join(" and by ")),
+        };
         match &signature.verdict {
             Judgement::Verified(verified) => {
                 text.push_str(&format!(
-                    "\n  ok: {} signature {verified} (key {}){layout}",
+                    "\n  ok: {} signature {verified}{also} (key {}){layout}",
                     signature.format,
                     &verified.key_fingerprint()[..16]
                 ));
             }
-            Judgement::Rejected { witness, message, .. } => {
+            Judgement::Rejected { witness, reference, message, .. } => {
                 let by = witness.as_ref().map(|witness| format!(" by {witness}")).unwrap_or_default();
-                text.push_str(&format!("\n  does not count: {} signature{by}{layout}, {message}", signature.format));
+                let named = reference.as_ref().map(|named| format!(" of {}", named.escape_debug())).unwrap_or_default();
+                text.push_str(&format!("\n  does not count: {} signature{by}{also}{named}{layout}, {message}", signature.format));
             }
         }
         if let Some(time) = signature.time {

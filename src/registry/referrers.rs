@@ -24,6 +24,8 @@ use crate::oci::{Descriptor, Digest, Repository, Tag, media_type};
 const ASK_AGAIN: Duration = Duration::from_secs(3600);
 const MOST_PAGES: usize = 100;
 const MOST_ENTRIES: usize = 10_000;
+/// Of all pages together: anybody who can push can make entries of any length.
+const MOST_BYTES: usize = 4 * Manifest::LIMIT;
 
 /// The referrers of one manifest, as they are listed. Nothing here has been verified.
 #[derive(Debug, Clone)]
@@ -177,7 +179,7 @@ impl Registry {
         let mut entries = vec![];
         // Not filtered by the registry: some filter wrongly, and one listing serves all formats.
         let mut next = Some(self.url(&call, &format!("/referrers/{subject}"))?);
-        let mut pages = 0;
+        let (mut pages, mut bytes) = (0, 0);
         while let Some(url) = next {
             let outgoing = Outgoing::new(Method::GET, url.clone()).accepting_manifests().staying();
             let answer = self.exchange(&call, outgoing, Manifest::LIMIT).await?;
@@ -194,8 +196,9 @@ impl Registry {
                 .map_err(|error| Error::Malformed { at: self.at_call(&call), problem: error.to_string() })?;
             entries.extend(page.into_entries());
             pages += 1;
-            if pages > MOST_PAGES || entries.len() > MOST_ENTRIES {
-                let limit = format!("{MOST_ENTRIES} referrers or {MOST_PAGES} pages");
+            bytes += answer.body.len();
+            if pages > MOST_PAGES || entries.len() > MOST_ENTRIES || bytes > MOST_BYTES {
+                let limit = format!("{MOST_ENTRIES} referrers, {MOST_PAGES} pages or {MOST_BYTES} bytes");
                 return Err(Error::Oversized { at: self.at_call(&call), limit });
             }
             next = self.next_page(&call, &url, &answer)?;

@@ -23,7 +23,18 @@ use crate::{
 const MOST_REFERRERS: usize = 100;
 /// No more signatures are looked at that are layers of referrers, in all of these together.
 const MOST_LAYERS: usize = 1000;
+/// No more payloads are read only to tell what signatures say that do not count.
+const MOST_STATEMENTS: usize = 100;
 const READS_AT_ONCE: usize = 4;
+
+/// What is read of an image's signatures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Depth {
+    /// What decides.
+    Verdicts,
+    /// Also what is said by those that do not count, for people who want to know what is there.
+    Statements,
+}
 
 /// What was read of the payloads of layers, each once: cosign says in each of its referrers what it said in the one before.
 type Payloads = HashMap<Digest, Option<Bytes>>;
@@ -59,6 +70,9 @@ pub struct Examined {
     /// How it is stored, if not as its format is by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layout: Option<Layout>,
+    /// The other witnesses that have the same key, and of whom the verdict is the same.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<String>,
     /// When it was made, on the word of whoever wrote it; None where the format does not tell.
     pub time: Option<Timestamp>,
     #[serde(flatten)]
@@ -96,6 +110,15 @@ impl Examination {
         })
     }
 
+    /// Whether a signature of this witness stands.
+    #[must_use]
+    pub fn is_signed_by(&self, witness: &str) -> bool {
+        self.signatures.iter().any(|examined| match &examined.verdict {
+            Judgement::Verified(verified) => verified.witness() == witness || examined.also.iter().any(|also| also == witness),
+            Judgement::Rejected { .. } => false,
+        })
+    }
+
     /// Whether at least one signature stands.
     #[must_use]
     pub fn is_attested(&self) -> bool {
@@ -106,12 +129,14 @@ impl Examination {
 /// Resolves the reference, and judges every signature that the registry has for what it resolves to.
 ///
 /// # Errors
-/// When the registry could not be asked: that is no answer, neither way.
+/// When the registry could not be asked: that is no answer, neither way. Nor is it one when what it says of one of the places
+/// where signatures are is more than is read or makes no sense, and none stands in the other: anybody who can push can see to that.
 pub async fn examine(
     registry: &Registry,
     reference: &Reference,
     trusts: &[Trust<'_>],
     now: Timestamp,
+    depth: Depth,
 ) -> Result<Examination, registry::Error> {
     let repository = &reference.repository;
     let mut examination =
@@ -121,14 +146,35 @@ pub async fn examine(
     let Some(manifest) = registry.manifest(repository, &address).await? else { return Ok(examination) };
     examination.digest = Some(manifest.digest().clone());
     let manifest = Target::new(manifest.media_type(), manifest.digest(), manifest.content().len() as u64);
-    let court = Court { registry, wanted: Wanted { manifest, reference: reference.clone() }, trusts, now };
-    let (under_tag, referrers) = tokio::try_join!(court.under_tag(), court.referrers())?;
-    for Found { signatures, attestations, unreadable } in [under_tag, referrers] {
-        examination.signatures.extend(signatures);
-        examination.attestations.extend(attestations);
-        examination.unreadable = examination.unreadable.or(unreadable);
+    let court = Court { registry, wanted: Wanted { manifest, reference: reference.clone() }, trusts, now, depth };
+    let under_tag = async { set_aside(court.under_tag().await) };
+    let referrers = async { set_aside(court.referrers().await) };
+    let (under_tag, referrers) = tokio::try_join!(under_tag, referrers)?;
+    let mut unread = None;
+    for found in [under_tag, referrers] {
+        match found {
+            Ok(Found { signatures, attestations, unreadable }) => {
+                examination.signatures.extend(signatures);
+                examination.attestations.extend(attestations);
+                examination.unreadable = examination.unreadable.or(unreadable);
+            }
+            Err(error) => unread = unread.or(Some(error)),
+        }
+    }
+    match unread {
+        Some(error) if !examination.is_attested() => return Err(error),
+        Some(error) => examination.unreadable = Some(error.to_string()),
+        None => {}
     }
     Ok(examination)
+}
+
+/// Sets the errors apart that what somebody has pushed can be the cause of.
+fn set_aside(found: Result<Found, registry::Error>) -> Result<Result<Found, registry::Error>, registry::Error> {
+    match found {
+        Err(error @ (registry::Error::Oversized { .. } | registry::Error::Malformed { .. })) => Ok(Err(error)),
+        found => found.map(Ok),
+    }
 }
 
 /// What one place holds, and why something that is there was not read.
@@ -145,6 +191,7 @@ struct Court<'a> {
     wanted: Wanted,
     trusts: &'a [Trust<'a>],
     now: Timestamp,
+    depth: Depth,
 }
 
 impl Court<'_> {
@@ -176,21 +223,21 @@ impl Court<'_> {
         let repository = &self.wanted.reference.repository;
         let mut signatures = vec![];
         for layer in layers {
-            // The payload of a signature that nobody trusted made is not worth a request, and any other is worth one.
+            // The payload of a signature that nobody trusted made decides nothing.
             let signers = layer.payload_sha256().map(|sha256| self.signers(Format::Cosign, &sha256, layer.signature()));
             let signers = signers.unwrap_or_default();
-            let claim = if signers.is_empty() {
-                Err(Rejection::UnknownKey)
-            } else {
-                if !payloads.contains_key(layer.payload()) {
-                    let payload = self.registry.blob(repository, layer.payload(), MAX_PAYLOAD).await?;
-                    payloads.insert(layer.payload().clone(), payload);
-                }
-                let payload = payloads[layer.payload()].as_ref().ok_or(Rejection::NoPayload);
-                payload.and_then(|payload| layer.claim(payload).map_err(Rejection::Malformed))
-            };
-            let verdict = self.judge(&signers, claim);
-            signatures.push(Examined { format: Format::Cosign, layout, time: None, verdict });
+            let is_told = self.depth == Depth::Statements && payloads.len() < MOST_STATEMENTS;
+            if (is_told || !signers.is_empty()) && !payloads.contains_key(layer.payload()) {
+                let payload = match self.registry.blob(repository, layer.payload(), MAX_PAYLOAD).await {
+                    Err(registry::Error::Oversized { .. }) if signers.is_empty() => None,
+                    payload => payload?,
+                };
+                payloads.insert(layer.payload().clone(), payload);
+            }
+            let payload = payloads.get(layer.payload()).and_then(Option::as_ref).ok_or(Rejection::NoPayload);
+            let claim = payload.and_then(|payload| layer.claim(payload).map_err(Rejection::Malformed));
+            let claim = claim.map_err(|reason| if signers.is_empty() { Rejection::UnknownKey } else { reason });
+            signatures.push(self.judged(Format::Cosign, &signers, claim, layout, None));
         }
         Ok(signatures)
     }
@@ -233,8 +280,7 @@ impl Court<'_> {
             match referring {
                 Referring::Signature(Stored { format, time, claim }) => {
                     let signers = claim.as_ref().map(|claim| self.signers(format, &claim.signed_sha256, &claim.signature));
-                    let verdict = self.judge(&signers.unwrap_or_default(), claim);
-                    found.signatures.push(Examined { format, layout: None, time, verdict });
+                    found.signatures.push(self.judged(format, &signers.unwrap_or_default(), claim, None, time));
                 }
                 Referring::Layers(manifest) => {
                     let layers = &manifest.layers()[..manifest.layers().len().min(layers_left)];
@@ -258,18 +304,38 @@ impl Court<'_> {
         super::signers(format, sha256, signature, self.trusts, self.now)
     }
 
-    fn judge(&self, signers: &[Signer<'_>], claim: Result<Claim, Rejection>) -> Judgement {
-        let reference = claim.as_ref().ok().and_then(|claim| claim.reference.clone());
-        let verdict = claim.and_then(|claim| super::judge(signers, &claim, &self.wanted, self.now));
-        match verdict {
+    fn judged(
+        &self,
+        format: Format,
+        signers: &[Signer<'_>],
+        claim: Result<Claim, Rejection>,
+        layout: Option<Layout>,
+        time: Option<Timestamp>,
+    ) -> Examined {
+        let judge = |claim: &Result<Claim, Rejection>, signers: &[Signer<'_>]| {
+            claim.clone().and_then(|claim| super::judge(signers, &claim, &self.wanted, self.now))
+        };
+        let verdict = judge(&claim, signers);
+        let witness = match &verdict {
+            Ok(verified) => Some(verified.witness()),
+            Err(_) => signers.first().map(|signer| signer.trust.witness),
+        };
+        let word = |verdict: &Result<Verified, Rejection>| verdict.as_ref().map(drop).map_err(Rejection::name);
+        let also = signers.iter().map(|signer| signer.trust.witness).filter(|other| Some(*other) != witness);
+        let is_alike = |other: &&str| {
+            let theirs: Vec<_> = signers.iter().filter(|signer| signer.trust.witness == *other).cloned().collect();
+            word(&judge(&claim, &theirs)) == word(&verdict)
+        };
+        let also = also.filter(is_alike).map(ToOwned::to_owned).collect();
+        let witness = witness.map(ToOwned::to_owned);
+        let verdict = match verdict {
             Ok(verified) => Judgement::Verified(verified),
-            Err(reason) => Judgement::Rejected {
-                witness: signers.first().map(|signer| signer.trust.witness.to_owned()),
-                reference,
-                message: reason.to_string(),
-                reason,
-            },
-        }
+            Err(reason) => {
+                let reference = claim.ok().and_then(|claim| claim.reference);
+                Judgement::Rejected { witness, reference, message: reason.to_string(), reason }
+            }
+        };
+        Examined { format, layout, also, time, verdict }
     }
 }
 

@@ -12,8 +12,9 @@ use crate::{
     signature::notation::{Claim, Target},
 };
 
-/// Whether the envelope is about this manifest and names one of these certificates (any, if none is known) of this key of the
-/// witness's, and whether it and its certificate count at this time.
+/// Whether the envelope is about this manifest and names one of these certificates of this key of the witness's (any, if none is
+/// known), or another for the same key that the same root answers for, as it does for one that was renewed; and whether it and
+/// its certificate count at this time.
 pub(crate) fn check(
     claim: &Claim,
     witness: &str,
@@ -28,7 +29,7 @@ pub(crate) fn check(
     let thumbprint = claim.chain().thumbprint();
     // Those of other keys are a former key's, whose certificates are not known any more.
     let mut known = certificates.iter().filter(|known| known.public_key() == key).peekable();
-    let is_known = known.peek().is_none() || known.any(|known| known.thumbprint() == thumbprint);
+    let is_known = known.peek().is_none() || known.any(|known| known.root_thumbprint() == claim.chain().root_thumbprint());
     if claim.chain().public_key() != key || !is_known {
         return Err(Rejection::OtherCertificate { witness: witness.to_owned(), thumbprint: thumbprint.to_owned() });
     }

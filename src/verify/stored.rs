@@ -1,6 +1,6 @@
 //! Signatures as they are found among an image's referrers: fetched and read, and not yet judged.
 
-use std::collections::BTreeMap;
+use std::{cmp::Reverse, collections::BTreeMap};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -45,7 +45,8 @@ impl Stored {
     pub(crate) const ALL_ARTIFACT_TYPES: &[&str] = &[bundle::MEDIA_TYPE, notation::ARTIFACT_TYPE, cosign::ARTIFACT_TYPE];
 
     /// Those of the listed referrers that may be signatures of these types; first those that say that one of these made them: keys,
-    /// as bundles name them, and certificates, by thumbprint. Last those that only cosign's experimental mode writes.
+    /// as bundles name them, and certificates, by thumbprint. Of these the newest by their own word come first, since those before
+    /// may have expired. Last those that only cosign's experimental mode writes.
     pub(crate) fn candidates<'a>(listed: &'a Referrers, types: &'static [&'static str], hints: &[String]) -> Vec<&'a Descriptor> {
         let candidates = listed.candidates(types);
         let mut candidates: Vec<_> = candidates.filter(|entry| Self::other_predicate(&entry.annotations).is_none()).collect();
@@ -55,7 +56,11 @@ impl Stored {
             [key, leaf].iter().flatten().any(|named| hints.contains(named))
         };
         let is_experimental = |entry: &Descriptor| entry.artifact_type.as_deref() == Some(cosign::ARTIFACT_TYPE);
-        candidates.sort_by_cached_key(|entry| (!is_named(entry), is_experimental(entry)));
+        let age = |entry: &Descriptor| Reverse(created(&entry.annotations));
+        candidates.sort_by_cached_key(|entry| {
+            let is_named = is_named(entry);
+            (!is_named, is_experimental(entry), is_named.then(|| age(entry)))
+        });
         candidates
     }
 
@@ -117,8 +122,13 @@ pub(crate) async fn read_referrer(
     let blob = blob(registry, repository, at, limit).await?;
     let claim = blob.ok_or(Rejection::NoPayload).and_then(|blob| read(&blob).map_err(Rejection::Malformed));
     let signed = claim.as_ref().ok().and_then(|claim| claim.notation.as_ref()).map(|envelope| envelope.signing_time());
-    let time = signed.or_else(|| manifest.annotations.get(CREATED_ANNOTATION).and_then(|created| created.parse().ok()));
+    let time = signed.or_else(|| created(&manifest.annotations));
     Ok(Referring::Signature(Stored { format, time, claim }))
+}
+
+/// When an artifact was made, by its own word.
+fn created(annotations: &BTreeMap<String, String>) -> Option<Timestamp> {
+    annotations.get(CREATED_ANNOTATION)?.parse().ok()
 }
 
 /// A blob that is not there, or larger than it may be, is None alike.
@@ -160,6 +170,31 @@ mod tests {
         let order = |types| Stored::candidates(&listed, types, &[]).iter().map(|one| one.digest.clone()).collect::<Vec<_>>();
         assert_eq!(order(Stored::ALL_ARTIFACT_TYPES), [2, 1, 3].map(|number| Digest::of(&[number])));
         assert_eq!(order(Stored::ARTIFACT_TYPES), [Digest::of(&[2])]);
+    }
+
+    #[test]
+    fn of_those_that_name_a_witness_the_newest_comes_first() {
+        let mut index = ReferrersIndex::empty();
+        let entries = [(1, "2026-01-01T00:00:00Z", true), (2, "2026-03-01T00:00:00Z", true), (3, "2026-12-01T00:00:00Z", false)];
+        for (number, created, is_named) in entries {
+            let hint = if is_named { "ours" } else { "theirs" };
+            let annotations = [(CREATED_ANNOTATION, created), (bundle::HINT_ANNOTATION, hint)];
+            let one = Descriptor {
+                media_type: media_type::OCI_MANIFEST.to_owned(),
+                digest: Digest::of(&[number]),
+                size: 1,
+                artifact_type: Some(bundle::MEDIA_TYPE.to_owned()),
+                platform: None,
+                annotations: annotations.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
+            };
+            index.add(&one).unwrap();
+        }
+        let listed = Referrers::of_index(index);
+        let order = Stored::candidates(&listed, Stored::ARTIFACT_TYPES, &["ours".to_owned()]);
+        assert_eq!(
+            order.iter().map(|one| &one.digest).collect::<Vec<_>>(),
+            [2, 1, 3].map(|number| Digest::of(&[number])).each_ref()
+        );
     }
 
     #[test]

@@ -1,5 +1,9 @@
 use super::*;
-use crate::signature::Format;
+use crate::{
+    admission::evidence,
+    signature::Format,
+    verify::{Examined, Judgement},
+};
 
 const DIGEST: &str = "sha256:e9b028cb7b49c4dae3dc661c2e147f3d78b9b4d1165c406256db92f18d4a0454";
 
@@ -47,6 +51,26 @@ fn every_witness_must_have_signed() {
     let security = stands("security", "r.example.com/team/app:1");
     assert_eq!(judged(&both, "", std::slice::from_ref(&release)), "other_witness");
     assert_eq!(judged(&both, "", &[release, security]), "met");
+}
+
+#[test]
+fn a_key_that_is_two_witnesses_counts_for_both() {
+    let both = Policy { witnesses: vec!["release".into(), "security".into()], signed_as: SignedAs::Digest, ..policy() };
+    let elsewhere = "m.example.com/app:1".to_owned();
+    let examined = Examined {
+        format: Format::Cosign,
+        layout: None,
+        also: vec!["security".into()],
+        time: None,
+        verdict: Judgement::Rejected {
+            witness: Some("release".into()),
+            reference: Some(elsewhere.clone()),
+            reason: Rejection::OtherReference(elsewhere),
+            message: String::new(),
+        },
+    };
+    assert_eq!(judged(&both, "", &evidence::read(Examined { also: vec![], ..examined.clone() })), "other_witness");
+    assert_eq!(judged(&both, "", &evidence::read(examined)), "met");
 }
 
 #[test]

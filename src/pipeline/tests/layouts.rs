@@ -65,7 +65,15 @@ async fn where_a_manifest_with_a_type_is_refused_the_layout_of_notation_1_is_wri
             let trust =
                 crate::verify::Trust { witness: "release", keys: witness.trusted_keys(), certificates: witness.certificates() };
             let (client, now) = (house.registry.client(), Clock::system().now());
-            let told = crate::verify::examine(&client, &pinned(&digest).parse().unwrap(), &[trust], now).await.unwrap();
+            let told = crate::verify::examine(
+                &client,
+                &pinned(&digest).parse().unwrap(),
+                &[trust],
+                now,
+                crate::verify::Depth::Statements,
+            )
+            .await
+            .unwrap();
             assert!(told.is_attested(), "{name}: {told:?}");
             if !has_api {
                 // Listed by its type all the same, for those who filter.

@@ -233,6 +233,33 @@ async fn an_equal_bundle_that_another_replica_lists_meanwhile_is_not_doubled() {
     assert_eq!(house.outcome(&digest).await.0, Outcome::AlreadySigned);
 }
 
+/// Whatever is read takes its time, in which others write.
+#[tokio::test]
+async fn what_is_read_for_the_first_time_is_read_before_the_look_that_is_written_by() {
+    let house = House::new().await;
+    let digest = house.image("read late");
+    let entry = |name: &[u8]| json!({ "mediaType": media_type::OCI_MANIFEST, "digest": Digest::of(name), "size": 1, "artifactType": bundle::MEDIA_TYPE });
+    let (unseen, later) = (entry(b"unseen"), entry(b"later"));
+    let (tag, mut looks, mut reads) = (fallback(&digest), 0, 0);
+    let (read, both) = (format!("GET team/app/manifests/{}", Digest::of(b"unseen")), [unseen.clone(), later.clone()]);
+    house.registry.on_request(move |asked, store| {
+        looks += u32::from(asked == format!("GET team/app/manifests/{tag}"));
+        reads += u32::from(asked == read);
+        // Nothing is there at the first look.
+        if asked.ends_with(&tag) && looks == 2 {
+            store.put("team/app", Some(&tag), media_type::OCI_INDEX, &referrers_index(&both[..1]));
+        } else if asked == read && reads == 1 {
+            store.put("team/app", Some(&tag), media_type::OCI_INDEX, &referrers_index(&both));
+        }
+        Act::Serve
+    });
+    house.push(Some("1.0"), &digest).await;
+    house.settle(&house.pipeline(bundles())).await;
+    let listed = house.registry.fallback(&app(), &digest);
+    assert_eq!(listed[..2], [unseen, later]);
+    assert_eq!((listed.len(), house.calls()), (3, 1));
+}
+
 /// There nothing is read before the write, unless signing took so long that another replica may have been at it.
 #[tokio::test]
 async fn an_equal_bundle_that_another_replica_stores_while_the_key_is_slow_is_not_doubled() {
@@ -377,7 +404,8 @@ async fn all_that_is_found_is_told_with_its_format() {
     for (asked, counting) in [(tagged("1.0"), 2), (pinned(&digest), 2), (tagged("1.0").replace("1.0", "2.0"), 1)] {
         house.registry.store().put("team/app", Some("2.0"), media_type::OCI_MANIFEST, &image("told"));
         let reference: Reference = asked.parse().unwrap();
-        let examination = crate::verify::examine(&client, &reference, &trusts, now).await.unwrap();
+        let examination =
+            crate::verify::examine(&client, &reference, &trusts, now, crate::verify::Depth::Statements).await.unwrap();
         assert_eq!(examination.verified().count(), counting, "{asked}: {examination:?}");
         let told = serde_json::to_value(&examination.signatures).unwrap();
         assert_eq!((&told[0]["format"], &told[1]["format"]), (&json!("cosign"), &json!("bundle")));
@@ -389,10 +417,14 @@ async fn all_that_is_found_is_told_with_its_format() {
         assert!(counting == 2 || told[0]["witness"] == "release" && told[0]["reason"] == "other_reference", "{told}");
     }
     // By nobody who is known.
-    let examination = crate::verify::examine(&client, &tagged("1.0").parse().unwrap(), &[], now).await.unwrap();
+    let examination =
+        crate::verify::examine(&client, &tagged("1.0").parse().unwrap(), &[], now, crate::verify::Depth::Statements)
+            .await
+            .unwrap();
     assert!(!examination.is_attested());
     let told = serde_json::to_value(&examination.signatures).unwrap();
     assert_eq!((&told[0]["reason"], &told[1]["reason"]), (&json!("unknown_key"), &json!("unknown_key")));
+    assert_eq!((&told[0]["reference"], &told[1]["reference"]), (&json!(tagged("1.0")), &Value::Null));
 }
 
 #[test]
@@ -424,7 +456,15 @@ async fn ours_is_found_among_any_number_of_referrers_and_no_more_than_a_bound_ar
     let keys = house.witnesses["release"].trusted_keys();
     let trusts = [crate::verify::Trust { witness: "release", keys, certificates: &[] }];
     let reference: Reference = pinned(&digest).parse().unwrap();
-    let examination = crate::verify::examine(&house.registry.client(), &reference, &trusts, Clock::system().now()).await.unwrap();
+    let examination = crate::verify::examine(
+        &house.registry.client(),
+        &reference,
+        &trusts,
+        Clock::system().now(),
+        crate::verify::Depth::Statements,
+    )
+    .await
+    .unwrap();
     assert!(examination.is_attested());
     assert!(examination.unreadable.unwrap().contains("only 100 of 501"));
     assert!(house.requests().len() < 110);

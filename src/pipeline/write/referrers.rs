@@ -85,8 +85,10 @@ impl<'a> ReferrerStore<'a> {
         let Wanted { witness, algorithm, .. } = wanted;
         let key = witness.public_key();
         let names_ours = |envelope: &notation::Claim| {
-            let certificate = &witness.certificates()[..witness.certificates().len().min(1)];
-            verify::notation::check(envelope, witness.name(), key, certificate, &self.manifest, self.now).is_ok()
+            let newest = witness.certificates().first();
+            newest.is_none_or(|newest| newest.thumbprint() == envelope.chain().thumbprint())
+                && verify::notation::check(envelope, witness.name(), key, witness.certificates(), &self.manifest, self.now)
+                    .is_ok()
         };
         claim.digests.contains(self.subject)
             && claim.notation.as_deref().is_none_or(names_ours)
@@ -244,8 +246,11 @@ impl Addition for Entries<'_, '_> {
         let absent: Vec<_> = self.put.iter().filter(|(_, referrer)| !index.contains(referrer.digest())).collect();
         let wanted: Vec<Numbered<'_>> = absent.iter().map(|(one, _)| (one.index, one.wanted)).collect();
         // Another replica may have been here since the first look: what it wrote has other bytes, and says the same.
-        let listed = Referrers::of_index(index.clone());
+        let (listed, known) = (Referrers::of_index(index.clone()), self.store.read.len());
         let theirs = self.store.find(&listed, &wanted).await?;
+        if self.store.read.len() > known {
+            return Ok(Merged::LookAgain);
+        }
         self.merged.clear();
         for (one, referrer) in absent.iter().filter(|(one, _)| !theirs.contains(&one.index)) {
             index.add(referrer.descriptor()).map_err(|source| self.full(source))?;

@@ -69,6 +69,20 @@ async fn pages_without_end_are_given_up() {
 }
 
 #[tokio::test]
+async fn pages_full_of_annotations_are_given_up_before_they_fill_the_memory() {
+    let fake = Fake::start(|_| {
+        let next = format!("<{}?last=1>; rel=\"next\"", api_path());
+        let mut long = entry("one", None);
+        long["annotations"] = json!({ "long": "x".repeat(3 << 20) });
+        index_as(media_type::OCI_INDEX, &[("link", &next)], &[long])
+    })
+    .await;
+    let error = fake.client().referrers(&app(), &subject()).await.unwrap_err();
+    assert!(matches!(error, Error::Oversized { .. }), "{error:?}");
+    assert_eq!(fake.seen().len(), 6);
+}
+
+#[tokio::test]
 async fn a_registry_without_the_api_is_known_by_any_of_its_answers_and_not_asked_again_at_once() {
     let unsupported: [fn() -> Response; 7] = [
         || respond(404, &[("content-type", "text/plain")], "404 page not found\n"),

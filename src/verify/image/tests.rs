@@ -70,7 +70,7 @@ async fn told(folder: &str, reference: &str) -> Vec<(String, Value)> {
         keys.iter().zip(&chains).map(|((witness, keys), certificates)| Trust { witness, keys, certificates }).collect();
     let reference = format!("{NAME}/{REPOSITORY}{reference}").parse().unwrap();
     let now = "2026-11-21T09:00:00Z".parse().unwrap();
-    let examination = examine(&fake.client(), &reference, &trusts, now).await.unwrap();
+    let examination = examine(&fake.client(), &reference, &trusts, now, Depth::Statements).await.unwrap();
     assert_eq!(examination.unreadable, None, "{folder}");
     assert_eq!(examination.attestations, [], "{folder}");
     let told = serde_json::to_value(&examination.signatures).unwrap();
@@ -131,9 +131,60 @@ async fn no_more_layers_of_referrers_are_judged_than_a_bound() {
     let keys = keys("rsa2048");
     let trust = Trust { witness: "release", keys: &keys, certificates: &[] };
     let reference = format!("{NAME}/{REPOSITORY}:1.0").parse().unwrap();
-    let told = examine(&fake.client(), &reference, &[trust], "2026-11-21T09:00:00Z".parse().unwrap()).await.unwrap();
+    let told =
+        examine(&fake.client(), &reference, &[trust], "2026-11-21T09:00:00Z".parse().unwrap(), Depth::Statements).await.unwrap();
     assert_eq!((told.signatures.len(), told.verified().count()), (1000, 1000));
     assert!(told.unreadable.unwrap().contains("only 1000"));
+}
+
+#[tokio::test]
+async fn a_key_that_is_two_witnesses_signs_for_both() {
+    let fake = registry_with("A-two-tags-rsa-pkcs1").await;
+    let keys = keys("rsa2048");
+    let trusts = ["a", "b"].map(|witness| Trust { witness, keys: &keys, certificates: &[] });
+    let reference = format!("{NAME}/{REPOSITORY}:1.0").parse().unwrap();
+    let now = "2026-11-21T09:00:00Z".parse().unwrap();
+    let told = examine(&fake.client(), &reference, &trusts, now, Depth::Verdicts).await.unwrap();
+    assert_eq!(["a", "b", "c"].map(|witness| told.is_signed_by(witness)), [true, true, false]);
+    let told = serde_json::to_value(&told.signatures).unwrap();
+    for (at, verdict) in [(0, "verified"), (1, "rejected")] {
+        assert_eq!(
+            [&told[at]["verdict"], &told[at]["witness"], &told[at]["also"]],
+            [&json!(verdict), &json!("a"), &json!(["b"])]
+        );
+    }
+}
+
+/// Anybody who can push can put anything under a tag.
+#[tokio::test]
+async fn what_makes_no_sense_in_one_place_does_not_hide_what_stands_in_the_other() {
+    let fake = registry_with("A-rsa-pkcs1").await;
+    let digest: Digest = text("image", "digest.txt").parse().unwrap();
+    fake.store().put_as(REPOSITORY, Tag::referrers(&digest).as_str(), "text/plain", Bytes::from_static(b"no index"));
+    let reference = format!("{NAME}/{REPOSITORY}:1.0").parse().unwrap();
+    let (now, release, stranger) = ("2026-11-21T09:00:00Z".parse().unwrap(), keys("rsa2048"), keys("p256"));
+    let client = fake.client();
+    let by = |keys| [Trust { witness: "release", keys, certificates: &[] }];
+    let told = examine(&client, &reference, &by(&release), now, Depth::Verdicts).await.unwrap();
+    assert!(told.is_attested());
+    assert!(told.unreadable.unwrap().contains("makes no sense"));
+    let error = examine(&client, &reference, &by(&stranger), now, Depth::Verdicts).await.unwrap_err();
+    assert!(matches!(error, registry::Error::Malformed { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn what_an_unknown_signature_says_is_read_for_those_who_ask_what_is_there_alone() {
+    let fake = registry_with("A-rsa-pkcs1").await;
+    let reference: Reference = format!("{NAME}/{REPOSITORY}:1.0").parse().unwrap();
+    let now = "2026-11-21T09:00:00Z".parse().unwrap();
+    for (depth, says) in [(Depth::Verdicts, false), (Depth::Statements, true)] {
+        let told = examine(&fake.client(), &reference, &[], now, depth).await.unwrap();
+        let Judgement::Rejected { witness: None, reference, reason: Rejection::UnknownKey, .. } = &told.signatures[0].verdict
+        else {
+            panic!("{told:?}")
+        };
+        assert_eq!(reference.as_deref(), says.then_some("registry.example.com/team/app:1.0"));
+    }
 }
 
 #[test]
