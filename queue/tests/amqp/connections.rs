@@ -100,7 +100,7 @@ async fn broker_that_falls_silent_after_a_listing_is_connected_to_again() {
         let burial = Burial { kind: "denied".to_owned(), reason: "no".to_owned() };
         next(&queue).await.bury(burial).await.unwrap();
     }
-    for round in 0..4 {
+    for round in 0..3 {
         let listed = eventually("some are listed", LIMIT, async || Ok(queue.dead_letters(None, 1).await.ok()));
         assert_eq!(listed.await.unwrap().len(), 1);
         proxy.silence(true);
