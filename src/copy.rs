@@ -235,3 +235,6 @@ fn settle(copied: &mut [Copied], written: Result<(), pipeline::Error>) {
     let open = copied.iter_mut().filter(|copied| copied.state == State::Copied);
     open.for_each(|copied| copied.state = State::failed(&error));
 }
+
+#[cfg(test)]
+mod tests;

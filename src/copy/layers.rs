@@ -1,5 +1,7 @@
 //! Signatures under the `.sig` tag: layers of one manifest.
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
 
 use super::{Copied, Error, Kind, Route, State, settle};
@@ -15,6 +17,11 @@ use crate::{
     registry,
     signature::cosign::{Entry, Layer, MAX_PAYLOAD, SignatureManifest, Statement},
 };
+
+/// No more layers of one image are copied: cosign reads no more.
+const MOST_LAYERS: usize = 1000;
+/// Bytes of all payloads of one image: some hundred have each a few hundred, and anybody who can push can add larger ones.
+const MOST_BYTES: usize = 16 * 1024 * 1024;
 
 impl Route<'_> {
     /// Copies what is under the `.sig` tag.
@@ -33,13 +40,19 @@ impl Route<'_> {
 
         let mut copied = vec![];
         let mut missing = vec![];
-        for entry in found.entries() {
-            let payload = self.payload(entry.layer()).await?;
-            let reference = payload.as_deref().and_then(|payload| Statement::read(payload).ok()).map(|said| said.reference);
+        let mut payloads = Payloads::default();
+        for (place, entry) in found.entries().enumerate() {
+            let payload = if place < MOST_LAYERS {
+                self.payload(entry.layer(), &mut payloads).await?
+            } else {
+                Err("it is behind a thousand others, and cosign reads no more")
+            };
+            let said = payload.as_ref().ok().and_then(|payload| Statement::read(payload).ok());
+            let reference = said.map(|said| said.reference);
             let state = match (self.unwritten(there.contains(entry.layer())), payload) {
+                (None | Some(State::Missing), Err(reason)) => State::LeftOut { reason },
                 (Some(state), _) => state,
-                (None, None) => State::LeftOut { reason: "its payload is missing in the source, so it counts nowhere" },
-                (None, Some(payload)) => {
+                (None, Ok(payload)) => {
                     missing.push((entry, payload));
                     State::Copied
                 }
@@ -54,13 +67,34 @@ impl Route<'_> {
         Ok(copied)
     }
 
-    /// Its bytes; None if the source does not have them.
-    async fn payload(&self, layer: &Layer) -> Result<Option<Bytes>, registry::Error> {
-        match self.source.registry.blob(self.source.repository(), layer.payload(), MAX_PAYLOAD).await {
-            Err(registry::Error::Oversized { .. }) => Ok(None),
-            payload => payload,
+    /// Its bytes, or why they cannot be had.
+    async fn payload(&self, layer: &Layer, known: &mut Payloads) -> Result<Payload, registry::Error> {
+        if let Some(payload) = known.read.get(layer.payload()) {
+            return Ok(payload.clone());
         }
+        if known.bytes > MOST_BYTES {
+            return Ok(Err("the payloads before it are larger in all than those of any image"));
+        }
+        let payload = match self.source.registry.blob(self.source.repository(), layer.payload(), MAX_PAYLOAD).await {
+            Ok(Some(payload)) => Ok(payload),
+            Ok(None) => Err("its payload is missing in the source, so it counts nowhere"),
+            Err(registry::Error::Oversized { .. }) => Err("its payload is larger than any that is read"),
+            Err(error) => return Err(error),
+        };
+        known.bytes += payload.as_ref().map_or(0, Bytes::len);
+        known.read.insert(layer.payload().clone(), payload.clone());
+        Ok(payload)
     }
+}
+
+/// A layer's payload, or why it cannot be had.
+type Payload = Result<Bytes, &'static str>;
+
+/// Layers may share them: two signatures over one payload do.
+#[derive(Default)]
+struct Payloads {
+    read: HashMap<Digest, Payload>,
+    bytes: usize,
 }
 
 /// Layers, with their payloads, that are added to the destination's manifest.
