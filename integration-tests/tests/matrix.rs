@@ -138,7 +138,7 @@ impl Verifier {
             }
             Self::SigstoreJs => {
                 "The package `@sigstore/verify`: a `Verifier` that is given the public key and no authorities. It verifies bundles, and it \
-                 is handed them ([the program](../integration-tests/verifiers/sigstore-js/verify.js)): that there is none is said by us."
+                 is handed them ([the program](../integration-tests/verifiers/sigstore-js/verify.js)): where there is none it is not asked."
             }
             Self::Notation => {
                 "`notation verify --insecure-registry IMAGE`, at the level `strict`, with the certificate and the identity that `countersign \
@@ -273,6 +273,13 @@ fn refusal(words: &str) -> String {
     }
 }
 
+/// What begins so is said by us of a verifier that there was nothing to hand to.
+const NOT_ASKED: &str = "not asked";
+
+fn quoted(words: &str) -> String {
+    if words.starts_with(NOT_ASKED) { words.to_owned() } else { format!("`{words}`") }
+}
+
 /// One run: None if it was accepted, otherwise why not.
 type Cell = Option<String>;
 
@@ -355,11 +362,12 @@ fn short(seen: &Seen) -> Result<String> {
             let everywhere = refused.values().map(Vec::len).sum::<usize>() == ASKED.len() * REGISTRIES.len();
             let mut refused: Vec<_> = refused.into_iter().collect();
             refused.sort_by_key(|(_, places)| Reverse(places.len()));
-            let mut texts = refused.iter().map(|(words, places)| format!("{}: `{words}`", joined(places))).collect::<Vec<_>>();
+            let said = |(words, places): &(&str, Vec<_>)| format!("{}: {}", joined(places), quoted(words));
+            let mut texts = refused.iter().map(said).collect::<Vec<_>>();
             match refused.first() {
                 None => table.push_str(" yes |"),
                 Some((words, _)) if everywhere => {
-                    texts[0] = format!("`{words}`");
+                    texts[0] = quoted(words);
                     write!(table, " no ({}) |", notes.number(texts.join("; ")))?;
                 }
                 Some(_) => write!(table, " yes, but ({}) |", notes.number(format!("not {}", texts.join("; "))))?,
@@ -388,7 +396,8 @@ fn joined(places: &[(usize, Referrers)]) -> String {
 fn long(seen: &Seen) -> Result<String> {
     let mut page = "# What each verifier says of each signature\n\n\
         Written by integration-tests/tests/matrix.rs, which ran every cell, at docker-registry 2.8 (fallback tag) and at ferro-oci-server 1.0 \
-        (referrers API); where they differ, both are told. A *no* quotes the verifier.\n"
+        (referrers API); where they differ, both are told. A *no* quotes the verifier, or says that there \
+        was nothing to ask it about.\n"
         .to_owned();
     let mut notes = Notes::default();
     for (column, verifier) in Verifier::ALL.iter().enumerate() {
@@ -398,7 +407,7 @@ fn long(seen: &Seen) -> Result<String> {
             write!(page, "| {} |", written.title())?;
             for place in 0..ASKED.len() {
                 let mut word = |cell: &Cell| match cell {
-                    Some(words) => format!("no ({})", notes.number(format!("`{words}`"))),
+                    Some(words) => format!("no ({})", notes.number(quoted(words))),
                     None => "yes".to_owned(),
                 };
                 let words: Vec<String> = seen[&(row, column, place)].iter().map(&mut word).collect();

@@ -60,7 +60,7 @@ async function main([keyFile, reference]) {
       refusals.push(error.message);
     }
   }
-  console.error(`Error: ${refusals.length ? refusals.join('; ') : 'no bundle refers to the image'}`);
+  console.error(refusals.length ? `Error: ${refusals.join('; ')}` : 'not asked: there is no bundle');
   return 1;
 }
 
