@@ -72,6 +72,14 @@ pub fn read_answer(header: &str, body: &[u8]) {
     assert!(!format!("{reported:?}").contains("the secret"), "a credential was kept");
 }
 
+/// What type of manifest this is taken for when it is served with this header.
+#[cfg(fuzzing)]
+#[must_use]
+pub fn read_manifest(content_type: Option<&str>, content: &[u8]) -> Option<&'static str> {
+    let manifest = Manifest::new(&Address::Tag(Tag::latest()), content_type, None, Bytes::copy_from_slice(content));
+    manifest.ok().map(|manifest| manifest.media_type())
+}
+
 /// Told what was done (`read the manifest`), how it ended (`ok`, or a word for what went wrong), and how long it took.
 pub type Observer = Arc<dyn Fn(&'static str, &'static str, Duration) + Send + Sync>;
 

@@ -125,6 +125,9 @@ async fn countersign_in_all_formats_beside_cosign_and_notation_loses_nothing_tha
 
         // They may have written over ours after we were done: the same push again puts that right.
         house.push(&image, &repository, &["0"]).await?;
+        // What verifies goes the same way, and is not to be taken for the daemon.
+        house.registry.wait_delivered(LIMIT).await?;
+        house.wait_settled(1, LIMIT).await?;
         wait_for(&house, &house.reference(&repository, "0"), &FORMATS).await?;
         let cosign = Cosign::V3.verify(&house.public_key_path(), &reference).await?;
         assert!(cosign.accepted, "round {round}: {}", cosign.words);

@@ -105,11 +105,12 @@ fn media_type_of(content_type: Option<&str>, content: &[u8]) -> Result<&'static 
         .find(|known| known.eq_ignore_ascii_case(named))
         .ok_or_else(|| format!("its media type is {:?}", short(named)))?;
     let as_index = shape.layers.is_none() && shape.config.is_none();
-    let as_image = shape.manifests.is_none();
+    // What has no members of either could be served as both.
+    let as_image = shape.manifests.is_none() && !as_index;
     if if media_type::is_index(known) { as_index } else { as_image } {
         Ok(known)
     } else {
-        Err(format!("it is served as {known}, but has members of another type"))
+        Err(format!("it is served as {known}, but has members of another type or none of this one"))
     }
 }
 
@@ -148,6 +149,7 @@ mod tests {
             (index, r#"{"schemaVersion":2,"config":{},"layers":[],"manifests":[]}"#),
             (index, r#"{"schemaVersion":2,"manifests":[],"layers":[]}"#),
             (image, r#"{"schemaVersion":2,"layers":[],"layers":[]}"#),
+            (image, r#"{"schemaVersion":2}"#),
             (image, r#"{"schemaVersion":2,"fsLayers":[]}"#),
             (image, r#"{"schemaVersion":1,"layers":[]}"#),
             (image, r#"{"layers":[]}"#),
