@@ -132,34 +132,22 @@ impl Recorder {
     }
 
     /// Checks that each manifest written under this path has in this list (`layers`, `manifests`) whatever the one had that was
-    /// read last before, annotations included; and that nothing else was read of the listed manifests between the two, while
-    /// others may write.
+    /// read last before; annotations included.
     pub fn ensure_what_was_found_was_kept(&self, path: &str, list: &str) -> Result<()> {
         let entries = |manifest: &[u8]| -> Result<BTreeSet<String>> {
             let manifest: Value = serde_json::from_slice(manifest)?;
             let entries = manifest[list].as_array().with_context(|| format!("a manifest without {list}"))?;
             Ok(entries.iter().map(Value::to_string).collect())
         };
-        let listed = format!("{}/manifests/sha256:", path.rsplit_once("/manifests/").context("a path of a manifest")?.0);
         let mut found = BTreeSet::new();
-        let (mut writes, mut reads) = (0, vec![]);
-        for exchange in &self.exchanges() {
-            if exchange.path != path {
-                if exchange.method == Method::GET && list == "manifests" && exchange.path.starts_with(&listed) {
-                    reads.push(exchange.path.clone());
-                }
-                continue;
-            }
-            if exchange.method == Method::GET {
-                reads.clear();
-            }
+        let mut writes = 0;
+        for exchange in self.exchanges().iter().filter(|exchange| exchange.path == path) {
             match (&exchange.method, exchange.status) {
                 (&Method::GET, StatusCode::OK) => found = entries(&exchange.received)?,
                 (&Method::GET, StatusCode::NOT_FOUND) => found.clear(),
                 (&Method::PUT, StatusCode::CREATED) => {
                     let written = entries(&exchange.sent)?;
                     ensure!(written.is_superset(&found), "countersign dropped {:?}", found.difference(&written));
-                    ensure!(reads.is_empty(), "countersign read {reads:?} between its look at {path} and its write");
                     writes += 1;
                     found = written;
                 }
