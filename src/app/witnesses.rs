@@ -81,7 +81,9 @@ pub async fn with_certificates(config: &Config, witness: &config::Witness, mut k
             let error = format!("{error:#}");
             warn!(
                 witness = witness.name,
-                error, "its certificates are not known: of its notation signatures, its key decides alone"
+                error,
+                "the certificates that the ledger keeps of it are not known: of its notation signatures, one in the configuration \
+                 decides, or else its key alone"
             );
         }
     }

@@ -1,6 +1,6 @@
 //! Manifests as a registry served them: hashed, bounded, and of a type that we know.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use bytes::Bytes;
 use serde::{Deserialize, de::IgnoredAny};
@@ -88,7 +88,15 @@ fn media_type_of(content_type: Option<&str>, content: &[u8]) -> Result<&'static 
         fs_layers: Option<IgnoredAny>,
     }
 
-    let shape: Shape<'_> = serde_json::from_slice(content).map_err(|error| format!("it is not a JSON manifest: {error}"))?;
+    let no_manifest = |error: serde_json::Error| format!("it is not a JSON manifest: {error}");
+    let shape: Shape<'_> = serde_json::from_slice(content).map_err(no_manifest)?;
+    // Readers in Go do not tell `Manifests` from `manifests`.
+    #[expect(clippy::zero_sized_map_values, reason = "a set is not read from an object")]
+    let members: BTreeMap<Cow<'_, str>, IgnoredAny> = serde_json::from_slice(content).map_err(no_manifest)?;
+    let known = ["mediaType", "schemaVersion", "manifests", "layers", "config", "fsLayers"];
+    if let Some(twin) = members.keys().find(|name| known.iter().any(|known| *name != known && folded(name) == folded(known))) {
+        return Err(format!("it has a member {:?}, which some readers take for another", short(twin)));
+    }
     if shape.schema_version != 2 || shape.fs_layers.is_some() {
         return Err(format!("its schemaVersion is {}, only 2 is handled", shape.schema_version));
     }
@@ -112,6 +120,11 @@ fn media_type_of(content_type: Option<&str>, content: &[u8]) -> Result<&'static 
     } else {
         Err(format!("it is served as {known}, but has members of another type or none of this one"))
     }
+}
+
+/// As Go's `encoding/json` compares names: letters are the same in either case, and so are the two others that fold to one in ASCII.
+fn folded(name: &str) -> String {
+    name.replace('\u{17f}', "s").replace('\u{212a}', "k").to_ascii_lowercase()
 }
 
 fn short(text: &str) -> String {
@@ -150,6 +163,8 @@ mod tests {
             (index, r#"{"schemaVersion":2,"manifests":[],"layers":[]}"#),
             (image, r#"{"schemaVersion":2,"layers":[],"layers":[]}"#),
             (image, r#"{"schemaVersion":2}"#),
+            (image, r#"{"schemaVersion":2,"config":{},"layers":[],"Manifests":[]}"#),
+            (image, "{\"schemaVersion\":2,\"config\":{},\"layers\":[],\"manifest\u{17f}\":[]}"),
             (image, r#"{"schemaVersion":2,"fsLayers":[]}"#),
             (image, r#"{"schemaVersion":1,"layers":[]}"#),
             (image, r#"{"layers":[]}"#),

@@ -147,6 +147,10 @@ pub fn extend_config(content: &[u8], layers: &[Layer]) -> Option<Vec<u8>> {
     serde_json::to_vec(&config).ok()
 }
 
+/// Bytes of a reference that a payload approves: more than any has, and few enough to be repeated for each of ten thousand layers
+/// over one payload.
+const LONGEST_REFERENCE: usize = 1024;
+
 /// What a payload says, read as strictly as the strictest verifier reads it: exactly these members, none twice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Statement {
@@ -162,6 +166,9 @@ impl Statement {
         let payload: Payload = serde_json::from_slice(payload).map_err(|error| error.to_string())?;
         if payload.critical.r#type != PAYLOAD_TYPE {
             return Err(format!("its type is {:?}, not {PAYLOAD_TYPE:?}", payload.critical.r#type));
+        }
+        if payload.critical.identity.docker_reference.len() > LONGEST_REFERENCE {
+            return Err(format!("its reference is longer than {LONGEST_REFERENCE} bytes, which none is"));
         }
         let digest =
             payload.critical.image.docker_manifest_digest.parse().map_err(|error: crate::oci::ParseError| error.to_string())?;
@@ -298,6 +305,7 @@ pub(crate) mod tests {
             good.replace("cosign container image signature", "atomic container signature"),
             good.replace(r#"{"docker-reference":"#, r#"{"docker-reference":"x","docker-reference":"#),
             good.replace("sha256:", "sha1:"),
+            good.replace(REFERENCE, &"x".repeat(1025)),
             format!("{good}x"),
         ] {
             assert!(read(&strict).is_err(), "{strict}");

@@ -312,22 +312,22 @@ impl Court<'_> {
         layout: Option<Layout>,
         time: Option<Timestamp>,
     ) -> Examined {
-        let judge = |claim: &Result<Claim, Rejection>, signers: &[Signer<'_>]| {
-            claim.clone().and_then(|claim| super::judge(signers, &claim, &self.wanted, self.now))
+        let judge = |signer| match &claim {
+            Ok(claim) => super::judge_one(signer, claim, &self.wanted, self.now),
+            Err(reason) => Err(reason.clone()),
         };
-        let verdict = judge(&claim, signers);
-        let witness = match &verdict {
-            Ok(verified) => Some(verified.witness()),
-            Err(_) => signers.first().map(|signer| signer.trust.witness),
+        let mut verdicts: Vec<_> = signers.iter().map(|signer| (signer.trust.witness, judge(signer))).collect();
+        // One for whom it counts is enough.
+        let told = verdicts.iter().position(|(_, verdict)| verdict.is_ok()).unwrap_or_default();
+        let (witness, verdict) = if verdicts.is_empty() {
+            (None, Err(claim.as_ref().err().cloned().unwrap_or(Rejection::UnknownKey)))
+        } else {
+            let (witness, verdict) = verdicts.remove(told);
+            (Some(witness.to_owned()), verdict)
         };
         let word = |verdict: &Result<Verified, Rejection>| verdict.as_ref().map(drop).map_err(Rejection::name);
-        let also = signers.iter().map(|signer| signer.trust.witness).filter(|other| Some(*other) != witness);
-        let is_alike = |other: &&str| {
-            let theirs: Vec<_> = signers.iter().filter(|signer| signer.trust.witness == *other).cloned().collect();
-            word(&judge(&claim, &theirs)) == word(&verdict)
-        };
-        let also = also.filter(is_alike).map(ToOwned::to_owned).collect();
-        let witness = witness.map(ToOwned::to_owned);
+        let alike = verdicts.iter().filter(|(_, other)| word(other) == word(&verdict));
+        let also = alike.map(|(witness, _)| (*witness).to_owned()).collect();
         let verdict = match verdict {
             Ok(verified) => Judgement::Verified(verified),
             Err(reason) => {
