@@ -275,8 +275,10 @@ impl Core {
 
     /// What was decided of a message that comes again.
     pub(super) fn remembered(&self, held: &Held) -> Option<Settlement> {
+        if !held.redelivered {
+            return None;
+        }
         // Others of the same id are a retry or a replay, which nothing was decided of.
-        let settlement = lock(&self.unwritten).remove(&held.envelope.this_copy())?;
-        held.redelivered.then_some(settlement)
+        lock(&self.unwritten).remove(&held.envelope.this_copy())
     }
 }
