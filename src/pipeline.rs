@@ -1,8 +1,11 @@
-//! Takes one delivery through the stages under one deadline, records the outcome, and settles it.
+//! Takes the deliveries of one digest that wait together through the stages under one deadline, records what came of each, and
+//! settles it.
 //!
 //! Handling an event is idempotent: whatever happened to an earlier try, this one looks at the registry and does what
 //! is missing. So a crash between any two lines here costs look-ups, never a signature and never a second one.
 
+mod carry_out;
+mod locate;
 mod plan;
 mod report;
 mod seats;
@@ -14,42 +17,30 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt as _, stream};
+use futures::future::try_join_all;
 use queue::{Burial, Delivery, Queue, Retry};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tracing::{Instrument as _, error, info, warn};
 
 use crate::{
     clock::Clock,
     event::{self, PushEvent},
-    ledger::{self, Conclusion, EventFacts, Ledger, RuleOutcome, SignatureResult, SignatureState},
-    oci::RegistryName,
-    outcome::{Classify, Outcome, Skip, Verdict},
+    ledger::{self, Conclusion, EventFacts, Ledger, SignatureState},
+    oci::{Digest, RegistryName, Repository},
+    outcome::{Outcome, Verdict},
     registry::Registry,
-    rule::{Matches, Occasion, Rule, Rules, Trigger},
-    subject::{self, Children, Located, TagState},
+    rule::{Rules, Trigger},
     telemetry::Metrics,
     witness::Witness,
 };
 
 pub(crate) use self::report::in_words;
 pub use self::report::{Error, Fatal, Report};
-use self::{
-    plan::Plan,
-    seats::Seats,
-    write::{Desk, Turns, Written},
-};
+use self::{carry_out::Push, seats::Seats, write::Turns};
 
 /// No event takes longer in one go; what is not done by then is tried again.
 const DEADLINE: Duration = Duration::from_secs(120);
-/// How long after its event a push may still be on its way into the registry.
-const SETTLING: Duration = Duration::from_secs(5);
-/// Waits before each look for a push that is on its way. What is not there then goes back to the queue.
-const LOOKS_AFTER: [Duration; 4] =
-    [Duration::ZERO, Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(300)];
 const LOST: &str = "the connection that the event came by is gone: it is left to whoever is given it next";
-/// Digests of one event that are signed at once: the platforms of an index.
-const DIGESTS_AT_ONCE: usize = 4;
 
 /// What the configuration decides, replaced as a whole when it is loaded again.
 #[derive(Debug, Default)]
@@ -123,37 +114,30 @@ impl Pipeline {
 
     /// Handles deliveries, one after the other, until the queue is closed. Dropped, it gives back what is in hand.
     ///
-    /// While one is put on record and settled, the next is looked at already.
+    /// While one is put on record and settled, the next is looked at already. Those of one digest that wait together are
+    /// handled together.
     ///
     /// # Errors
     /// When this process can do no more work: it should end, and be started again.
     pub async fn work(&self, queue: &dyn Queue) -> Result<(), Fatal> {
-        let mut handled: Option<Handled> = None;
+        let mut handled = vec![];
         loop {
-            let settled = async {
-                match handled {
-                    Some(handled) => self.settle(handled).await,
-                    None => Ok(()),
-                }
-            };
-            let ((), next) = tokio::try_join!(settled, self.next(queue))?;
-            if next.is_none() {
-                return Ok(());
-            }
+            let ((), next) = tokio::try_join!(self.settle(handled), self.next(queue))?;
+            let Some(next) = next else { return Ok(()) };
             handled = next;
         }
     }
 
-    /// The next delivery, and what came of it; None when the queue is closed.
-    async fn next(&self, queue: &dyn Queue) -> Result<Option<Handled>, Fatal> {
+    /// The next deliveries, and what came of them; None when the queue is closed.
+    async fn next(&self, queue: &dyn Queue) -> Result<Option<Vec<Handled>>, Fatal> {
         loop {
-            match queue.pull().await {
-                Ok(Some(delivery)) => {
-                    if let Some(handled) = self.handle(delivery).await {
+            match queue.pull_together().await {
+                Ok(deliveries) if deliveries.is_empty() => return Ok(None),
+                Ok(deliveries) => {
+                    if let Some(handled) = self.handle(deliveries).await {
                         return Ok(Some(handled));
                     }
                 }
-                Ok(None) => return Ok(None),
                 Err(error @ queue::Error::Died) => return Err(Fatal::Queue(error)),
                 Err(error) => {
                     warn!(error = &error as &dyn std::error::Error, "the queue gives no deliveries, asking again in a second");
@@ -163,46 +147,30 @@ impl Pipeline {
         }
     }
 
-    /// None if it was lost meanwhile: whoever has it now may be at the same signatures.
-    async fn handle(&self, delivery: Delivery) -> Option<Handled> {
-        let began = Instant::now();
-        let span = tracing::info_span!(
-            "pipeline.event",
-            event.id = %delivery.message().id,
-            attempt = delivery.attempts() + 1,
-            image.repository = tracing::field::Empty,
-            image.tag = tracing::field::Empty,
-            image.digest = tracing::field::Empty,
-            replay.of = delivery.message().replay_of,
-        );
-        let message = delivery.message();
-        let event = if message.content_type == event::CONTENT_TYPE {
-            PushEvent::from_cloud_event(&message.body).map_err(Error::from)
-        } else {
-            Err(Error::Quarantined)
-        };
-        let (event, report) = match event {
-            Ok(event) => {
-                span.record("image.repository", tracing::field::display(&event.repository));
-                span.record("image.digest", tracing::field::display(&event.digest));
-                if let Some(tag) = &event.tag {
-                    span.record("image.tag", tracing::field::display(tag));
-                }
-                let work = self.carry_out(&event, Trigger::Automatic, &message.id).instrument(span.clone());
-                let Some(report) = delivery.lost().run_until_cancelled(work).await else {
-                    span.in_scope(|| info!("{LOST}"));
-                    return None;
-                };
-                (Some(event), report)
+    /// None if they were lost meanwhile: whoever has them now may be at the same signatures.
+    async fn handle(&self, deliveries: Vec<Delivery>) -> Option<Vec<Handled>> {
+        let lost = deliveries.first()?.lost().clone();
+        let mut handled: Vec<Handled> = deliveries.into_iter().map(Handled::open).collect();
+        // They have one key, and so name one digest, unless somebody else gave them their key.
+        for together in handled.chunk_by_mut(|one, other| one.subject() == other.subject()) {
+            let pushes: Vec<Push<'_>> = together.iter().filter_map(Handled::push).collect();
+            let span = together[0].span.clone();
+            let work = self.carry_out(&pushes, Trigger::Automatic).instrument(span.clone());
+            let Some(reports) = lost.run_until_cancelled(work).await else {
+                span.in_scope(|| info!("{LOST}"));
+                return None;
+            };
+            for (handled, report) in together.iter_mut().filter(|handled| handled.event.is_some()).zip(reports) {
+                handled.report = report;
             }
-            Err(error) => (None, Report::failed(error)),
-        };
-        Some(Handled { delivery, event, report, began, span })
+        }
+        Some(handled)
     }
 
     /// Signs what an administrator names, whether the rules that want it are manual or automatic, and records it.
     pub async fn sign_by_hand(&self, event: &PushEvent) -> Result<Report, ledger::Error> {
-        let report = self.carry_out(event, Trigger::Manual, &event.id).await;
+        let push = Push { event, message_id: &event.id };
+        let report = self.carry_out(&[push], Trigger::Manual).await.pop().expect("one for each push");
         let conclusion = Conclusion {
             event: EventFacts::of(&event.id, event),
             outcome: if report.failures.is_empty() { report.outcome() } else { Outcome::Dead },
@@ -215,124 +183,14 @@ impl Pipeline {
         Ok(report)
     }
 
-    /// Does what the rules want of one event, within the deadline.
-    async fn carry_out(&self, event: &PushEvent, trigger: Trigger, message_id: &str) -> Report {
-        self.try_carry_out(event, trigger, message_id).await.unwrap_or_else(Report::failed)
-    }
-
-    async fn try_carry_out(&self, event: &PushEvent, trigger: Trigger, message_id: &str) -> Result<Report, Error> {
-        let deadline = Instant::now() + DEADLINE;
-        let setup = self.setup();
-        let Matches { matched, skipped } = setup.rules.matching(&Occasion {
-            registry: &event.registry,
-            repository: &event.repository,
-            tag: event.tag.as_ref(),
-            pushed_at: event.pushed_at,
-            trigger,
+    /// Records what became of each event, then tells the queue.
+    async fn settle(&self, handled: Vec<Handled>) -> Result<(), Fatal> {
+        let settled = handled.into_iter().map(async |Handled { delivery, event, report, began, span }| {
+            let settled = self.record(delivery, event, report).instrument(span).await;
+            self.metrics.event_handled(began.elapsed());
+            settled
         });
-        if matched.is_empty() {
-            return Ok(nothing_matched(skipped));
-        }
-        // By hand, one waits as long as it takes.
-        let (_seated, matched, turned_away) = match trigger {
-            Trigger::Automatic => {
-                let (seated, matched, turned_away) = self.seats.assign(&setup, matched);
-                (Some(seated), matched, turned_away)
-            }
-            Trigger::Manual => (None, matched, vec![]),
-        };
-        let mut report = Report::default();
-        let mut by_rule: HashMap<String, RuleOutcome> = HashMap::new();
-        for (rule, error) in turned_away {
-            let detail = in_words(&error);
-            note(&mut by_rule, &rule, Outcome::Retrying, Some(&detail));
-            report.failures.push(error);
-        }
-        if matched.is_empty() {
-            return Ok(report.with_rules(by_rule));
-        }
-        let registry = setup.registries.get(&event.registry).ok_or_else(|| Error::UnknownRegistry(event.registry.clone()))?;
-        let looking = timeout_at(deadline, self.locate(registry, event)).await;
-        let (located, found) = looking.map_err(|_| Error::Deadline { throttled: false })??;
-        let image = match found {
-            Located::Image(image) => image,
-            Located::Attachment => return Ok(Report::skipped(Skip::Attachment)),
-            Located::Missing => return Ok(Report::skipped(Skip::NotFound)),
-        };
-        let Plan { targets, skipped, unwitnessed } =
-            plan::plan(&image, event.pushed_at, &matched, &setup.witnesses, self.clock.now());
-        let desk = Desk { registry, ledger: &self.ledger, turns: &self.turns, clock: &self.clock, message_id, located, deadline };
-        let work: Vec<_> = targets.iter().map(|target| desk.see_to(target)).collect();
-        let done: Vec<_> = stream::iter(work).buffered(DIGESTS_AT_ONCE).collect().await;
-
-        for (target, answers) in targets.iter().zip(done) {
-            for (wanted, answer) in target.wanted.iter().zip(answers) {
-                let (outcome, state, detail) = match answer {
-                    Written::New => (Outcome::Signed, SignatureState::Written, None),
-                    Written::Found => (Outcome::AlreadySigned, SignatureState::Found, None),
-                    Written::Failed(error) => {
-                        let detail = in_words(&error);
-                        let outcome = match error.verdict() {
-                            Verdict::Retry { .. } => Outcome::Retrying,
-                            Verdict::Refuse { .. } | Verdict::Poison => Outcome::Dead,
-                        };
-                        report.failures.push(error);
-                        (outcome, SignatureState::Failed(detail.clone()), Some(detail))
-                    }
-                };
-                for rule in &wanted.rules {
-                    note(&mut by_rule, rule, outcome.clone(), detail.as_ref());
-                }
-                report.signatures.push(SignatureResult {
-                    rule: wanted.rules.first().map(|rule| rule.name.clone()).unwrap_or_default(),
-                    witness: wanted.witness.name().to_owned(),
-                    format: wanted.prepared.format().name(),
-                    digest: target.subject.digest().clone(),
-                    reference: target.reference(wanted),
-                    payload_sha256: *wanted.prepared.sha256(),
-                    state,
-                });
-            }
-        }
-        for rule in unwitnessed {
-            report.failures.push(Error::NoWitness { rule: rule.name.clone(), witness: rule.witness.clone() });
-            note(&mut by_rule, &rule, Outcome::Retrying, None);
-        }
-        for (rule, skip) in skipped {
-            note(&mut by_rule, &rule, Outcome::Skipped(skip), None);
-        }
-        Ok(report.with_rules(by_rule))
-    }
-
-    /// Asks the registry for what the event names, and when that was.
-    ///
-    /// docker-registry tells of a push before it lets the tag name it, and others take a while to serve everywhere what
-    /// was stored. So while an event is young, "not there" and "elsewhere" are asked again before they are believed.
-    async fn locate(&self, registry: &Registry, event: &PushEvent) -> Result<(Instant, Located), Error> {
-        for wait in LOOKS_AFTER {
-            tokio::time::sleep(wait).await;
-            let asked = Instant::now();
-            let located = subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest, Children::Signed);
-            let located = located.await?;
-            let is_settled = match &located {
-                Located::Image(image) => !matches!(image.tag, TagState::Moved(_)),
-                Located::Attachment => true,
-                Located::Missing => false,
-            };
-            let age = Duration::try_from(self.clock.now().duration_since(event.received_at)).unwrap_or_default();
-            if is_settled || age >= SETTLING || event.source == event::BY_HAND {
-                return Ok((asked, located));
-            }
-        }
-        Err(Error::Unsettled)
-    }
-
-    /// Records what became of the event, then tells the queue.
-    async fn settle(&self, handled: Handled) -> Result<(), Fatal> {
-        let Handled { delivery, event, report, began, span } = handled;
-        let settled = self.record(delivery, event, report).instrument(span).await;
-        self.metrics.event_handled(began.elapsed());
-        settled
+        try_join_all(settled).await.map(drop)
     }
 
     async fn record(&self, delivery: Delivery, event: Option<PushEvent>, report: Report) -> Result<(), Fatal> {
@@ -454,43 +312,53 @@ struct Handled {
     span: tracing::Span,
 }
 
+impl Handled {
+    /// Reads what was delivered.
+    fn open(delivery: Delivery) -> Self {
+        let message = delivery.message();
+        let span = tracing::info_span!(
+            "pipeline.event",
+            event.id = %message.id,
+            attempt = delivery.attempts() + 1,
+            image.repository = tracing::field::Empty,
+            image.tag = tracing::field::Empty,
+            image.digest = tracing::field::Empty,
+            replay.of = message.replay_of,
+        );
+        let event = if message.content_type == event::CONTENT_TYPE {
+            PushEvent::from_cloud_event(&message.body).map_err(Error::from)
+        } else {
+            Err(Error::Quarantined)
+        };
+        let (event, report) = match event {
+            Ok(event) => {
+                span.record("image.repository", tracing::field::display(&event.repository));
+                span.record("image.digest", tracing::field::display(&event.digest));
+                if let Some(tag) = &event.tag {
+                    span.record("image.tag", tracing::field::display(tag));
+                }
+                (Some(event), Report::default())
+            }
+            Err(error) => (None, Report::failed(error)),
+        };
+        Self { delivery, event, report, began: Instant::now(), span }
+    }
+
+    fn push(&self) -> Option<Push<'_>> {
+        self.event.as_ref().map(|event| Push { event, message_id: &self.delivery.message().id })
+    }
+
+    /// What its signatures are of.
+    fn subject(&self) -> Option<(&RegistryName, &Repository, &Digest)> {
+        self.event.as_ref().map(|event| (&event.registry, &event.repository, &event.digest))
+    }
+}
+
 enum Settlement {
     Done,
     /// After this time; whether it is counted.
     Retry(Duration, bool),
     Bury(&'static str),
-}
-
-/// The story of an event that no rule signs keeps the reasons of the rules that came near.
-fn nothing_matched(skipped: Vec<(Arc<Rule>, Skip)>) -> Report {
-    const KEPT: usize = 16;
-    let skip = Matches { matched: vec![], skipped: skipped.clone() }.reason();
-    let rules = skipped
-        .into_iter()
-        .take(KEPT)
-        .map(|(rule, skip)| RuleOutcome { rule: rule.name.clone(), outcome: Outcome::Skipped(skip), detail: None })
-        .collect();
-    Report { rules, skip: Some(skip), ..Report::default() }
-}
-
-/// A rule's outcome is the worst of what became of its signatures.
-fn note(by_rule: &mut HashMap<String, RuleOutcome>, rule: &Rule, outcome: Outcome, detail: Option<&String>) {
-    let severity = |outcome: &Outcome| match outcome {
-        Outcome::Skipped(_) => 0,
-        Outcome::AlreadySigned => 1,
-        Outcome::Signed => 2,
-        Outcome::Dead => 3,
-        Outcome::Retrying => 4,
-    };
-    let new = RuleOutcome { rule: rule.name.clone(), outcome, detail: detail.cloned() };
-    by_rule
-        .entry(rule.name.clone())
-        .and_modify(|known| {
-            if severity(&new.outcome) > severity(&known.outcome) {
-                *known = new.clone();
-            }
-        })
-        .or_insert(new);
 }
 
 fn facts(delivery: &Delivery, event: Option<&PushEvent>) -> EventFacts {

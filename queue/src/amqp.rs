@@ -58,7 +58,7 @@ pub use self::{
 use self::{
     dead::Graveyard,
     envelope::Envelope,
-    inbox::Inbox,
+    inbox::{Held, Inbox},
     layouts::Moves,
     past::Past,
     session::Session,
@@ -230,12 +230,14 @@ impl Queue for Amqp {
         unanswered::push(&self.core, &session, envelopes).await
     }
 
-    async fn pull(&self) -> Result<Option<Delivery>, Error> {
-        let Some(held) = self.core.inbox.take().await else { return Ok(None) };
-        let Envelope { message, pushed_at, attempts, waited, .. } = held.envelope.clone();
-        let lost = held.lost.clone();
-        let hand = Hand::new(Arc::clone(&self.core), held);
-        Ok(Some(Delivery::new(message, pushed_at, attempts, waited, Box::new(hand)).until(lost)))
+    async fn pull_together(&self) -> Result<Vec<Delivery>, Error> {
+        let deliver = |held: Held| {
+            let Envelope { message, pushed_at, attempts, waited, .. } = held.envelope.clone();
+            let lost = held.lost.clone();
+            let hand = Hand::new(Arc::clone(&self.core), held);
+            Delivery::new(message, pushed_at, attempts, waited, Box::new(hand)).until(lost)
+        };
+        Ok(self.core.inbox.take().await.into_iter().map(deliver).collect())
     }
 
     async fn stats(&self) -> Result<Stats, Error> {

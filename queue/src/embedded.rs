@@ -30,7 +30,7 @@ use tokio::sync::Semaphore;
 use self::{
     folder::Folder,
     shelf::Shelf,
-    store::{Change, Past, Settlement, Store, Stored},
+    store::{Change, Past, Place, Settlement, Store, Stored},
     thread::{Command, StorageThread},
 };
 use crate::{Burial, DeadLetter, Delivery, Error, Kept, Message, Queue, Retry, Settle, Stats};
@@ -114,8 +114,8 @@ impl Embedded {
         self.thread.as_ref().expect("taken by drop only")
     }
 
-    fn deliver(&self, stored: Stored) -> Delivery {
-        let hand = Hand { seq: stored.seq, thread: Arc::clone(self.thread()) };
+    fn deliver(&self, turn: i64, stored: Stored) -> Delivery {
+        let hand = Hand { place: Place { turn, seq: stored.seq }, thread: Arc::clone(self.thread()) };
         Delivery::new(stored.message, stored.pushed_at, stored.attempts, stored.waited, Box::new(hand))
     }
 }
@@ -136,15 +136,16 @@ impl Queue for Embedded {
         self.thread().change(Change::Push { messages, _room }).await.map(drop)
     }
 
-    async fn pull(&self) -> Result<Option<Delivery>, Error> {
+    async fn pull_together(&self) -> Result<Vec<Delivery>, Error> {
         match self.shelf.take().await? {
-            Some((stored, low)) => {
+            Some((turn, low)) => {
                 if low {
                     self.thread().tell(Command::Refill);
                 }
-                Ok(Some(self.deliver(stored)))
+                let number = turn.number();
+                Ok(turn.0.into_iter().map(|stored| self.deliver(number, stored)).collect())
             }
-            None => Ok(None),
+            None => Ok(vec![]),
         }
     }
 
@@ -199,13 +200,13 @@ impl Drop for Embedded {
 
 /// Settles one message that was handed out.
 struct Hand {
-    seq: i64,
+    place: Place,
     thread: Arc<StorageThread>,
 }
 
 impl Hand {
     async fn settle(&self, settlement: Settlement) -> Result<(), Error> {
-        self.thread.change(Change::Settle { seq: self.seq, settlement }).await.map(drop)
+        self.thread.change(Change::Settle { place: self.place, settlement }).await.map(drop)
     }
 }
 
@@ -224,7 +225,7 @@ impl Settle for Hand {
     }
 
     fn release(self: Box<Self>) {
-        self.thread.tell(Command::Release(self.seq));
+        self.thread.tell(Command::Release(self.place));
     }
 }
 
@@ -239,11 +240,11 @@ mod tests {
         let queue = open(folder.path(), 16);
         for n in 0..20 {
             queue.push((0..100).map(|m| message(100 * n + m, 10)).collect()).await.unwrap();
-            assert!(queue.shelf.level().messages <= 16);
+            assert!(queue.shelf.messages() <= 16);
         }
         for _ in 0..2000 {
             queue.pull().await.unwrap().unwrap().ack().await.unwrap();
-            assert!(queue.shelf.level().messages <= 16);
+            assert!(queue.shelf.messages() <= 16);
         }
         assert_eq!(queue.stats().await.unwrap().queued(), 0);
     }
@@ -258,13 +259,13 @@ mod tests {
         let mut held = Vec::new();
         for _ in 0..30 {
             queue.stats().await.unwrap();
-            assert!(queue.shelf.level().messages <= 3);
+            assert!(queue.shelf.messages() <= 3);
             held.push(queue.pull().await.unwrap().unwrap());
         }
         // All of them come back at once, and go back on disk.
         drop(held);
         assert_eq!(queue.stats().await.unwrap().ready, 30);
-        assert!(queue.shelf.level().messages <= 3);
+        assert!(queue.shelf.messages() <= 3);
         for _ in 0..30 {
             queue.pull().await.unwrap().unwrap().ack().await.unwrap();
         }

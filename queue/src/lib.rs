@@ -4,7 +4,8 @@
 //!
 //! - [`Queue::push`] returns once the message would survive a crash of this process and of the machine.
 //! - A message is delivered until it is settled: at least once, and again after a crash, a dropped [`Delivery`] or a retry.
-//! - Messages of equal [`PartitionKey`] are delivered one at a time. Their order is not promised.
+//! - Messages of equal [`PartitionKey`] are in one hand at a time: one of them, or several that are pulled together. Their order
+//!   is not promised.
 //! - A buried message (a dead letter) stays until it is replayed or discarded; listing loses none.
 //! - What was pushed is kept for a while, whatever became of it, so that it can be run again ([`Queue::history`]).
 //!
@@ -23,6 +24,9 @@ use jiff::Timestamp;
 pub use amqp::Amqp;
 pub use delivery::{Delivery, Settle};
 pub use embedded::{Embedded, Options};
+
+/// So many messages of one key at most are delivered together.
+pub const MOST_TOGETHER: usize = 32;
 
 /// What is kept: opaque bytes, and how to address and read them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -194,7 +198,17 @@ pub trait Queue: Send + Sync + fmt::Debug {
     async fn push(&self, messages: Vec<Message>) -> Result<(), Error>;
 
     /// Waits for the next delivery; cancel-safe. `None` after [`Queue::close`].
-    async fn pull(&self) -> Result<Option<Delivery>, Error>;
+    async fn pull(&self) -> Result<Option<Delivery>, Error> {
+        // What waits behind the first goes back.
+        Ok(self.pull_together().await?.into_iter().next())
+    }
+
+    /// As [`Queue::pull`], and with the next delivery those that wait behind it because they have its key: at most
+    /// [`MOST_TOGETHER`], and fewer if the backend has no more at hand. Empty after [`Queue::close`].
+    ///
+    /// They are in one hand: each is settled on its own, they are lost together ([`Delivery::lost`]), and the next of their key
+    /// (one of these that was dropped, too) comes when none of them is in hand any more.
+    async fn pull_together(&self) -> Result<Vec<Delivery>, Error>;
 
     async fn stats(&self) -> Result<Stats, Error>;
 

@@ -110,8 +110,8 @@ impl Queue for Hasty {
     async fn push(&self, messages: Vec<Message>) -> Result<(), queue::Error> {
         self.queue.push(messages).await
     }
-    async fn pull(&self) -> Result<Option<Delivery>, queue::Error> {
-        self.queue.pull().await
+    async fn pull_together(&self) -> Result<Vec<Delivery>, queue::Error> {
+        self.queue.pull_together().await
     }
     async fn stats(&self) -> Result<Stats, queue::Error> {
         self.queue.stats().await

@@ -58,7 +58,7 @@ impl Queue for Shelf {
         self.messages.lock().unwrap().push(messages);
         Ok(())
     }
-    async fn pull(&self) -> Result<Option<Delivery>, queue::Error> {
+    async fn pull_together(&self) -> Result<Vec<Delivery>, queue::Error> {
         unimplemented!("intake only pushes")
     }
     async fn stats(&self) -> Result<Stats, queue::Error> {

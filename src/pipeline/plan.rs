@@ -1,4 +1,5 @@
-//! From the rules that match an image to the signatures that are wanted: each once, whichever rules ask for it.
+//! From the rules that match the pushes of an image to the signatures that are wanted: each once, whichever pushes and rules ask
+//! for it.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -6,7 +7,7 @@ use jiff::Timestamp;
 
 use crate::{
     kms::Algorithm,
-    oci::{Digest, Reference, Tag},
+    oci::{Digest, Reference},
     outcome::Skip,
     rule::{Rule, SignatureType},
     signature::{Format, Prepared, bundle, cosign, notation},
@@ -14,15 +15,26 @@ use crate::{
     witness::Witness,
 };
 
-/// All that is wanted of one push.
+/// What is wanted of one push.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// The queue's message that it came by.
+    pub message_id: &'a str,
+    pub pushed_at: Timestamp,
+    pub tag: &'a TagState,
+    /// Those that match it.
+    pub rules: &'a [Arc<Rule>],
+}
+
+/// All that is wanted of some pushes of one digest, which are known by their places.
 #[derive(Debug, Default)]
 pub struct Plan {
     /// Children first, then the index.
     pub targets: Vec<Target>,
     /// Rules that matched the event and have nothing to sign after all.
-    pub skipped: Vec<(Arc<Rule>, Skip)>,
+    pub skipped: Vec<(usize, Arc<Rule>, Skip)>,
     /// Rules whose witness is not there.
-    pub unwitnessed: Vec<Arc<Rule>>,
+    pub unwitnessed: Vec<(usize, Arc<Rule>)>,
 }
 
 /// One digest, and every signature that is wanted for it, in all formats: they are looked for, made and written together.
@@ -30,8 +42,8 @@ pub struct Plan {
 pub struct Target {
     pub subject: Subject,
     pub wanted: Vec<Wanted>,
-    /// The tag that is signed, and the digest that it has to name still when the signature is written.
-    pub tag: Option<(Tag, Digest)>,
+    /// What the tags that are signed have to name still when the signatures are written.
+    pub root: Digest,
 }
 
 /// One signature.
@@ -40,23 +52,37 @@ pub struct Wanted {
     pub prepared: Prepared,
     pub witness: Arc<Witness>,
     pub algorithm: Algorithm,
-    /// The rules that ask for it.
-    pub rules: Vec<Arc<Rule>>,
+    /// The message of the first push that asks for it.
+    pub message_id: String,
+    /// The pushes that ask for it, in order, with the rules by which they do.
+    pub asked_by: Vec<(usize, Vec<Arc<Rule>>)>,
+}
+
+impl Wanted {
+    /// The first of the rules that ask for it.
+    pub fn rule(&self) -> &str {
+        self.asked_by.first().and_then(|(_, rules)| rules.first()).map_or("", |rule| &rule.name)
+    }
 }
 
 impl Target {
-    /// Adds a signature, or the rule to those that want it already.
-    fn want(&mut self, prepared: Prepared, rule: &Arc<Rule>, witness: &Arc<Witness>) {
+    /// Adds a signature, or the push and its rule to those that want it already.
+    fn want(&mut self, prepared: Prepared, push: (usize, &str), rule: &Arc<Rule>, witness: &Arc<Witness>) {
         let same = |wanted: &&mut Wanted| {
             wanted.witness.name() == witness.name() && wanted.algorithm == rule.algorithm && wanted.prepared == prepared
         };
+        let (place, message_id) = push;
         match self.wanted.iter_mut().find(same) {
-            Some(wanted) => wanted.rules.push(rule.clone()),
+            Some(wanted) => match wanted.asked_by.last_mut().filter(|(last, _)| *last == place) {
+                Some((_, rules)) => rules.push(rule.clone()),
+                None => wanted.asked_by.push((place, vec![rule.clone()])),
+            },
             None => self.wanted.push(Wanted {
                 prepared,
                 witness: witness.clone(),
                 algorithm: rule.algorithm,
-                rules: vec![rule.clone()],
+                message_id: message_id.to_owned(),
+                asked_by: vec![(place, vec![rule.clone()])],
             }),
         }
     }
@@ -68,41 +94,35 @@ impl Target {
     }
 }
 
-/// What the matching rules want of an image that was pushed at this time, now. What a witness that is not among `witnesses`, or
-/// has no certificate where one is needed, should sign is left out, and its rules are returned.
+/// What is requested of an image now, by pushes of it. What a witness that is not among `witnesses`, or has no certificate where
+/// one is needed, should sign is left out, and its rules are returned.
 #[must_use]
-pub fn plan(
-    image: &Image,
-    pushed_at: Timestamp,
-    rules: &[Arc<Rule>],
-    witnesses: &HashMap<String, Arc<Witness>>,
-    now: Timestamp,
-) -> Plan {
+pub fn plan(image: &Image, requests: &[Request<'_>], witnesses: &HashMap<String, Arc<Witness>>, now: Timestamp) -> Plan {
     let mut plan = Plan::default();
     let mut signing = vec![];
-    for rule in rules {
-        if image.root.digest().algorithm() != "sha256" {
-            plan.skipped.push((rule.clone(), Skip::UnsupportedDigest));
-        } else if matches!(image.tag, TagState::Moved(_)) && rule.tags.is_some() {
-            plan.skipped.push((rule.clone(), Skip::Superseded));
-        } else if let Some(witness) = witnesses.get(&rule.witness).filter(|witness| rule.is_served_by(witness)) {
-            signing.push((rule, witness));
-        } else {
-            plan.unwitnessed.push(rule.clone());
+    for (push, request) in requests.iter().enumerate() {
+        for rule in request.rules {
+            if image.root.digest().algorithm() != "sha256" {
+                plan.skipped.push((push, rule.clone(), Skip::UnsupportedDigest));
+            } else if matches!(request.tag, TagState::Moved(_)) && rule.tags.is_some() {
+                plan.skipped.push((push, rule.clone(), Skip::Superseded));
+            } else if let Some(witness) = witnesses.get(&rule.witness).filter(|witness| rule.is_served_by(witness)) {
+                signing.push((push, rule, witness));
+            } else {
+                plan.unwitnessed.push((push, rule.clone()));
+            }
         }
     }
-    let tag = match &image.tag {
-        TagState::Current(tag) => Some(tag),
-        TagState::Moved(_) | TagState::None => None,
-    };
+    // What names the digest alone is one signature for all pushes, as old as the first.
+    let pushed_at = requests.iter().map(|request| request.pushed_at).min().unwrap_or(now);
     // A child of another algorithm than its index is left out: no verifier finds signatures of it.
     let subjects = image.children.iter().chain([&image.root]).filter(|subject| subject.digest().algorithm() == "sha256");
     for subject in subjects {
-        let mut target = Target { subject: subject.clone(), wanted: vec![], tag: None };
-        for (rule, witness) in &signing {
+        let mut target = Target { subject: subject.clone(), wanted: vec![], root: image.root.digest().clone() };
+        for (push, rule, witness) in &signing {
+            let Request { message_id, tag, .. } = requests[*push];
             let reference = match (tag, rule.signature_type) {
-                (Some(tag), SignatureType::Default) => {
-                    target.tag = Some((tag.clone(), image.root.digest().clone()));
+                (TagState::Current(tag), SignatureType::Default) => {
                     Reference::tagged(subject.registry(), subject.repository(), tag)
                 }
                 _ => Reference::pinned(subject.registry(), subject.repository(), subject.digest()),
@@ -116,8 +136,8 @@ pub fn plan(
                 }
                 // Of rules that want the same signature, the strictest says for how long.
                 let same =
-                    signing.iter().filter(|(other, signer)| signer.name() == witness.name() && other.formats.contains(format));
-                let lifetime = same.filter_map(|(other, _)| other.expiry).min();
+                    signing.iter().filter(|(_, other, signer)| signer.name() == witness.name() && other.formats.contains(format));
+                let lifetime = same.filter_map(|(_, other, _)| other.expiry).min();
                 let prepared = match (format.envelope(), witness.certificates().first()) {
                     (Some(envelope), Some(chain)) => {
                         Prepared::Notation(notation::Prepared::new(envelope, subject, chain, now, lifetime))
@@ -127,7 +147,7 @@ pub fn plan(
                     (None, _) if *format == Format::Cosign => Prepared::Cosign(cosign::Prepared::new(subject, &reference)),
                     (None, _) => Prepared::Bundle(bundle::Prepared::new(subject, pushed_at)),
                 };
-                target.want(prepared, rule, witness);
+                target.want(prepared, (*push, message_id), rule, witness);
             }
         }
         if !target.wanted.is_empty() {

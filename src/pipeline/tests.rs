@@ -6,6 +6,7 @@ mod house;
 mod layouts;
 mod referrers;
 mod replay;
+mod together;
 
 use std::{
     collections::VecDeque,
@@ -27,15 +28,20 @@ use sha2::Digest as _;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
-use super::*;
+use super::{
+    write::{Desk, Written},
+    *,
+};
 use crate::{
     kms::{self, Algorithm, KeySpec, KeyUri, PublicKey, RawSignature, SigningKey},
     oci::{Digest, Repository, Tag, media_type},
-    rule::{Scope, SignatureType, TagFilter},
+    outcome::{Classify as _, Skip},
+    rule::{Rule, Scope, SignatureType, TagFilter},
     signature::{
         Format,
         cosign::{SignatureManifest, Statement},
     },
+    subject::{self, Located},
     witness::{Rate, WitnessSettings},
 };
 use cut_short::dropped_after;
@@ -62,8 +68,8 @@ async fn redelivered_event_is_signed_once() {
     let digest = house.image("once");
     for _ in 0..3 {
         house.push(Some("1.0"), &digest).await;
+        house.settle(&pipeline).await;
     }
-    house.settle(&pipeline).await;
     assert_eq!(house.signed(&digest), [tagged("1.0")]);
     assert_eq!(house.calls(), 1);
     let sums = house.ledger.sums().await.unwrap();
@@ -203,13 +209,13 @@ async fn a_deadline_that_is_spent_in_line_for_the_key_uses_up_no_patience() {
     let (registry, tag) = (&setup.registries[&NAME.parse().unwrap()], "1.0".parse().unwrap());
     let located = subject::locate(registry, &app(), Some(&tag), &digest, subject::Children::Signed).await;
     let Ok(Located::Image(image)) = located else { panic!("{located:?}") };
-    let plan = plan::plan(&image, Timestamp::UNIX_EPOCH, setup.rules.all(), &setup.witnesses, Timestamp::UNIX_EPOCH);
+    let request = plan::Request { message_id: "1", pushed_at: Timestamp::UNIX_EPOCH, tag: &image.tag, rules: setup.rules.all() };
+    let plan = plan::plan(&image, &[request], &setup.witnesses, Timestamp::UNIX_EPOCH);
     let desk = Desk {
         registry,
         ledger: &house.ledger,
         turns: &pipeline.turns,
         clock: &pipeline.clock,
-        message_id: "1",
         located: Instant::now(),
         deadline: Instant::now() + Duration::from_millis(300),
     };

@@ -17,15 +17,16 @@ use std::{
     sync::{Arc, Mutex, OnceLock, Weak},
 };
 
-use futures::future::join_all;
+use futures::{StreamExt as _, TryStreamExt as _, future::join_all, stream};
 use tokio::time::{Duration, Instant, timeout_at};
 
 use crate::{
     clock::Clock,
     ledger::{Intent, Ledger},
-    oci::{Reference, Tag},
+    oci::Tag,
     pipeline::{
         Error,
+        locate::TAGS_AT_ONCE,
         plan::{Target, Wanted},
     },
     registry::{self, Registry},
@@ -104,8 +105,7 @@ pub struct Desk<'a> {
     pub ledger: &'a Ledger,
     pub turns: &'a Turns,
     pub clock: &'a Clock,
-    pub message_id: &'a str,
-    /// When the tag was resolved.
+    /// When the first of the tags was resolved.
     pub located: Instant,
     /// What is not done by then has failed.
     pub deadline: Instant,
@@ -165,7 +165,7 @@ impl Desk<'_> {
         }
 
         let sign = async {
-            self.ledger.intend(missing.iter().map(|(_, wanted)| self.intent(target, wanted)).collect()).await?;
+            self.ledger.intend(missing.iter().map(|(_, wanted)| intent(target, wanted)).collect()).await?;
             Ok::<_, Error>(join_all(missing.iter().map(|(_, wanted)| self.sign(target, wanted))).await)
         };
         let (signed, ()) = tokio::join!(sign, async {
@@ -180,13 +180,13 @@ impl Desk<'_> {
             }
         }
 
-        if let Some(tag) = self.moved_tag(target, &ready).await? {
+        for tag in self.moved_tags(target, &ready).await? {
             ready.retain(|one| {
-                let names_tag = names_tag(one.wanted);
-                if names_tag {
+                let names_it = tag_of(one.wanted) == Some(&tag);
+                if names_it {
                     answer(one.index, Written::Failed(Error::TagMoved { tag: tag.clone() }));
                 }
-                !names_tag
+                !names_it
             });
         }
         if ready.is_empty() {
@@ -199,14 +199,19 @@ impl Desk<'_> {
         Ok(())
     }
 
-    /// The tag, if one of these names it and it has moved on since it was resolved a while ago.
-    async fn moved_tag<'t>(&self, target: &'t Target, ready: &[Ready<'_>]) -> Result<Option<&'t Tag>, Error> {
-        let Some((tag, digest)) = &target.tag else { return Ok(None) };
-        if self.located.elapsed() <= LOOK_IS_FRESH || !ready.iter().any(|one| names_tag(one.wanted)) {
-            return Ok(None);
+    /// The tags that these name and that have moved on since they were resolved a while ago.
+    async fn moved_tags(&self, target: &Target, ready: &[Ready<'_>]) -> Result<Vec<Tag>, Error> {
+        if self.located.elapsed() <= LOOK_IS_FRESH {
+            return Ok(vec![]);
         }
-        let now = self.registry.resolve(target.subject.repository(), tag).await?;
-        Ok((now.as_ref() != Some(digest)).then_some(tag))
+        let tags: HashSet<&Tag> = ready.iter().filter_map(|one| tag_of(one.wanted)).collect();
+        let looks = tags.into_iter().map(|tag| async move {
+            let now = self.registry.resolve(target.subject.repository(), tag).await?;
+            Ok::<_, Error>((now.as_ref() != Some(&target.root)).then(|| tag.clone()))
+        });
+        let looks: Vec<_> = looks.collect();
+        let moved: Vec<Option<Tag>> = stream::iter(looks).buffer_unordered(TAGS_AT_ONCE).try_collect().await?;
+        Ok(moved.into_iter().flatten().collect())
     }
 
     async fn sign(&self, target: &Target, wanted: &Wanted) -> Result<Fresh, Error> {
@@ -217,27 +222,28 @@ impl Desk<'_> {
         let artifact = artifact.map_err(|error| Error::Unverified(verify::Rejection::Malformed(error.to_string())))?;
         verify::fresh(artifact, &asked, witness, *algorithm, &signed, self.clock.now()).map_err(Error::Unverified)
     }
+}
 
-    fn intent(&self, target: &Target, wanted: &Wanted) -> Intent {
-        let subject = &target.subject;
-        Intent {
-            message_id: self.message_id.to_owned(),
-            rule: wanted.rules.first().map(|rule| rule.name.clone()).unwrap_or_default(),
-            witness: wanted.witness.name().to_owned(),
-            key: wanted.witness.resolved_key().to_owned(),
-            algorithm: wanted.algorithm,
-            format: wanted.prepared.format().name(),
-            registry: subject.registry().clone(),
-            repository: subject.repository().clone(),
-            digest: subject.digest().clone(),
-            reference: target.reference(wanted),
-            payload_sha256: *wanted.prepared.sha256(),
-        }
+fn intent(target: &Target, wanted: &Wanted) -> Intent {
+    let subject = &target.subject;
+    Intent {
+        message_id: wanted.message_id.clone(),
+        rule: wanted.rule().to_owned(),
+        witness: wanted.witness.name().to_owned(),
+        key: wanted.witness.resolved_key().to_owned(),
+        algorithm: wanted.algorithm,
+        format: wanted.prepared.format().name(),
+        registry: subject.registry().clone(),
+        repository: subject.repository().clone(),
+        digest: subject.digest().clone(),
+        reference: target.reference(wanted),
+        payload_sha256: *wanted.prepared.sha256(),
     }
 }
 
-fn names_tag(wanted: &Wanted) -> bool {
-    wanted.prepared.reference().is_some_and(|reference: &Reference| reference.tag.is_some())
+/// The tag that a signature names.
+fn tag_of(wanted: &Wanted) -> Option<&Tag> {
+    wanted.prepared.reference()?.tag.as_ref()
 }
 
 /// One error, which all that are open share.

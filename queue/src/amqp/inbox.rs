@@ -14,7 +14,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::envelope::Envelope;
-use crate::PartitionKey;
+use crate::{MOST_TOGETHER, PartitionKey};
 
 /// A delivery of the broker's, unsettled.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub(super) struct Held {
     pub session: u64,
     /// Cancelled when that is over.
     pub lost: CancellationToken,
+    /// Of all that was ever in hand; 0 before.
+    pub number: u64,
 }
 
 impl Held {
@@ -60,6 +62,8 @@ struct Inner {
     unsettled: HashMap<usize, usize>,
     in_hand: usize,
     waiting: usize,
+    /// Messages that ever were in hand.
+    handed: u64,
     /// Sources of which nothing is handed out.
     frozen: HashSet<usize>,
     closed: bool,
@@ -67,12 +71,14 @@ struct Inner {
 
 #[derive(Debug, Default)]
 struct Line {
-    in_hand: Option<InHand>,
+    /// They were taken together.
+    in_hand: Vec<InHand>,
     waiting: VecDeque<Held>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct InHand {
+    number: u64,
     pushed_at: Timestamp,
     source: usize,
 }
@@ -110,7 +116,7 @@ impl Inbox {
         inner.waiting += 1;
         let is_full = inner.unsettled[&source] >= self.window;
         let line = inner.lines.entry(key.clone()).or_default();
-        let takes_turn = line.in_hand.is_none() && line.waiting.is_empty();
+        let takes_turn = line.in_hand.is_empty() && line.waiting.is_empty();
         line.waiting.push_back(held);
         let moved: Vec<Held> = if is_full && line.waiting.len() > self.window * 3 / 4 {
             line.waiting.split_off(self.window / 4).into()
@@ -128,44 +134,52 @@ impl Inbox {
         moved
     }
 
-    /// Waits for a message; cancel-safe. `None` after [`Inbox::close`].
-    pub async fn take(&self) -> Option<Held> {
+    /// Waits for a message, and takes with it those of its key that wait behind it; cancel-safe. Empty after [`Inbox::close`].
+    pub async fn take(&self) -> Vec<Held> {
         loop {
-            self.arrivals.acquire().await.ok()?.forget();
+            let Ok(arrival) = self.arrivals.acquire().await else { return vec![] };
+            arrival.forget();
             let inner = &mut *self.lock();
             if inner.closed {
-                return None;
+                return vec![];
             }
             // Whoever was in line may have gone with its connection.
             let Some(key) = inner.turns.pop_front() else { continue };
-            let Some(line) = inner.lines.get_mut(&key).filter(|line| line.in_hand.is_none()) else { continue };
+            let Some(line) = inner.lines.get_mut(&key).filter(|line| line.in_hand.is_empty()) else { continue };
             // What is lost stays until all of its connection is taken away.
             let is_due = |held: &Held| !inner.frozen.contains(&held.source) && !held.lost.is_cancelled();
-            if !line.waiting.front().is_some_and(is_due) {
+            // Those of one connection are lost together.
+            let Some(session) = line.waiting.front().map(|held| held.session) else { continue };
+            let due = line.waiting.iter().take_while(|held| is_due(held) && held.session == session).count();
+            if due == 0 {
                 continue;
             }
-            let Some(held) = line.waiting.pop_front() else { continue };
-            line.in_hand = Some(InHand { pushed_at: held.envelope.pushed_at, source: held.source });
-            inner.waiting -= 1;
-            inner.in_hand += 1;
-            return Some(held);
+            let mut taken: Vec<Held> = line.waiting.drain(..due.min(MOST_TOGETHER)).collect();
+            for held in &mut taken {
+                inner.handed += 1;
+                held.number = inner.handed;
+                line.in_hand.push(InHand { number: held.number, pushed_at: held.envelope.pushed_at, source: held.source });
+            }
+            inner.waiting -= taken.len();
+            inner.in_hand += taken.len();
+            return taken;
         }
     }
 
-    /// The message of this key that was in hand is no longer: the next one may be.
-    pub fn settled(&self, key: &PartitionKey) {
+    /// This message is no longer in hand: the next of its key may be.
+    pub fn settled(&self, held: &Held) {
         let mut inner = self.lock();
-        if let Some(source) = inner.let_go(key) {
+        if let Some(source) = inner.let_go(held) {
             inner.forget(source);
         }
-        self.next_turn(&mut inner, key);
+        self.next_turn(&mut inner, held.key());
     }
 
     /// Puts a message that was in hand back, before the others of its key. It is returned if the broker has to have it back.
     pub fn give_back(&self, held: Held, session: Option<u64>) -> Option<Held> {
         let mut inner = self.lock();
         let key = held.key().clone();
-        let source = inner.let_go(&key);
+        let source = inner.let_go(&held);
         let mut returned = None;
         if inner.closed || session != Some(held.session) || held.lost.is_cancelled() {
             if let Some(source) = source {
@@ -180,8 +194,11 @@ impl Inbox {
         returned
     }
 
+    /// Of this key, if nothing of it is in hand any more.
     fn next_turn(&self, inner: &mut Inner, key: &PartitionKey) {
-        if let Entry::Occupied(line) = inner.lines.entry(key.clone()) {
+        if let Entry::Occupied(line) = inner.lines.entry(key.clone())
+            && line.get().in_hand.is_empty()
+        {
             if line.get().waiting.is_empty() {
                 line.remove();
             } else {
@@ -205,7 +222,7 @@ impl Inbox {
 
     /// Waits until nothing of this source is in hand.
     pub async fn let_go_of(&self, source: usize) {
-        let is_held = || self.lock().lines.values().any(|line| line.in_hand.is_some_and(|in_hand| in_hand.source == source));
+        let is_held = || self.lock().lines.values().any(|line| line.in_hand.iter().any(|in_hand| in_hand.source == source));
         loop {
             let let_go = self.let_go.notified();
             if !is_held() {
@@ -224,7 +241,7 @@ impl Inbox {
             line.waiting = others;
             taken.extend(Vec::from(ours));
         }
-        inner.lines.retain(|_, line| line.in_hand.is_some() || !line.waiting.is_empty());
+        inner.lines.retain(|_, line| !line.in_hand.is_empty() || !line.waiting.is_empty());
         inner.waiting -= taken.len();
         inner.unsettled.remove(&source);
         inner.frozen.remove(&source);
@@ -236,7 +253,7 @@ impl Inbox {
     fn line_up(&self, inner: &mut Inner) {
         let lined: HashSet<PartitionKey> = inner.turns.iter().cloned().collect();
         for (key, line) in &inner.lines {
-            if line.in_hand.is_none() && !line.waiting.is_empty() && !lined.contains(key) {
+            if line.in_hand.is_empty() && !line.waiting.is_empty() && !lined.contains(key) {
                 inner.turns.push_back(key.clone());
                 self.arrivals.add_permits(1);
             }
@@ -249,7 +266,7 @@ impl Inbox {
         inner.turns.clear();
         inner.waiting = 0;
         let waiting: Vec<Held> = inner.lines.values_mut().flat_map(|line| mem::take(&mut line.waiting)).collect();
-        inner.lines.retain(|_, line| line.in_hand.is_some());
+        inner.lines.retain(|_, line| !line.in_hand.is_empty());
         for held in &waiting {
             inner.forget(held.source);
         }
@@ -262,7 +279,7 @@ impl Inbox {
         inner.unsettled.clear();
         inner.frozen.clear();
         // The next connection gives the same numbers to sources of its own.
-        inner.lines.values_mut().filter_map(|line| line.in_hand.as_mut()).for_each(|in_hand| in_hand.source = GONE);
+        inner.lines.values_mut().flat_map(|line| &mut line.in_hand).for_each(|in_hand| in_hand.source = GONE);
     }
 
     /// No message is handed out any more.
@@ -302,7 +319,7 @@ impl Inbox {
 
     fn each(&self, mut see: impl FnMut(usize, bool, Timestamp)) {
         for line in self.lock().lines.values() {
-            if let Some(in_hand) = line.in_hand {
+            for in_hand in &line.in_hand {
                 see(in_hand.source, false, in_hand.pushed_at);
             }
             for held in &line.waiting {
@@ -318,10 +335,11 @@ impl Inbox {
 
 impl Inner {
     /// The source of what was in hand.
-    fn let_go(&mut self, key: &PartitionKey) -> Option<usize> {
-        let in_hand = self.lines.get_mut(key)?.in_hand.take()?;
+    fn let_go(&mut self, held: &Held) -> Option<usize> {
+        let in_hand = &mut self.lines.get_mut(held.key())?.in_hand;
+        let place = in_hand.iter().position(|in_hand| in_hand.number == held.number)?;
         self.in_hand -= 1;
-        Some(in_hand.source)
+        Some(in_hand.swap_remove(place).source)
     }
 
     fn forget(&mut self, source: usize) {
@@ -350,11 +368,15 @@ mod tests {
         };
         let acker = Delivery::mock(1, "".into(), "".into(), false, vec![]).acker;
         let envelope = Envelope::new(message, Timestamp::UNIX_EPOCH);
-        Held { envelope, source, redelivered: false, acker, session: 1, lost: lost.clone() }
+        Held { envelope, source, redelivered: false, acker, session: 1, lost: lost.clone(), number: 0 }
     }
 
-    fn taken(inbox: &Inbox) -> Option<String> {
-        inbox.take().now_or_never().flatten().map(|held| held.envelope.message.id)
+    fn take(inbox: &Inbox) -> Vec<Held> {
+        inbox.take().now_or_never().unwrap_or_default()
+    }
+
+    fn ids(taken: &[Held]) -> Vec<&str> {
+        taken.iter().map(|held| held.envelope.message.id.as_str()).collect()
     }
 
     #[test]
@@ -363,26 +385,55 @@ mod tests {
         inbox.arrive(held("before", "key", 1, &lost));
         inbox.freeze(1);
         assert_eq!(inbox.take_source(1).len(), 1);
-        for id in ["first", "second"] {
-            inbox.arrive(held(id, "key", 2, &lost));
-        }
-        assert_eq!([taken(&inbox), taken(&inbox)], [Some("first".to_owned()), None]);
+        inbox.arrive(held("first", "key", 2, &lost));
+        let first = take(&inbox);
+        inbox.arrive(held("second", "key", 2, &lost));
+        assert_eq!((ids(&first), take(&inbox).len()), (vec!["first"], 0));
         assert_eq!(inbox.level().in_hand, 1);
-        inbox.settled(&PartitionKey("key".to_owned()));
-        assert_eq!([taken(&inbox), taken(&inbox)], [Some("second".to_owned()), None]);
+        inbox.settled(&first[0]);
+        assert_eq!(ids(&take(&inbox)), ["second"]);
+    }
+
+    #[test]
+    fn what_is_taken_together_is_one_hand_of_one_connection() {
+        let (inbox, lost, live) = (Inbox::new(8), CancellationToken::new(), CancellationToken::new());
+        for id in ["a", "b"] {
+            inbox.arrive(held(id, "key", 1, &lost));
+        }
+        let before = take(&inbox);
+        assert_eq!(ids(&before), ["a", "b"]);
+        lost.cancel();
+        inbox.take_all();
+        inbox.lose_sources();
+        for id in ["c", "d"] {
+            inbox.arrive(Held { session: 2, ..held(id, "key", 1, &live) });
+        }
+        for held in before {
+            assert!(take(&inbox).is_empty(), "something of the key is in hand");
+            assert!(inbox.give_back(held, Some(2)).is_some());
+        }
+        assert_eq!(inbox.levels()[&1], Level { waiting: 2, in_hand: 0, oldest: Some(Timestamp::UNIX_EPOCH) });
+        let after = take(&inbox);
+        assert_eq!(ids(&after), ["c", "d"]);
+        inbox.settled(&after[0]);
+        assert!(take(&inbox).is_empty(), "one is still in hand");
+        assert!(inbox.let_go_of(1).now_or_never().is_none());
+        assert!(inbox.give_back(after.into_iter().nth(1).unwrap(), Some(2)).is_none());
+        assert!(inbox.let_go_of(1).now_or_never().is_some());
+        assert_eq!(ids(&take(&inbox)), ["d"]);
     }
 
     #[test]
     fn what_is_in_hand_from_before_does_not_count_against_the_next_connection() {
         let (inbox, lost) = (Inbox::new(8), CancellationToken::new());
         inbox.arrive(held("old", "old", 1, &lost));
-        assert_eq!(taken(&inbox), Some("old".to_owned()));
+        let old = take(&inbox);
         inbox.take_all();
         inbox.lose_sources();
         inbox.arrive(held("other", "other", 1, &lost));
         assert_eq!(inbox.levels()[&1], Level { waiting: 1, in_hand: 0, oldest: Some(Timestamp::UNIX_EPOCH) });
         assert!(inbox.let_go_of(1).now_or_never().is_some(), "nothing of the new one is in hand");
-        inbox.settled(&PartitionKey("old".to_owned()));
+        inbox.settled(&old[0]);
         let moved: usize = (0..7).map(|n| inbox.arrive(held(&n.to_string(), "busy", 1, &lost)).len()).sum();
         assert!(moved > 0, "one key fills the window");
     }
@@ -391,13 +442,13 @@ mod tests {
     fn what_comes_in_when_its_connection_is_over_keeps_nothing_up() {
         let (inbox, lost, live) = (Inbox::new(8), CancellationToken::new(), CancellationToken::new());
         inbox.arrive(held("in hand", "key", 1, &lost));
-        let in_hand = inbox.take().now_or_never().flatten().unwrap();
+        let in_hand = take(&inbox).pop().unwrap();
         lost.cancel();
         inbox.arrive(held("late", "other key", 1, &lost));
         assert!(inbox.give_back(in_hand, Some(1)).is_some());
         for key in ["key", "other key"] {
             inbox.arrive(held(key, key, 1, &live));
         }
-        assert_eq!([taken(&inbox), taken(&inbox)], ["key", "other key"].map(|id| Some(id.to_owned())));
+        assert_eq!([ids(&take(&inbox)), ids(&take(&inbox))], [["key"], ["other key"]]);
     }
 }

@@ -106,7 +106,6 @@ impl Core {
         mut settlement: Settlement,
         mut reply: Option<oneshot::Sender<Result<(), Error>>>,
     ) {
-        let key = held.envelope.message.key.clone();
         let mut tell = |result| {
             if let Some(reply) = reply.take() {
                 // They may have gone away.
@@ -117,12 +116,12 @@ impl Core {
             let session = self.session().ok().filter(|session| session.number == held.session);
             let Some(session) = session else {
                 self.remember(&held, settlement);
-                self.inbox.settled(&key);
+                self.inbox.settled(&held);
                 return tell(Err(lost()));
             };
             match self.carry(&session, &mut held, &mut settlement).await {
                 Ok(()) => {
-                    self.inbox.settled(&key);
+                    self.inbox.settled(&held);
                     return tell(Ok(()));
                 }
                 Err(error) => tell(Err(error)),

@@ -237,7 +237,7 @@ async fn close(core: &Core, session: &Session) {
 pub(super) fn arrive(core: &Core, session: &Session, source: usize, delivery: Delivery) {
     let envelope = Envelope::read(&delivery.properties, delivery.data, core.now());
     let (redelivered, acker) = (delivery.redelivered, delivery.acker);
-    let held = Held { envelope, source, redelivered, acker, session: session.number, lost: session.cut() };
+    let held = Held { envelope, source, redelivered, acker, session: session.number, lost: session.cut(), number: 0 };
     session.is_ours(source);
     core.no_longer_waiting(&held.envelope);
     let tasks = if let Some(settlement) = core.remembered(&held) {

@@ -7,7 +7,7 @@ use std::{
 
 use tokio::sync::Semaphore;
 
-use super::store::Stored;
+use super::store::Turn;
 use crate::Error;
 
 /// Bodies of this many bytes at most are read ahead (a single larger message is, too).
@@ -15,18 +15,21 @@ const BYTES: usize = 1024 * 1024;
 
 pub(super) struct Shelf {
     inner: Mutex<Inner>,
-    /// One permit for each message in `next`, and for the error: waiting for it is waiting for a message, first come, first served.
+    /// One permit for each turn in `next`, and for the error: waiting for it is waiting for a message, first come, first served.
     arrivals: Semaphore,
     capacity: usize,
 }
 
 #[derive(Default)]
 struct Inner {
-    next: VecDeque<Stored>,
+    next: VecDeque<Turn>,
     /// Handed to one puller, once.
     error: Option<Error>,
+    /// In `next`.
+    messages: usize,
     /// Of the bodies in `next`.
     bytes: usize,
+    /// Messages that were taken, and have not landed.
     in_flight: usize,
     /// There are ready messages on disk that are not here.
     more: bool,
@@ -44,7 +47,6 @@ enum End {
 
 /// How much the shelf holds, for the storage thread.
 pub(super) struct Level {
-    pub messages: usize,
     pub in_flight: usize,
     /// It is at most half full, so that reading is worth while, and not closed.
     pub is_low: bool,
@@ -58,8 +60,8 @@ impl Shelf {
         Self { inner: Mutex::default(), arrivals: Semaphore::new(0), capacity: capacity.max(1) }
     }
 
-    /// Waits for a message; cancel-safe. With it, whether the storage thread is to be told to refill. `None` after the end.
-    pub async fn take(&self) -> Result<Option<(Stored, bool)>, Error> {
+    /// Waits for a turn; cancel-safe. With it, whether the storage thread is to be told to refill. `None` after the end.
+    pub async fn take(&self) -> Result<Option<(Turn, bool)>, Error> {
         let Ok(arrival) = self.arrivals.acquire().await else {
             return match self.lock().end {
                 Some(End::Died) => Err(died()),
@@ -72,28 +74,29 @@ impl Shelf {
             return Err(error);
         }
         // Closed since the permit was given: the messages are still on disk.
-        let Some(stored) = inner.next.pop_front() else { return Ok(None) };
-        inner.bytes -= stored.message.body.len();
-        inner.in_flight += 1;
+        let Some(turn) = inner.next.pop_front() else { return Ok(None) };
+        inner.messages -= turn.0.len();
+        inner.bytes -= turn.bytes();
+        inner.in_flight += turn.0.len();
         let low = inner.more && !inner.refill_asked && self.is_low(&inner);
         inner.refill_asked |= low;
-        Ok(Some((stored, low)))
+        Ok(Some((turn, low)))
     }
 
-    /// Puts messages behind those that are there. `more`: on disk there are further ones.
-    pub fn add(&self, messages: Vec<Stored>, more: bool) {
+    /// Puts turns behind those that are there. `more`: on disk there are further ones.
+    pub fn add(&self, turns: Vec<Turn>, more: bool) {
         let mut inner = self.lock();
         inner.refill_asked = false;
         inner.more = more;
         if inner.end.is_some() {
             return;
         }
-        let added = messages.len();
-        for stored in messages {
-            inner.bytes += stored.message.body.len();
-            inner.next.push_back(stored);
+        self.arrivals.add_permits(turns.len());
+        for turn in turns {
+            inner.messages += turn.0.len();
+            inner.bytes += turn.bytes();
+            inner.next.push_back(turn);
         }
-        self.arrivals.add_permits(added);
     }
 
     /// Tells one puller that the queue cannot give messages now.
@@ -112,12 +115,16 @@ impl Shelf {
     pub fn level(&self) -> Level {
         let inner = self.lock();
         Level {
-            messages: inner.next.len(),
             in_flight: inner.in_flight,
             is_low: self.is_low(&inner) && inner.end.is_none(),
-            room: self.capacity.saturating_sub(inner.next.len()),
+            room: self.capacity.saturating_sub(inner.messages),
             room_bytes: BYTES.saturating_sub(inner.bytes),
         }
+    }
+
+    #[cfg(test)]
+    pub fn messages(&self) -> usize {
+        self.lock().messages
     }
 
     pub fn is_closed(&self) -> bool {
@@ -138,12 +145,13 @@ impl Shelf {
         let mut inner = self.lock();
         inner.end.get_or_insert(end);
         inner.next = VecDeque::new();
+        inner.messages = 0;
         inner.bytes = 0;
         self.arrivals.close();
     }
 
     fn is_low(&self, inner: &Inner) -> bool {
-        inner.next.len() <= self.capacity / 2
+        inner.messages <= self.capacity / 2
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

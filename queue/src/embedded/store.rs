@@ -2,12 +2,14 @@
 //!
 //! A message is `READY` (it is in line, or in somebody's hands), `BLOCKED` (behind a ready one of its key), `WAITING` (for
 //! its time) or `KEPT` (settled, and there for those who ask for the past). At most one message of a key is ready: an index
-//! holds that, so nobody has to look for keys when pulling. Buried ones are in a table of their own, and kept beside that.
+//! holds that, so nobody has to look for keys when pulling. The blocked ones behind it may be handed out with it: they stay
+//! blocked, and which they are is known to memory alone. Buried ones are in a table of their own, and kept beside that.
 
 mod past;
 mod writing;
 
 use std::{
+    collections::HashSet,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -108,6 +110,28 @@ pub(super) struct Stored {
     pub waited: Duration,
 }
 
+/// A ready message, and behind it those of its key that are handed out with it.
+pub(super) struct Turn(pub Vec<Stored>);
+
+impl Turn {
+    /// Its first message: no other turn has the same while that is in it.
+    pub fn number(&self) -> i64 {
+        self.0[0].seq
+    }
+
+    /// Of the bodies.
+    pub fn bytes(&self) -> usize {
+        self.0.iter().map(|stored| stored.message.body.len()).sum()
+    }
+}
+
+/// One message of a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub turn: i64,
+    pub seq: i64,
+}
+
 /// The counts, kept beside the file so that nobody has to count it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Books {
@@ -133,6 +157,8 @@ pub(super) struct Store {
     connection: Connection,
     path: PathBuf,
     books: Books,
+    /// Messages that are out behind the ready one of their key.
+    joined: HashSet<i64>,
     past: Past,
     /// Greater than every `seq` and every place in line.
     next: i64,
@@ -183,11 +209,33 @@ impl Store {
             .map_err(trouble)?;
         connection.set_prepared_statement_cache_capacity(64);
         let path = path.to_path_buf();
-        Ok(Self { connection, path, books, past, next, tidy_at: CHECKPOINT_PAGES, synced: true, suspect: false })
+        Ok(Self {
+            connection,
+            path,
+            books,
+            joined: HashSet::new(),
+            past,
+            next,
+            tidy_at: CHECKPOINT_PAGES,
+            synced: true,
+            suspect: false,
+        })
     }
 
     pub fn books(&self) -> &Books {
         &self.books
+    }
+
+    /// These are handed out behind the ready one of their key.
+    pub fn join(&mut self, messages: impl IntoIterator<Item = i64>) {
+        self.joined.extend(messages);
+    }
+
+    /// These no longer are.
+    pub fn part(&mut self, messages: &[i64]) {
+        for seq in messages {
+            self.joined.remove(seq);
+        }
     }
 
     /// Does the work in one transaction. When it returns it survives a kill of this process, and with `synced` a power loss.
@@ -227,7 +275,7 @@ impl Store {
             self.synced = synced;
         }
         self.connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
-        let mut writing = Writing::new(&self.connection, self.books, self.past, &mut self.next);
+        let mut writing = Writing::new(&self.connection, self.books, &self.joined, self.past, &mut self.next);
         let done = work(&mut writing)?;
         let books = writing.finish(&self.books)?;
         self.connection.prepare_cached("COMMIT")?.execute([])?;
@@ -259,6 +307,27 @@ impl Store {
                  FROM message WHERE state = 0 AND turn > ?1 ORDER BY turn",
             )?;
             let mut rows = select.query([turn])?;
+            while let Some(row) = rows.next()? {
+                if !take(stored(row)?) {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        read().map_err(|error| Failure::new(&self.path, error))
+    }
+
+    /// Those that wait behind the ready message of this key, for as long as `more` says so.
+    pub fn behind(&self, key: &PartitionKey, mut take: impl FnMut(Stored) -> bool) -> Result<(), Failure> {
+        if self.books.blocked == 0 {
+            return Ok(());
+        }
+        let mut read = || {
+            let mut select = self.connection.prepare_cached(
+                "SELECT seq, turn, id, content_type, key, body, replay_of, pushed_at, attempts, waited
+                 FROM message WHERE key = ?1 AND state = 1 ORDER BY turn",
+            )?;
+            let mut rows = select.query([&key.0])?;
             while let Some(row) = rows.next()? {
                 if !take(stored(row)?) {
                     break;

@@ -1,7 +1,7 @@
 //! The one thread that reads and writes the database.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     error::Error as StdError,
     mem,
     sync::{
@@ -18,9 +18,9 @@ use tokio::sync::oneshot;
 use super::{
     folder::Folder,
     shelf::{Shelf, died},
-    store::{Change, Failure, Outcome, Store, Stored, nanoseconds},
+    store::{Change, Failure, Outcome, Place, Store, Stored, Turn, nanoseconds},
 };
-use crate::{DeadLetter, Error, Kept, Stats};
+use crate::{DeadLetter, Error, Kept, MOST_TOGETHER, Stats};
 
 /// Commands that share a transaction, at most.
 const BATCH: usize = 1024;
@@ -36,7 +36,7 @@ pub(super) type Reply<T> = oneshot::Sender<Result<T, Error>>;
 pub(super) enum Command {
     Change(Change, Reply<bool>),
     /// A message was given back unsettled.
-    Release(i64),
+    Release(Place),
     /// There is room on the shelf.
     Refill,
     Stats(Reply<Stats>),
@@ -74,6 +74,7 @@ impl StorageThread {
             now,
             inbox,
             cursor: 0,
+            out: HashMap::new(),
             returned: VecDeque::new(),
             unwritten: Vec::new(),
             pause: None,
@@ -132,6 +133,51 @@ impl Asked {
     }
 }
 
+/// What became of the messages of a turn.
+struct Out {
+    /// In their order in line.
+    messages: Vec<i64>,
+    /// Neither settled nor given back.
+    in_hand: usize,
+    given_back: Vec<i64>,
+}
+
+/// What is read ahead at once.
+struct Found {
+    turns: Vec<Turn>,
+    /// So much more may be.
+    room: usize,
+    room_bytes: usize,
+}
+
+impl Found {
+    fn is_full(&self) -> bool {
+        self.room == 0 || self.room_bytes == 0
+    }
+
+    /// Takes a ready message, even if those behind it cannot be read.
+    fn take(&mut self, ready: Stored, store: &Store) -> Result<(), Failure> {
+        self.count(&ready);
+        let key = ready.message.key.clone();
+        let mut turn = vec![ready];
+        let mut read = Ok(());
+        if !self.is_full() {
+            read = store.behind(&key, |stored| {
+                self.count(&stored);
+                turn.push(stored);
+                turn.len() < MOST_TOGETHER && !self.is_full()
+            });
+        }
+        self.turns.push(Turn(turn));
+        read
+    }
+
+    fn count(&mut self, stored: &Stored) {
+        self.room = self.room.saturating_sub(1);
+        self.room_bytes = self.room_bytes.saturating_sub(stored.message.body.len());
+    }
+}
+
 struct Worker {
     // Closed before the folder is unlocked: fields drop in this order.
     store: Store,
@@ -141,7 +187,9 @@ struct Worker {
     inbox: Receiver<Command>,
     /// Everything that is ready and was in line up to this turn has been on the shelf.
     cursor: i64,
-    /// What was given back, and is to go on the shelf again.
+    /// The turns that are on the shelf or in somebody's hands, by number. Of each, one message is ready on disk.
+    out: HashMap<i64, Out>,
+    /// Ready messages that were given back, and are to go on the shelf again.
     returned: VecDeque<i64>,
     /// Settlements that the disk did not take. Their messages count as in flight.
     unwritten: Vec<Asked>,
@@ -203,9 +251,9 @@ impl Worker {
                 // Nobody waits for it any more, so nobody will say that it is durable.
                 Command::Change(Change::Push { .. }, reply) if reply.is_closed() => {}
                 Command::Change(change, reply) => changes.push(Asked { change, reply: Some(reply) }),
-                Command::Release(seq) => {
-                    self.returned.push_back(seq);
+                Command::Release(place) => {
                     self.shelf.landed(1);
+                    self.let_go(place, true);
                 }
                 Command::Refill => {}
                 Command::Stats(_) | Command::DeadLetters { .. } | Command::History { .. } => questions.push(command),
@@ -214,6 +262,8 @@ impl Worker {
         let paused = self.pause.is_some_and(|end| Instant::now() < end);
         if !paused || !changes.is_empty() {
             changes.append(&mut self.unwritten);
+            // What is buried and replayed in one go stands behind those that it was handed out with.
+            changes.sort_by_key(|asked| !asked.is_settlement());
             self.write(changes);
         }
         self.fill();
@@ -272,8 +322,11 @@ impl Worker {
         if self.pause.take().is_some() {
             tracing::info!("the queue writes again");
         }
-        self.shelf.landed(changes.iter().filter(|asked| asked.is_settlement()).count());
         for (asked, outcome) in changes.into_iter().zip(outcomes) {
+            if let Change::Settle { place, .. } = asked.change {
+                self.shelf.landed(1);
+                self.let_go(place, false);
+            }
             asked.answer(match outcome {
                 Outcome::Done => Ok(true),
                 Outcome::Nothing => Ok(false),
@@ -310,6 +363,25 @@ impl Worker {
         }
     }
 
+    /// A message is out of hand. With the last one its turn is over: what was given back of it may come again.
+    fn let_go(&mut self, Place { turn, seq }: Place, given_back: bool) {
+        let Some(out) = self.out.get_mut(&turn) else { return };
+        out.in_hand -= 1;
+        if given_back {
+            out.given_back.push(seq);
+        } else {
+            // It may be in line again, for a turn of its own.
+            self.store.part(&[seq]);
+        }
+        if out.in_hand == 0
+            && let Some(Out { messages, given_back, .. }) = self.out.remove(&turn)
+        {
+            self.store.part(&messages);
+            // The first of them is the one that is ready.
+            self.returned.extend(messages.iter().find(|seq| given_back.contains(seq)));
+        }
+    }
+
     /// Puts messages on the shelf, if it is half empty and the disk is well.
     fn fill(&mut self) {
         if self.pause.is_some() || !self.unwritten.is_empty() {
@@ -317,42 +389,46 @@ impl Worker {
         }
         let level = self.shelf.level();
         let ready = usize::try_from(self.store.books().ready).unwrap_or_default();
-        let mut on_disk = ready.saturating_sub(level.in_flight + level.messages);
-        let mut found = Vec::new();
+        let mut on_disk = ready.saturating_sub(self.out.len());
+        let mut found = Found { turns: vec![], room: level.room, room_bytes: level.room_bytes };
         if on_disk > 0 && level.is_low {
-            if let Err(failure) =
-                self.read_ahead(&mut found, on_disk.saturating_sub(self.returned.len()), level.room, level.room_bytes)
-            {
+            if let Err(failure) = self.read_ahead(&mut found, on_disk.saturating_sub(self.returned.len())) {
                 self.shelf.add_error(failure.error());
                 self.rest(&failure);
             }
-            on_disk -= found.len();
+            on_disk -= found.turns.len();
         }
-        self.shelf.add(found, on_disk > 0);
+        for turn in &found.turns {
+            let messages: Vec<i64> = turn.0.iter().map(|stored| stored.seq).collect();
+            self.store.join(messages.iter().skip(1).copied());
+            self.out.insert(turn.number(), Out { in_hand: messages.len(), messages, given_back: vec![] });
+        }
+        self.shelf.add(found.turns, on_disk > 0);
     }
 
-    fn read_ahead(&mut self, found: &mut Vec<Stored>, in_line: usize, room: usize, room_bytes: usize) -> Result<(), Failure> {
-        let mut bytes = 0;
-        while found.len() < room
-            && bytes < room_bytes
-            && let Some(seq) = self.returned.front()
+    fn read_ahead(&mut self, found: &mut Found, in_line: usize) -> Result<(), Failure> {
+        while !found.is_full()
+            && let Some(seq) = self.returned.pop_front()
         {
-            if let Some(stored) = self.store.ready(*seq)? {
-                bytes += stored.message.body.len();
-                found.push(stored);
+            match self.store.ready(seq) {
+                Ok(Some(stored)) => found.take(stored, &self.store)?,
+                Ok(None) => {}
+                Err(failure) => {
+                    self.returned.push_front(seq);
+                    return Err(failure);
+                }
             }
-            self.returned.pop_front();
         }
-        if in_line > 0 && found.len() < room && bytes < room_bytes {
-            let cursor = &mut self.cursor;
-            self.store.ready_after(*cursor, |stored| {
+        let mut done = Ok(());
+        if in_line > 0 && !found.is_full() {
+            let (store, cursor) = (&self.store, &mut self.cursor);
+            store.ready_after(*cursor, |stored| {
                 *cursor = stored.turn;
-                bytes += stored.message.body.len();
-                found.push(stored);
-                found.len() < room && bytes < room_bytes
+                done = found.take(stored, store);
+                done.is_ok() && !found.is_full()
             })?;
         }
-        Ok(())
+        done
     }
 
     /// Leaves the disk alone for a moment.

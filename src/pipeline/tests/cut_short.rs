@@ -25,7 +25,7 @@ async fn event_that_others_may_have_is_left_alone_and_nothing_is_said_of_it() {
     let lost = CancellationToken::new();
     let delivery = house.queue.pull().await.unwrap().unwrap().until(lost.clone());
     lost.cancel();
-    assert!(pipeline.handle(delivery).await.is_none());
+    assert!(pipeline.handle(vec![delivery]).await.is_none());
     assert!(house.signed(&digest).is_empty());
 
     // And one that is lost when it was handled, and is to be a dead letter.
@@ -35,9 +35,9 @@ async fn event_that_others_may_have_is_left_alone_and_nothing_is_said_of_it() {
     while handled.is_none() {
         let delivery = house.queue.pull().await.unwrap().unwrap();
         if delivery.message().content_type == "text/plain" {
-            handled = pipeline.handle(delivery.until(lost.clone())).await;
+            handled = pipeline.handle(vec![delivery.until(lost.clone())]).await;
         } else {
-            pipeline.settle(pipeline.handle(delivery).await.unwrap()).await.unwrap();
+            pipeline.settle(pipeline.handle(vec![delivery]).await.unwrap()).await.unwrap();
             signed += 1;
         }
     }
@@ -62,7 +62,7 @@ async fn handling_that_ends_at_any_await_point_is_done_again_and_signs_once() {
         // What a process knows goes with it; what is on disk and in the registry stays.
         let first = house.pipeline(release());
         let delivery = house.queue.pull().await.unwrap().unwrap();
-        survived += u32::from(dropped_after(polls, first.handle(delivery)).await.is_some());
+        survived += u32::from(dropped_after(polls, first.handle(vec![delivery])).await.is_some());
         house.settle(&house.pipeline(release())).await;
         assert_eq!(house.signed(&digest), [tagged("1.0")], "dropped after {polls} polls");
     }
@@ -79,7 +79,7 @@ async fn a_queue_or_a_ledger_whose_thread_died_ends_the_work_with_an_error() {
         async fn push(&self, _: Vec<Message>) -> Result<(), queue::Error> {
             unreachable!()
         }
-        async fn pull(&self) -> Result<Option<Delivery>, queue::Error> {
+        async fn pull_together(&self) -> Result<Vec<Delivery>, queue::Error> {
             Err(queue::Error::Died)
         }
         async fn stats(&self) -> Result<queue::Stats, queue::Error> {

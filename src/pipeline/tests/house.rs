@@ -142,30 +142,13 @@ impl House {
     }
 
     pub(crate) async fn push_to(&self, repository: &str, tag: Option<&str>, digest: &Digest, ago: Duration) -> String {
-        let now = Clock::system().now() - ago;
-        let event = PushEvent {
-            id: "sender's".into(),
-            source: "main".into(),
-            registry: NAME.parse().unwrap(),
-            repository: repository.parse().unwrap(),
-            tag: tag.map(|tag| tag.parse().unwrap()),
-            digest: digest.clone(),
-            pushed_at: now,
-            received_at: now,
-            actor: None,
-        };
+        let event = pushed(repository, tag, digest, ago);
         self.enqueue(event::CONTENT_TYPE, &event.partition_key(), event.to_cloud_event()).await
     }
 
     pub(crate) async fn enqueue(&self, content_type: &str, key: &str, body: Vec<u8>) -> String {
-        let id = uuid::Uuid::now_v7().to_string();
-        let message = Message {
-            id: id.clone(),
-            content_type: content_type.into(),
-            key: PartitionKey(key.to_owned()),
-            body: body.into(),
-            replay_of: None,
-        };
+        let message = message(content_type, key, body);
+        let id = message.id.clone();
         self.queue.push(vec![message]).await.unwrap();
         id
     }
@@ -175,8 +158,8 @@ impl House {
     }
 
     pub(crate) async fn handle_one(queue: &Embedded, pipeline: &Pipeline) {
-        let delivery = tokio::time::timeout(Duration::from_secs(60), queue.pull()).await;
-        let handled = pipeline.handle(delivery.expect("a delivery is due").unwrap().unwrap()).await.unwrap();
+        let deliveries = tokio::time::timeout(Duration::from_secs(60), queue.pull_together()).await;
+        let handled = pipeline.handle(deliveries.expect("a delivery is due").unwrap()).await.unwrap();
         pipeline.settle(handled).await.unwrap();
     }
 
@@ -239,6 +222,32 @@ impl House {
     /// Does something to the ledger's file behind its back.
     pub(crate) fn meddle(&self, sql: &str) {
         rusqlite::Connection::open(ledger_path(&self.folder)).unwrap().execute_batch(sql).unwrap();
+    }
+}
+
+/// The event of a push, which came a while ago.
+pub(crate) fn pushed(repository: &str, tag: Option<&str>, digest: &Digest, ago: Duration) -> PushEvent {
+    let now = Clock::system().now() - ago;
+    PushEvent {
+        id: "sender's".into(),
+        source: "main".into(),
+        registry: NAME.parse().unwrap(),
+        repository: repository.parse().unwrap(),
+        tag: tag.map(|tag| tag.parse().unwrap()),
+        digest: digest.clone(),
+        pushed_at: now,
+        received_at: now,
+        actor: None,
+    }
+}
+
+pub(crate) fn message(content_type: &str, key: &str, body: Vec<u8>) -> Message {
+    Message {
+        id: uuid::Uuid::now_v7().to_string(),
+        content_type: content_type.into(),
+        key: PartitionKey(key.to_owned()),
+        body: body.into(),
+        replay_of: None,
     }
 }
 

@@ -384,7 +384,7 @@ async fn handling_that_ends_at_any_await_point_ends_with_one_signature_in_each_f
         house.push(Some("1.0"), &digest).await;
         let first = house.pipeline(both());
         let delivery = house.queue.pull().await.unwrap().unwrap();
-        survived += u32::from(dropped_after(polls, first.handle(delivery)).await.is_some());
+        survived += u32::from(dropped_after(polls, first.handle(vec![delivery])).await.is_some());
         house.settle(&house.pipeline(both())).await;
         assert_eq!(house.signed(&digest), [tagged("1.0")], "dropped after {polls} polls");
         assert_eq!(house.bundled(&digest), 1, "dropped after {polls} polls");

@@ -2,11 +2,11 @@
 
 use std::collections::HashSet;
 
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
-    BLOCKED, Books, KEPT, READY, next_due,
+    BLOCKED, Books, KEPT, Place, READY, next_due,
     past::{self, Past},
 };
 use crate::{Burial, Message, Retry};
@@ -20,7 +20,7 @@ pub(crate) enum Change {
         _room: OwnedSemaphorePermit,
     },
     Settle {
-        seq: i64,
+        place: Place,
         settlement: Settlement,
     },
     Replay {
@@ -63,26 +63,36 @@ impl Change {
     }
 }
 
+/// A place in the line of a key.
+struct InLine {
+    key: String,
+    state: i64,
+    turn: i64,
+}
+
 /// A transaction under way.
 pub(crate) struct Writing<'a> {
     pub(super) connection: &'a Connection,
     pub(super) books: Books,
+    joined: &'a HashSet<i64>,
     pub(super) past: Past,
     next: &'a mut i64,
 }
 
 impl<'a> Writing<'a> {
-    pub(super) fn new(connection: &'a Connection, books: Books, past: Past, next: &'a mut i64) -> Self {
-        Self { connection, books, past, next }
+    pub(super) fn new(connection: &'a Connection, books: Books, joined: &'a HashSet<i64>, past: Past, next: &'a mut i64) -> Self {
+        Self { connection, books, joined, past, next }
     }
 
     /// `now`: nanoseconds since 1970.
     pub fn apply(&mut self, change: &Change, now: i64) -> rusqlite::Result<Outcome> {
         match change {
             Change::Push { messages, .. } => self.push(messages, now),
-            Change::Settle { seq, settlement: Settlement::Ack } => self.ack(*seq, now),
-            Change::Settle { seq, settlement: Settlement::Retry(retry) } => self.retry(*seq, retry, now),
-            Change::Settle { seq, settlement: Settlement::Bury(burial) } => self.bury(*seq, burial, now),
+            Change::Settle { place: Place { seq, .. }, settlement } => match settlement {
+                Settlement::Ack => self.ack(*seq, now),
+                Settlement::Retry(retry) => self.retry(*seq, retry, now),
+                Settlement::Bury(burial) => self.bury(*seq, burial, now),
+            },
             Change::Replay { id } => self.replay(id),
             Change::Discard { id } => self.discard(id),
             Change::Probe => self.touch(),
@@ -145,9 +155,9 @@ impl<'a> Writing<'a> {
     }
 
     fn ack(&mut self, seq: i64, now: i64) -> rusqlite::Result<Outcome> {
-        let key = self.contended_key(seq)?;
+        let line = self.contended(seq)?;
         if self.keep(seq, now)? || self.delete(seq)? {
-            self.step_down(key)?;
+            self.step_down(line)?;
         }
         Ok(Outcome::Done)
     }
@@ -181,7 +191,7 @@ impl<'a> Writing<'a> {
         let after = i64::try_from(retry.after.as_nanos()).unwrap_or(i64::MAX);
         let due = now.saturating_add(after);
         let (attempts, waited) = if retry.counted { (1, after) } else { (0, 0) };
-        let key = self.contended_key(seq)?;
+        let line = self.contended(seq)?;
         let mut update = self.connection.prepare_cached(
             "UPDATE message SET state = 2, turn = ?2, attempts = attempts + ?3,
                  waited = min(waited, 9223372036854775807 - ?4) + ?4, reason = ?5 WHERE seq = ?1 AND state < 3",
@@ -189,7 +199,7 @@ impl<'a> Writing<'a> {
         if update.execute(params![seq, due, attempts, waited, retry.reason])? > 0 {
             self.books.waiting += 1;
             self.books.next_due = Some(self.books.next_due.map_or(due, |earlier| earlier.min(due)));
-            self.step_down(key)?;
+            self.step_down(line)?;
         }
         Ok(Outcome::Done)
     }
@@ -265,28 +275,36 @@ impl<'a> Writing<'a> {
         }
     }
 
-    /// The key of this message, if there may be another behind it.
-    fn contended_key(&self, seq: i64) -> rusqlite::Result<Option<String>> {
+    /// Where this message stands in the line of its key, if there may be another.
+    fn contended(&self, seq: i64) -> rusqlite::Result<Option<InLine>> {
         if self.books.blocked == 0 {
             return Ok(None);
         }
-        let mut select = self.connection.prepare_cached("SELECT key FROM message WHERE seq = ?1")?;
-        select.query_row([seq], |row| row.get(0)).optional()
+        let mut select = self.connection.prepare_cached("SELECT key, state, turn FROM message WHERE seq = ?1")?;
+        let line = |row: &Row<'_>| Ok(InLine { key: row.get(0)?, state: row.get(1)?, turn: row.get(2)? });
+        select.query_row([seq], line).optional()
     }
 
-    /// A ready message has left the line: the next of its key may come.
-    fn step_down(&mut self, key: Option<String>) -> rusqlite::Result<()> {
+    /// A message that was out has left the line. If it was the ready one, the next of its key is.
+    fn step_down(&mut self, line: Option<InLine>) -> rusqlite::Result<()> {
+        let Some(InLine { key, state, turn }) = line else {
+            self.books.ready -= 1;
+            return Ok(());
+        };
+        if state == BLOCKED {
+            self.books.blocked -= 1;
+            return Ok(());
+        }
         self.books.ready -= 1;
-        if let Some(key) = key {
-            let turn = self.take_number();
-            let mut promote = self.connection.prepare_cached(
-                "UPDATE message SET state = 0, turn = ?2
-                 WHERE seq = (SELECT seq FROM message WHERE key = ?1 AND state = 1 ORDER BY turn LIMIT 1)",
-            )?;
-            if promote.execute(params![key, turn])? > 0 {
-                self.books.blocked -= 1;
-                self.books.ready += 1;
-            }
+        let mut select =
+            self.connection.prepare_cached("SELECT seq FROM message WHERE key = ?1 AND state = 1 ORDER BY turn LIMIT 1")?;
+        if let Some(next) = select.query_row([&key], |row| row.get::<_, i64>(0)).optional()? {
+            // Whoever reads on finds what is not out, and passes over what is.
+            let turn = if self.joined.contains(&next) { turn } else { self.take_number() };
+            let mut promote = self.connection.prepare_cached("UPDATE message SET state = 0, turn = ?2 WHERE seq = ?1")?;
+            promote.execute([next, turn])?;
+            self.books.blocked -= 1;
+            self.books.ready += 1;
         }
         Ok(())
     }

@@ -6,10 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use countersign_queue::Retry;
+use countersign_queue::{Delivery, Queue, Retry};
 use tokio::{task::JoinSet, time::timeout};
 
-use super::{Backend, assert_empty, assert_no_more, burial, fast_random, ids, keyed, message, next, retry};
+use super::{Backend, assert_empty, assert_no_more, burial, fast_random, ids, keyed, message, next, retry, soon};
 
 pub async fn messages_of_one_key_are_in_one_hand_at_a_time(backend: impl Backend) {
     let queue = backend.queue();
@@ -20,20 +20,33 @@ pub async fn messages_of_one_key_are_in_one_hand_at_a_time(backend: impl Backend
     for _ in 0..8 {
         let (queue, in_hand, left) = (Arc::clone(&queue), Arc::clone(&in_hand), Arc::clone(&left));
         workers.spawn(async move {
-            while let Some(delivery) = queue.pull().await.unwrap() {
-                let (id, key) = (delivery.message().id.clone(), delivery.message().key.clone());
+            loop {
+                // Some want one at a time.
+                let together = if fast_random().is_multiple_of(3) {
+                    queue.pull().await.unwrap().into_iter().collect()
+                } else {
+                    queue.pull_together().await.unwrap()
+                };
+                let Some(key) = together.first().map(|delivery| delivery.message().key.clone()) else { return };
+                assert!(together.iter().all(|delivery| delivery.message().key == key));
                 assert!(in_hand.lock().unwrap().insert(key.clone()), "two of {key:?} at once");
-                tokio::time::sleep(Duration::from_micros(fast_random() % 500)).await;
-                in_hand.lock().unwrap().remove(&key);
-                match fast_random() % 4 {
-                    0 => drop(delivery),
-                    1 => delivery.retry(retry(Duration::from_micros(fast_random() % 3000))).await.unwrap(),
-                    settled => {
-                        left.lock().unwrap().remove(&id);
-                        if settled == 2 {
-                            delivery.ack().await.unwrap();
-                        } else {
-                            delivery.bury(burial("denied")).await.unwrap();
+                let last = together.len() - 1;
+                for (place, delivery) in together.into_iter().enumerate() {
+                    let id = delivery.message().id.clone();
+                    tokio::time::sleep(Duration::from_micros(fast_random() % 500)).await;
+                    if place == last {
+                        in_hand.lock().unwrap().remove(&key);
+                    }
+                    match fast_random() % 4 {
+                        0 => drop(delivery),
+                        1 => delivery.retry(retry(Duration::from_micros(fast_random() % 3000))).await.unwrap(),
+                        settled => {
+                            assert!(left.lock().unwrap().remove(&id), "{id} came again");
+                            if settled == 2 {
+                                delivery.ack().await.unwrap();
+                            } else {
+                                delivery.bury(burial("denied")).await.unwrap();
+                            }
                         }
                     }
                 }
@@ -62,6 +75,76 @@ pub async fn settling_lets_the_next_of_its_key_come(backend: impl Backend) {
         }
     }
     assert_eq!(got, ids(0..4));
+}
+
+/// Three of one key that came in while a fourth was in hand, pulled together.
+async fn three_together(queue: &dyn Queue) -> Vec<Delivery> {
+    queue.push(vec![keyed(0, 7)]).await.unwrap();
+    let first = next(queue).await;
+    queue.push((1..4).map(|n| keyed(n, 7)).collect()).await.unwrap();
+    // A broker gives them out when it likes.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    first.ack().await.unwrap();
+    let together = soon(queue.pull_together()).await.unwrap();
+    let got: HashSet<_> = together.iter().map(|delivery| delivery.message().id.clone()).collect();
+    assert_eq!((together.len(), got), (3, ids(1..4)));
+    together
+}
+
+pub async fn what_waits_for_its_key_comes_together(backend: impl Backend) {
+    let queue = backend.queue();
+    let together = three_together(&*queue).await;
+    let stats = queue.stats().await.unwrap();
+    assert_eq!((stats.ready, stats.in_flight), (0, 3));
+    for delivery in together {
+        delivery.ack().await.unwrap();
+    }
+    assert_empty(&*queue).await;
+    queue.close().await;
+    assert!(queue.pull_together().await.unwrap().is_empty());
+}
+
+pub async fn what_came_together_keeps_its_key_until_the_last_is_out_of_hand(backend: impl Backend) {
+    let queue = backend.queue();
+    let mut together = three_together(&*queue).await.into_iter();
+    let (acked, dropped, retried) = (together.next().unwrap(), together.next().unwrap(), together.next().unwrap());
+    let again = HashSet::from([dropped.message().id.clone(), retried.message().id.clone(), "4".to_owned()]);
+    queue.push(vec![keyed(4, 7)]).await.unwrap();
+    acked.ack().await.unwrap();
+    drop(dropped);
+    assert_no_more(&*queue).await;
+    retried.retry(retry(Duration::ZERO)).await.unwrap();
+    let mut got = HashSet::new();
+    while got.len() < 3 {
+        let together = soon(queue.pull_together()).await.unwrap();
+        assert_no_more(&*queue).await;
+        for delivery in together.into_iter().rev() {
+            assert!(got.insert(delivery.message().id.clone()));
+            delivery.bury(burial("denied")).await.unwrap();
+        }
+    }
+    assert_eq!(got, again);
+    let stats = queue.stats().await.unwrap();
+    assert_eq!((stats.queued(), stats.dead), (0, 3));
+}
+
+pub async fn what_came_together_and_was_not_settled_comes_again_after_a_restart(mut backend: impl Backend) {
+    let queue = backend.queue();
+    let mut together = three_together(&*queue).await;
+    let settled = together.remove(0);
+    let left: HashSet<_> = together.iter().map(|delivery| delivery.message().id.clone()).collect();
+    settled.ack().await.unwrap();
+    drop((together, queue));
+    let queue = backend.restart().await;
+    let mut got = HashSet::new();
+    while got.len() < 2 {
+        for delivery in soon(queue.pull_together()).await.unwrap() {
+            got.insert(delivery.message().id.clone());
+            delivery.ack().await.unwrap();
+        }
+    }
+    assert_eq!(got, left);
+    assert_empty(&*queue).await;
 }
 
 pub async fn retry_hands_the_turn_to_the_next_of_its_key(backend: impl Backend) {
