@@ -78,10 +78,9 @@ impl Fleet {
         let broker = RabbitMq::start_with(&(listeners.collect::<String>() + "loopback_users = none\n")).await?;
         let database = Postgres::start()?;
         let name = database.database()?;
-        let nobody = Notify::new("http://127.0.0.1:9/nobody", TOKEN);
         let house = House::build(Plan {
             queue: format!("backend = \"amqp\"\nurl = {{ env = \"AMQP_URL\" }}\n{queue}"),
-            registry: Options { notify: Some(nobody), count_requests: true, ..Options::default() },
+            registry: Options { notify: Some(Notify::nobody()), count_requests: true, ..Options::default() },
             ledger: Some("{ env = \"LEDGER_URL\" }".to_owned()),
             environment: vec![("AMQP_URL", broker.url()), ("LEDGER_URL", database.url(&name))],
             ..Plan::default()

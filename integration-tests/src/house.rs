@@ -113,8 +113,7 @@ impl House {
 
     /// With a registry that tells nobody: all events are the test's.
     pub async fn start_quiet(rules: Option<String>) -> Result<Self> {
-        let nobody = Notify::new("http://127.0.0.1:9/nobody", TOKEN);
-        let registry = Options { notify: Some(nobody), ..Options::default() };
+        let registry = Options { notify: Some(Notify::nobody()), ..Options::default() };
         Self::start(Plan { rules, registry, ..Plan::default() }).await
     }
 

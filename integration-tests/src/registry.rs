@@ -34,6 +34,11 @@ pub struct Notify {
 }
 
 impl Notify {
+    /// Where nobody listens: all events are the test's.
+    pub fn nobody() -> Self {
+        Self::new("http://127.0.0.1:9/nobody", "none")
+    }
+
     /// As `countersign`'s documentation recommends it, with less patience.
     pub fn new(url: impl Into<String>, token: impl Into<String>) -> Self {
         Self {

@@ -9,7 +9,10 @@ use integration_tests::image::Image;
 use integration_tests::process::eventually;
 use integration_tests::proxy::Proxy;
 use integration_tests::rabbitmq::RabbitMq;
+use integration_tests::recorder::Recorder;
 use integration_tests::registry;
+use integration_tests::signature::tag_of;
+use reqwest::Method;
 use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -46,6 +49,31 @@ async fn pushed_image_is_signed_through_rabbitmq_though_the_broker_is_killed() -
     house.wait_signed("team/app", &second.manifest.digest, &["v2"]).await?;
     eventually("it is ready again", LIMIT, async || Ok(is_ready(&house.daemon).await?.then_some(()))).await?;
     house.wait_settled(2, LIMIT).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tags_that_wait_for_each_other_on_rabbitmq_are_written_together() -> Result<()> {
+    let broker = RabbitMq::start().await?;
+    let registry = registry::Options { notify: Some(registry::Notify::nobody()), ..registry::Options::default() };
+    let mut house = House::build(Plan { registry, ..plan(&broker) }).await?;
+    let recorder = Recorder::start(&house.registry.host()).await?;
+    house.route_registry(&recorder.url())?;
+    house.daemon.start().await?;
+    let (image, tags) = (Image::oci("tags")?, (0..20).map(|n| format!("1.{n}")).collect::<Vec<_>>());
+    let (digest, tags) = (&image.manifest.digest, tags.iter().map(String::as_str).collect::<Vec<_>>());
+    house.push(&image, "team/app", &tags).await?;
+    let host = house.registry.host();
+    let events: Vec<_> =
+        tags.iter().map(|tag| House::event(&host, "team/app", Some(tag), digest)["events"][0].clone()).collect();
+    assert_eq!(house.notify(Some(TOKEN), &json!({ "events": events })).await?, 202);
+    house.wait_settled(20, LIMIT).await?;
+    house.wait_signed("team/app", digest, &tags).await?;
+    let path = format!("/v2/team/app/manifests/{}", tag_of(digest));
+    let written = recorder.exchanges().iter().filter(|asked| asked.method == Method::PUT && asked.path == path).count();
+    println!("20 tags in {written} writes");
+    // Whoever was idle has taken the first that came.
+    assert!((1..10).contains(&written), "20 tags in {written} writes");
     Ok(())
 }
 

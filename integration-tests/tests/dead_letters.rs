@@ -44,8 +44,7 @@ async fn listed(house: &House) -> Result<Vec<Value>> {
 /// Everything dead: without its login the registry shows the daemon nothing. With it, in the configuration that is returned, it
 /// says that nothing of it is there.
 async fn house_of_the_dead(broker: &RabbitMq) -> Result<(House, String)> {
-    let nobody = Notify::new("http://127.0.0.1:9/nobody", TOKEN);
-    let registry = Options { login: true, notify: Some(nobody), ..Options::default() };
+    let registry = Options { login: true, notify: Some(Notify::nobody()), ..Options::default() };
     let queue = "backend = \"amqp\"\nurl = { env = \"AMQP_URL\" }\npartitions = 4\nin_flight = 32\n".to_owned();
     let environment = vec![("AMQP_URL", broker.url())];
     let mut house = House::build(Plan { registry, queue, environment, ..Plan::default() }).await?;

@@ -20,8 +20,7 @@ async fn house(broker: &RabbitMq) -> Result<House> {
 /// The same, with further lines of `[queue]`.
 async fn house_with(broker: &RabbitMq, queue: String, more: Vec<(&'static str, String)>) -> Result<House> {
     broker.manage("PUT", "/api/queues/%2F/ci-events", Some(&json!({ "durable": true }))).await?;
-    let nobody = Notify::new("http://127.0.0.1:9/nobody", TOKEN);
-    let registry = Options { notify: Some(nobody), ..Options::default() };
+    let registry = Options { notify: Some(Notify::nobody()), ..Options::default() };
     let environment = [vec![("EVENTS_URL", broker.url())], more].concat();
     let mut house = House::build(Plan { registry, environment, queue, ..Plan::default() }).await?;
     let host = house.registry.host();

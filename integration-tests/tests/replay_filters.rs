@@ -26,8 +26,7 @@ async fn dead_letters_on_rabbitmq_are_replayed_by_error_and_by_rule() -> Result<
 }
 
 async fn replayed_by_error_and_by_rule(plan: Plan) -> Result<()> {
-    let nobody = Notify::new("http://127.0.0.1:9/nobody", TOKEN);
-    let registry = Options { login: true, notify: Some(nobody), ..Options::default() };
+    let registry = Options { login: true, notify: Some(Notify::nobody()), ..Options::default() };
     let rules = ["team", "tools", "docs"].map(|name| rule(name, name, Keys::P256)).join("\n");
     let mut house = House::build(Plan { registry, rules: Some(rules), ..plan }).await?;
     let repositories = ["docs/site", "team/app", "team/web", "tools/cli"];

@@ -4,13 +4,16 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use integration_tests::formats::Referrers;
-use integration_tests::house::{House, Keys, Plan, rule};
+use integration_tests::house::{House, Keys, Plan, TOKEN, rule};
 use integration_tests::image::Image;
 use integration_tests::process::eventually;
 use integration_tests::recorder::Recorder;
-use integration_tests::registry::Options;
+use integration_tests::registry::{Notify, Options};
+use integration_tests::signature::tag_of;
+use reqwest::Method;
+use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -65,7 +68,16 @@ struct Counted {
 
 impl Counted {
     async fn start(kind: Referrers, rules: String) -> Result<Self> {
-        let registry = Options { count_requests: true, ..kind.registry() };
+        Self::start_with(kind, kind.registry(), rules).await
+    }
+
+    /// With a registry that tells nobody of pushes.
+    async fn start_quiet(kind: Referrers, rules: String) -> Result<Self> {
+        Self::start_with(kind, Options { notify: Some(Notify::nobody()), ..kind.registry() }, rules).await
+    }
+
+    async fn start_with(kind: Referrers, registry: Options, rules: String) -> Result<Self> {
+        let registry = Options { count_requests: true, ..registry };
         let mut house = House::build(Plan { registry, rules: Some(rules), ..Plan::default() }).await?;
         let recorder = Recorder::start(&house.registry.host()).await?;
         house.route_registry(&recorder.url())?;
@@ -81,6 +93,21 @@ impl Counted {
             self.house.registry.wait_delivered(LIMIT).await?;
         }
         self.house.wait_settled(events + 1, LIMIT).await?;
+        Ok(self.count().await? - before)
+    }
+
+    /// How many requests handling a push of all these tags takes, of which countersign hears in one notification.
+    async fn push_tags(&self, image: &Image, tags: &[&str]) -> Result<usize> {
+        let (before, events) = (self.count().await?, self.house.daemon.metrics().await?.received());
+        self.house.push(image, "team/app", tags).await?;
+        let host = self.house.registry.host();
+        let mut notification = json!({ "events": [] });
+        for tag in tags {
+            let mut event = House::event(&host, "team/app", Some(tag), &image.manifest.digest);
+            notification["events"].as_array_mut().context("a list")?.push(event["events"][0].take());
+        }
+        assert_eq!(self.house.notify(Some(TOKEN), &notification).await?, 202);
+        self.house.wait_settled(events + u64::try_from(tags.len())?, LIMIT).await?;
         Ok(self.count().await? - before)
     }
 
@@ -150,4 +177,34 @@ async fn two_signatures_of_one_push_share_every_look_and_the_write() -> Result<(
     // A second payload, and nothing else, comes to what one signature costs.
     assert!(signed <= allowed("cosign", Referrers::FallbackTag) + 2, "{signed}: {:#?}", counted.recorder.exchanges());
     Ok(())
+}
+
+async fn tags_of_one_push_share_every_look_and_the_write(kind: Referrers) -> Result<()> {
+    let formats = ["cosign", "bundle"];
+    let rules = rule("counted", "team", Keys::P256).replace("[\"cosign\"]", &format!("{formats:?}"));
+    let counted = Counted::start_quiet(kind, rules).await?;
+    counted.push_tags(&Image::oci("first")?, &["first"]).await?;
+    let (image, tags) = (Image::oci("second")?, ["1", "1.2", "1.2.3", "1.2.3-4", "stable", "latest", "blue", "green"]);
+    let signed = counted.push_tags(&image, &tags).await?;
+    // Each tag more is a question what it names, and a payload.
+    let limit = allowed_for_all(&formats, kind) + (tags.len() - 1) * (1 + blob(kind));
+    println!("{kind:?} {formats:?}, {} tags: {signed} to sign ({limit} allowed)", tags.len());
+    let exchanges = counted.recorder.exchanges();
+    assert!(signed <= limit, "{signed} requests, and {limit} are allowed: {exchanges:#?}");
+    let path = format!("/v2/team/app/manifests/{}", tag_of(&image.manifest.digest));
+    let writes = exchanges.iter().filter(|exchange| exchange.method == Method::PUT && exchange.path == path).count();
+    assert_eq!(writes, 1, "{exchanges:#?}");
+    counted.house.wait_signed("team/app", &image.manifest.digest, &tags).await?;
+    assert_eq!(counted.house.daemon.metrics().await?.ended("signed"), 9);
+    Ok(())
+}
+
+#[tokio::test]
+async fn tags_of_one_push_share_every_look_and_the_write_with_the_fallback_tag() -> Result<()> {
+    tags_of_one_push_share_every_look_and_the_write(Referrers::FallbackTag).await
+}
+
+#[tokio::test]
+async fn tags_of_one_push_share_every_look_and_the_write_with_the_referrers_api() -> Result<()> {
+    tags_of_one_push_share_every_look_and_the_write(Referrers::Api).await
 }
