@@ -23,6 +23,9 @@ use crate::{
 /// Manifests whose signatures are copied at once: the platforms of an index.
 const DIGESTS_AT_ONCE: usize = 4;
 
+/// No more layers of one image are copied in one place: cosign reads no more.
+const MOST_LAYERS: usize = 1000;
+
 /// An image in its registry.
 #[derive(Debug, Clone, Copy)]
 pub struct Place<'a> {

@@ -64,8 +64,7 @@ async fn tags_that_wait_for_each_other_on_rabbitmq_are_written_together() -> Res
     let (digest, tags) = (&image.manifest.digest, tags.iter().map(String::as_str).collect::<Vec<_>>());
     house.push(&image, "team/app", &tags).await?;
     let host = house.registry.host();
-    let events: Vec<_> =
-        tags.iter().map(|tag| House::event(&host, "team/app", Some(tag), digest)["events"][0].clone()).collect();
+    let events: Vec<_> = tags.iter().map(|tag| House::event(&host, "team/app", Some(tag), digest)["events"][0].clone()).collect();
     assert_eq!(house.notify(Some(TOKEN), &json!({ "events": events })).await?, 202);
     house.wait_settled(20, LIMIT).await?;
     house.wait_signed("team/app", digest, &tags).await?;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 
-use super::{Copied, Error, Kind, Route, State, settle};
+use super::{Copied, Error, Kind, MOST_LAYERS, Route, State, settle};
 use crate::{
     oci::{Digest, media_type},
     pipeline::{
@@ -18,8 +18,6 @@ use crate::{
     signature::cosign::{Entry, Layer, MAX_PAYLOAD, SignatureManifest, Statement},
 };
 
-/// No more layers of one image are copied: cosign reads no more.
-const MOST_LAYERS: usize = 1000;
 /// Bytes of all payloads of one image: some hundred have each a few hundred, and anybody who can push can add larger ones.
 const MOST_BYTES: usize = 16 * 1024 * 1024;
 

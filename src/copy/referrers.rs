@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 
-use super::{Copied, Error, Kind, Route, State, settle};
+use super::{Copied, Error, Kind, MOST_LAYERS, Route, State, settle};
 use crate::{
     attachment,
     oci::{Descriptor, Digest, Tag, media_type},
@@ -40,12 +40,22 @@ impl Route<'_> {
         };
         let mut copied = vec![];
         let mut stored = vec![];
+        let mut layers = 0;
         // Why the destination takes none at the moment.
         let mut unavailable = None;
         for entry in listed.entries() {
             let Some((kind, manifest, read)) = self.signature(entry).await? else { continue };
             let is_there = there.entries().iter().any(|entry| entry.digest == *manifest.digest());
             let unwritten = self.unwritten(is_there);
+            if kind == Kind::CosignReferrer {
+                layers += read.blobs.len();
+                if layers > MOST_LAYERS {
+                    let reason = "with it there are more than a thousand layers in referrers, and no more are copied";
+                    let state = unwritten.filter(|state| *state != State::Missing).unwrap_or(State::LeftOut { reason });
+                    copied.push(self.copied(kind, None, state));
+                    continue;
+                }
+            }
             // What a layer approves is in its payload.
             let is_wanted = kind == Kind::CosignReferrer || matches!(unwritten, None | Some(State::Missing));
             let Blobs { had, lack } = if is_wanted { self.blobs(&read).await? } else { Blobs::default() };

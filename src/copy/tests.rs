@@ -3,21 +3,32 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     oci::media_type,
-    pipeline::tests::fake::{Fake, NAME, image},
+    pipeline::tests::fake::{Fake, NAME, Store, image},
 };
 
 /// What a dry run says of signatures over these payloads, by state, and how many blobs it asked for.
 async fn dry_run(payloads: Vec<Vec<u8>>, layers: &[Value]) -> (usize, Vec<&'static str>, usize) {
+    dry_run_of(payloads, |store, digest| {
+        let tag = Tag::cosign_signatures(digest).unwrap();
+        store.put("team/app", Some(tag.as_str()), media_type::OCI_MANIFEST, &manifest(layers));
+    })
+    .await
+}
+
+fn manifest(layers: &[Value]) -> Value {
+    let config = json!({ "mediaType": media_type::OCI_CONFIG, "digest": Digest::of(b"{}"), "size": 2 });
+    json!({ "schemaVersion": 2, "mediaType": media_type::OCI_MANIFEST, "config": config, "layers": layers })
+}
+
+async fn dry_run_of(payloads: Vec<Vec<u8>>, sign: impl FnOnce(&mut Store, &Digest)) -> (usize, Vec<&'static str>, usize) {
     let fake = Fake::start().await;
+    fake.store().has_api = true;
     for payload in payloads {
         fake.store().put_blob(payload.leak());
     }
     let digest = fake.store().put("team/app", Some("1.0"), media_type::OCI_MANIFEST, &image("copied"));
     fake.store().put("mirror/app", Some("1.0"), media_type::OCI_MANIFEST, &image("copied"));
-    let config = json!({ "mediaType": media_type::OCI_CONFIG, "digest": Digest::of(b"{}"), "size": 2 });
-    let manifest = json!({ "schemaVersion": 2, "mediaType": media_type::OCI_MANIFEST, "config": config, "layers": layers });
-    let tag = Tag::cosign_signatures(&digest).unwrap();
-    fake.store().put("team/app", Some(tag.as_str()), media_type::OCI_MANIFEST, &manifest);
+    sign(&mut fake.store(), &digest);
     let [source, destination] = ["team", "mirror"].map(|name| format!("{NAME}/{name}/app:1.0").parse::<Reference>().unwrap());
     let registry = fake.client();
     let place = |reference| Place { registry: &registry, reference };
@@ -56,4 +67,23 @@ async fn payloads_that_fill_the_memory_are_left_out_and_a_dry_run_says_what_woul
     assert_eq!((missing, blobs), (17, 18));
     let words = left_out.iter().map(|reason| reason.split(' ').nth(2).unwrap()).collect::<Vec<_>>();
     assert_eq!(words, ["is", "before", "before", "before"], "{left_out:?}");
+}
+
+#[tokio::test]
+async fn no_more_layers_of_all_referrers_are_copied_than_a_bound() {
+    let referrer = |number: usize, subject: &Digest| {
+        let layers: Vec<_> = (0..99).map(|place| layer(&Digest::of(b"payload"), 7, 99 * number + place)).collect();
+        let mut manifest = manifest(&layers);
+        manifest["artifactType"] = json!(crate::signature::cosign::ARTIFACT_TYPE);
+        manifest["subject"] = json!({ "mediaType": media_type::OCI_MANIFEST, "digest": subject, "size": 1 });
+        manifest
+    };
+    let (missing, left_out, blobs) = dry_run_of(vec![b"payload".to_vec(), b"{}".to_vec()], |store, digest| {
+        for number in 0..12 {
+            store.put("team/app", None, media_type::OCI_MANIFEST, &referrer(number, digest));
+        }
+    })
+    .await;
+    assert_eq!((missing, left_out.len(), blobs), (990, 2, 20), "{left_out:?}");
+    assert!(left_out.iter().all(|reason| reason.contains("more than a thousand layers")), "{left_out:?}");
 }

@@ -104,6 +104,16 @@ mod tests {
     }
 
     #[test]
+    fn annotations_that_are_null_are_none() {
+        let mut theirs = serde_json::to_value(entry("theirs")).unwrap();
+        theirs["annotations"] = Value::Null;
+        theirs["artifactType"] = Value::Null;
+        let content = json!({ "schemaVersion": 2, "manifests": [theirs] }).to_string();
+        let index = ReferrersIndex::read(media_type::OCI_INDEX, content.as_bytes()).unwrap();
+        assert_eq!(index.entries(), [entry("theirs")]);
+    }
+
+    #[test]
     fn what_others_wrote_survives_an_addition_as_text() {
         let theirs = format!(
             r#"{{"schemaVersion":2,"of":{{"theirs" :1e400}},"manifests":[{{"digest":"{}","size":1,"mediaType":"a/b","x":[ ]}},"odd"]}}"#,

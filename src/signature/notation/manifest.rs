@@ -24,7 +24,7 @@ struct Document {
     config: Descriptor,
     layers: Vec<Descriptor>,
     subject: Descriptor,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::oci::null_is_none")]
     annotations: BTreeMap<String, String>,
 }
 
