@@ -19,6 +19,9 @@ use crate::report::{Aim, Cell, Table, float, median, number, text};
 use crate::stage::{Plan, Pushed, Stage};
 use crate::wire::{Until, at_once};
 
+/// Of one image, in the row of images that have several.
+const TAGS: usize = 8;
+
 pub async fn measure(scale: Scale) -> Result<Table> {
     let columns = ["", "in flight", "sig/s", "of bare", "of bare+KMS", "CPU ms: daemon", "registry", "client"];
     let mut table = Table::new("signing", "Signatures per second, event in to signature read back", &columns);
@@ -59,6 +62,7 @@ struct Cellblock<'a> {
 struct Round {
     bare: Spent,
     p256: Spent,
+    tags: Spent,
     rsa: Spent,
     remote: Spent,
     kms: Spent,
@@ -101,13 +105,14 @@ impl<'a> Cellblock<'a> {
         let Self { kms, user, .. } = self;
         let bare = self.bare(&format!("bench/bare{round}"), images).await?;
         let p256 = self.ours(&self.p256, &format!("bench/p256-{round}"), images).await?;
+        let tags = self.tags(&self.p256, &format!("bench/tags-{round}"), images / TAGS).await?;
         let rsa = self.ours(&self.rsa, &format!("bench/rsa-{round}"), images).await?;
         let remote = self.ours(&self.remote, &format!("bench/kms-{round}"), asked).await?;
         let signings = Arc::new(Signings::prepare(kms, user, "release", Keys::P256, asked));
         let kms = self
             .spending(asked, None, async { Ok(at_once(&kms.host(), self.in_flight, Until::Count(asked), &signings).await?.took) })
             .await?;
-        Ok(Round { bare, p256, rsa, remote, kms })
+        Ok(Round { bare, p256, tags, rsa, remote, kms })
     }
 
     async fn bare(&self, repository: &str, images: usize) -> Result<Spent> {
@@ -125,6 +130,14 @@ impl<'a> Cellblock<'a> {
         let spent = self.spending(images, Some(stage), run).await?;
         stage.check(&self.client, &pushed, &[0, images / 2, images - 1]).await?;
         Ok(spent)
+    }
+
+    /// Images that have several tags each.
+    async fn tags(&self, stage: &Stage, repository: &str, images: usize) -> Result<Spent> {
+        let pushed = Pushed::push(&self.client, repository, images).await?;
+        let events = pushed.with_tags(&self.client, &self.registry.host(), TAGS).await?;
+        let count = events.len();
+        self.spending(count, Some(stage), stage.work_off(events, self.in_flight, "signed")).await
     }
 
     async fn spending(&self, count: usize, stage: Option<&Stage>, run: impl Future<Output = Result<Duration>>) -> Result<Spent> {
@@ -168,6 +181,8 @@ fn report(table: &mut Table, in_flight: usize, rounds: &[Round]) {
         };
     row("bare client", |round| round.bare, None, None);
     row("P-256 file", |round| round.p256, Some(|round| round.p256.rate / round.bare.rate), None);
+    let of_tags = format!("P-256 file, {TAGS} tags an image");
+    row(&of_tags, |round| round.tags, Some(|round| round.tags.rate / round.bare.rate), None);
     row("RSA-2048 file", |round| round.rsa, Some(|round| round.rsa.rate / round.bare.rate), None);
     row(
         "P-256 in ministack",

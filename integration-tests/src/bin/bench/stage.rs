@@ -252,6 +252,21 @@ impl Pushed {
         };
         self.manifests.iter().enumerate().map(event).collect()
     }
+
+    /// Gives each of them further tags, so that it has as many. Returns what the registry would tell of all these pushes.
+    pub async fn with_tags(&self, client: &Client, registry: &str, tags: usize) -> Result<Vec<Bytes>> {
+        let mut events = self.events(registry).into_iter();
+        let mut all = vec![];
+        for (number, manifest) in self.manifests.iter().enumerate() {
+            all.extend(events.next());
+            let further: Vec<String> = (1..tags).map(|further| format!("{}.{further}", tag(number))).collect();
+            let puts = further.iter().map(|tag| client.put_manifest(&self.repository, tag, manifest));
+            futures::future::try_join_all(puts).await?;
+            let event = |tag: &String| House::event(registry, &self.repository, Some(tag), &manifest.digest).to_string().into();
+            all.extend(further.iter().map(event));
+        }
+        Ok(all)
+    }
 }
 
 pub fn tag(number: usize) -> String {
