@@ -26,7 +26,7 @@ use crate::{
     clock::Clock,
     event::{self, PushEvent},
     ledger::{self, Conclusion, EventFacts, Ledger, SignatureState},
-    oci::{Digest, RegistryName, Repository},
+    oci::RegistryName,
     outcome::{Outcome, Verdict},
     registry::Registry,
     rule::{Rules, Trigger},
@@ -38,7 +38,7 @@ pub(crate) use self::report::in_words;
 pub use self::report::{Error, Fatal, Report};
 use self::{carry_out::Push, seats::Seats, write::Turns};
 
-/// No event takes longer in one go; what is not done by then is tried again.
+/// Nothing takes longer in one go; what is not done by then is tried again.
 const DEADLINE: Duration = Duration::from_secs(120);
 const LOST: &str = "the connection that the event came by is gone: it is left to whoever is given it next";
 
@@ -150,12 +150,20 @@ impl Pipeline {
     /// None if they were lost meanwhile: whoever has them now may be at the same signatures.
     async fn handle(&self, deliveries: Vec<Delivery>) -> Option<Vec<Handled>> {
         let lost = deliveries.first()?.lost().clone();
+        let deadline = Instant::now() + DEADLINE;
         let mut handled: Vec<Handled> = deliveries.into_iter().map(Handled::open).collect();
         // They have one key, and so name one digest, unless somebody else gave them their key.
+        handled.sort_by_cached_key(Handled::subject);
         for together in handled.chunk_by_mut(|one, other| one.subject() == other.subject()) {
             let pushes: Vec<Push<'_>> = together.iter().filter_map(Handled::push).collect();
             let span = together[0].span.clone();
-            let work = self.carry_out(&pushes, Trigger::Automatic).instrument(span.clone());
+            if let [first, others @ ..] = &*together {
+                let first = &first.delivery.message().id;
+                for other in others {
+                    other.span.record("handled.with", first);
+                }
+            }
+            let work = self.carry_out(&pushes, Trigger::Automatic, deadline).instrument(span.clone());
             let Some(reports) = lost.run_until_cancelled(work).await else {
                 span.in_scope(|| info!("{LOST}"));
                 return None;
@@ -170,7 +178,7 @@ impl Pipeline {
     /// Signs what an administrator names, whether the rules that want it are manual or automatic, and records it.
     pub async fn sign_by_hand(&self, event: &PushEvent) -> Result<Report, ledger::Error> {
         let push = Push { event, message_id: &event.id };
-        let report = self.carry_out(&[push], Trigger::Manual).await.pop().expect("one for each push");
+        let report = self.carry_out(&[push], Trigger::Manual, Instant::now() + DEADLINE).await.pop().expect("one for each push");
         let conclusion = Conclusion {
             event: EventFacts::of(&event.id, event),
             outcome: if report.failures.is_empty() { report.outcome() } else { Outcome::Dead },
@@ -230,6 +238,8 @@ impl Pipeline {
             detail: detail.clone(),
             attempt: delivery.attempts() + 1,
         });
+        // Nothing is waited for before this, so that of events that were handled together the first is on record first: what it
+        // wrote, the others found.
         let recorded = self.ledger.conclude(conclusion.clone()).await;
         if recorded.is_ok() {
             self.tell(&delivery, event.as_ref(), &conclusion);
@@ -324,6 +334,8 @@ impl Handled {
             image.tag = tracing::field::Empty,
             image.digest = tracing::field::Empty,
             replay.of = message.replay_of,
+            // The first event of those that it is handled together with, whose span has the work.
+            handled.with = tracing::field::Empty,
         );
         let event = if message.content_type == event::CONTENT_TYPE {
             PushEvent::from_cloud_event(&message.body).map_err(Error::from)
@@ -349,8 +361,8 @@ impl Handled {
     }
 
     /// What its signatures are of.
-    fn subject(&self) -> Option<(&RegistryName, &Repository, &Digest)> {
-        self.event.as_ref().map(|event| (&event.registry, &event.repository, &event.digest))
+    fn subject(&self) -> Option<String> {
+        self.event.as_ref().map(PushEvent::partition_key)
     }
 }
 

@@ -7,11 +7,11 @@ use futures::{StreamExt as _, stream};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
-    DEADLINE, Error, Pipeline, Report, Setup, in_words,
-    locate::{Found, Looked, locate},
-    plan::{self, Plan, Request, Target, Wanted},
+    Error, Pipeline, Report, Setup, in_words,
+    locate::{Looked, Seen, locate},
+    plan::{self, Asker, Plan, Request, Target, Wanted},
     seats::Seated,
-    write::{Desk, Written},
+    write::{Desk, FreshTags, Written},
 };
 use crate::{
     event::PushEvent,
@@ -42,9 +42,8 @@ struct Case<'a> {
 }
 
 impl Pipeline {
-    /// Does what the rules want of these pushes, all of one digest, within the deadline. One report for each, in order.
-    pub(super) async fn carry_out(&self, pushes: &[Push<'_>], trigger: Trigger) -> Vec<Report> {
-        let deadline = Instant::now() + DEADLINE;
+    /// Does what the rules want of these pushes, all of one digest, until the deadline. One report for each, in order.
+    pub(super) async fn carry_out(&self, pushes: &[Push<'_>], trigger: Trigger, deadline: Instant) -> Vec<Report> {
         let setup = self.setup();
         let mut cases: Vec<Case<'_>> = pushes.iter().map(|push| Case::open(*push, &setup, trigger)).collect();
         // By hand, one waits as long as it takes.
@@ -70,9 +69,10 @@ impl Pipeline {
         if rules.is_empty() {
             return None;
         }
-        let (seated, _, turned_away) = self.seats.assign(setup, rules);
+        let pushes = cases.iter().filter(|case| case.is_open()).count();
+        let (seated, turned_away) = self.seats.assign(setup, &rules, pushes);
         for (rule, error) in turned_away {
-            let (detail, error) = (in_words(&error), Arc::new(error));
+            let detail = in_words(&error);
             for case in &mut *cases {
                 let before = case.rules.len();
                 case.rules.retain(|wanted| !Arc::ptr_eq(wanted, &rule));
@@ -92,11 +92,11 @@ impl Pipeline {
         let registry = setup.registries.get(name).ok_or_else(|| Error::UnknownRegistry(name.clone()))?;
         let events: Vec<&PushEvent> = open.iter().map(|case| case.push.event).collect();
         let looking = timeout_at(deadline, locate(registry, &events, &self.clock)).await;
-        let Looked { image, asked, found } = looking.map_err(|_| Error::Deadline { throttled: false })?;
-        for (case, found) in open.iter_mut().zip(found) {
-            match found {
-                Ok(Found::Image(tag)) => case.tag = tag,
-                Ok(Found::Nothing(skip)) => case.skip(skip),
+        let Looked { image, asked, seen } = looking.map_err(|_| Error::Deadline { throttled: false })?;
+        for (case, seen) in open.iter_mut().zip(seen) {
+            match seen {
+                Ok(Seen::Image(tag)) => case.tag = tag,
+                Ok(Seen::Nothing(skip)) => case.skip(skip),
                 Err(error) => case.fail(error),
             }
         }
@@ -105,7 +105,8 @@ impl Pipeline {
 
         let requests: Vec<Request<'_>> = open.iter().map(|case| case.request()).collect();
         let Plan { targets, skipped, unwitnessed } = plan::plan(&image, &requests, &setup.witnesses, self.clock.now());
-        let desk = Desk { registry, ledger: &self.ledger, turns: &self.turns, clock: &self.clock, located: asked, deadline };
+        let tags = FreshTags::new(asked);
+        let desk = Desk { registry, ledger: &self.ledger, turns: &self.turns, clock: &self.clock, tags: &tags, deadline };
         let work: Vec<_> = targets.iter().map(|target| desk.see_to(target)).collect();
         let done: Vec<_> = stream::iter(work).buffered(DIGESTS_AT_ONCE).collect().await;
         for (target, answers) in targets.iter().zip(done) {
@@ -125,40 +126,42 @@ impl Pipeline {
     }
 }
 
-/// Tells all who asked for a signature what became of it: one of them has had it made, and the others found it.
+/// Tells all who asked for a signature what became of it.
 fn tell(cases: &mut [&mut Case<'_>], target: &Target, wanted: &Wanted, answer: Written) {
-    let answer = match answer {
-        Written::New => Ok(true),
-        Written::Found => Ok(false),
-        Written::Failed(error) => Err(Arc::new(error)),
+    let result = |asker: &Asker, state| SignatureResult {
+        rule: asker.rule.name.clone(),
+        witness: wanted.witness.name().to_owned(),
+        format: wanted.prepared.format().name(),
+        digest: target.subject.digest().clone(),
+        reference: target.reference(wanted),
+        payload_sha256: *wanted.prepared.sha256(),
+        state,
     };
-    for (place, (push, rules)) in wanted.asked_by.iter().enumerate() {
-        let case = &mut *cases[*push];
-        let (outcome, state, detail) = match &answer {
-            Ok(true) if place == 0 => (Outcome::Signed, SignatureState::Written, None),
-            Ok(_) => (Outcome::AlreadySigned, SignatureState::Found, None),
-            Err(error) => {
-                let detail = in_words(error);
-                let outcome = match error.verdict() {
-                    Verdict::Retry { .. } => Outcome::Retrying,
-                    Verdict::Refuse { .. } | Verdict::Poison => Outcome::Dead,
-                };
-                case.report.failures.push(Error::Shared(error.clone()));
-                (outcome, SignatureState::Failed(detail.clone()), Some(detail))
-            }
+    let first = &wanted.first;
+    let askers = std::iter::once(first).chain(&wanted.others);
+    if let Written::Failed(error) = answer {
+        let detail = in_words(&error);
+        let outcome = match error.verdict() {
+            Verdict::Retry { .. } => Outcome::Retrying,
+            Verdict::Refuse { .. } | Verdict::Poison => Outcome::Dead,
         };
-        for rule in rules {
-            case.note(rule, outcome.clone(), detail.as_ref());
+        let error = Arc::new(error);
+        for asker in askers {
+            cases[asker.push].report.failures.push(Error::Shared(error.clone()));
+            cases[asker.push].note_all(asker, &outcome, Some(&detail));
         }
-        case.report.signatures.push(SignatureResult {
-            rule: rules.first().map(|rule| rule.name.clone()).unwrap_or_default(),
-            witness: wanted.witness.name().to_owned(),
-            format: wanted.prepared.format().name(),
-            digest: target.subject.digest().clone(),
-            reference: target.reference(wanted),
-            payload_sha256: *wanted.prepared.sha256(),
-            state,
-        });
+        // It was intended for the first alone, so nothing is on record of it for the others.
+        cases[first.push].report.signatures.push(result(first, SignatureState::Failed(detail)));
+        return;
+    }
+    for (place, asker) in askers.enumerate() {
+        // The first has had it made, and the others found it.
+        let (outcome, state) = match answer {
+            Written::New if place == 0 => (Outcome::Signed, SignatureState::Written),
+            _ => (Outcome::AlreadySigned, SignatureState::Found),
+        };
+        cases[asker.push].note_all(asker, &outcome, None);
+        cases[asker.push].report.signatures.push(result(asker, state));
     }
 }
 
@@ -184,6 +187,13 @@ impl<'a> Case<'a> {
     fn request(&self) -> Request<'_> {
         let Push { event, message_id } = self.push;
         Request { message_id, pushed_at: event.pushed_at, tag: &self.tag, rules: &self.rules }
+    }
+
+    /// For all rules by which this push asked.
+    fn note_all(&mut self, asker: &Asker, outcome: &Outcome, detail: Option<&String>) {
+        for rule in std::iter::once(&asker.rule).chain(&asker.more) {
+            self.note(rule, outcome.clone(), detail);
+        }
     }
 
     /// A rule's outcome is the worst of what became of its signatures.

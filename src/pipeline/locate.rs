@@ -1,4 +1,5 @@
-//! What the registry says of the pushes of one digest: the image is asked for once, and each tag once.
+//! What the registry says of the pushes of one digest: the image is asked for with the first tag, and of the others what they
+//! name.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -11,7 +12,7 @@ use crate::{
     event::{self, PushEvent},
     oci::Tag,
     outcome::Skip,
-    registry::Registry,
+    registry::{self, Registry},
     subject::{self, Children, Image, Located, TagState},
 };
 
@@ -30,13 +31,12 @@ pub struct Looked {
     /// When the first of the tags was resolved.
     pub asked: Instant,
     /// Of each push, in order.
-    pub found: Vec<Result<Found, Error>>,
+    pub seen: Vec<Result<Seen, Error>>,
 }
 
-/// What became of one push.
+/// What one push names.
 #[derive(Debug, Clone)]
-pub enum Found {
-    /// The image is there.
+pub enum Seen {
     Image(TagState),
     Nothing(Skip),
 }
@@ -46,34 +46,74 @@ pub enum Found {
 /// docker-registry tells of a push before it lets the tag name it, and others take a while to serve everywhere what
 /// was stored. So while an event is young, "not there" and "elsewhere" are asked again before they are believed.
 pub async fn locate(registry: &Registry, events: &[&PushEvent], clock: &Clock) -> Looked {
-    let mut looked = Looked { image: None, asked: Instant::now(), found: vec![] };
-    for event in events {
-        match first(registry, event, clock).await {
-            Ok((asked, Located::Image(image))) => {
-                looked.asked = asked;
-                looked.found.push(Ok(Found::Image(image.tag.clone())));
-                looked.image = Some(image);
-                break;
-            }
-            Ok((_, Located::Attachment)) => {
-                looked.found.resize_with(events.len(), || Ok(Found::Nothing(Skip::Attachment)));
-                return looked;
-            }
-            Ok((_, Located::Missing)) => looked.found.push(Ok(Found::Nothing(Skip::NotFound))),
-            // It is this push that is on its way: another tag may name the image already.
-            Err(error @ Error::Unsettled) => looked.found.push(Err(error)),
-            // What the registry does not answer for one it does not for the others.
-            Err(error) => {
-                let error = Arc::new(error);
-                looked.found.resize_with(events.len(), || Err(Error::Shared(error.clone())));
-                return looked;
-            }
+    let mut seen = vec![];
+    let (asked, found) = find(registry, events, clock, &mut seen).await;
+    let others = &events[seen.len()..];
+    let mut image = None;
+    match found {
+        Ok(Some(Located::Image(found))) => {
+            seen.extend(tags(registry, others, &found.tag, clock).await);
+            image = Some(found);
+        }
+        Ok(Some(Located::Attachment)) => seen.extend(others.iter().map(|_| Ok(Seen::Nothing(Skip::Attachment)))),
+        Ok(Some(Located::Missing)) => {
+            let nothing = || Ok(Seen::Nothing(Skip::NotFound));
+            seen.extend(others.iter().map(|event| if is_believed(event, clock) { nothing() } else { Err(Error::Unsettled) }));
+        }
+        Ok(None) => {}
+        Err(error) => {
+            let error = Arc::new(error);
+            seen.extend(others.iter().map(|_| Err(Error::Shared(error.clone()))));
         }
     }
-    let (seen, others) = events.split_at(looked.found.len());
+    Looked { image, asked, seen }
+}
+
+/// The image, asked for with the tag of the first event whose tag does not keep it from being read; those before fail, each by
+/// its own. None if all did.
+async fn find(
+    registry: &Registry,
+    events: &[&PushEvent],
+    clock: &Clock,
+    failed: &mut Vec<Result<Seen, Error>>,
+) -> (Instant, Result<Option<Located>, Error>) {
+    let mut asked = Instant::now();
+    let mut missing = None;
+    for wait in LOOKS_AFTER {
+        tokio::time::sleep(wait).await;
+        while let Some(first) = events.get(failed.len()) {
+            asked = Instant::now();
+            let located = subject::locate(registry, &first.repository, first.tag.as_ref(), &first.digest, Children::Signed);
+            match located.await {
+                Ok(Located::Missing) => {
+                    missing = Some(Located::Missing);
+                    break;
+                }
+                Ok(found) => return (asked, Ok(Some(found))),
+                Err(error) if is_of_all(&error) => return (asked, Err(error.into())),
+                // The tag may name by now what cannot be read, and the others' do not.
+                Err(error) => failed.push(Err(error.into())),
+            }
+        }
+        if events[failed.len()..].iter().all(|event| is_believed(event, clock)) {
+            break;
+        }
+    }
+    (asked, Ok(missing.filter(|_| failed.len() < events.len())))
+}
+
+/// Whether the registry would answer the same whatever it is asked.
+fn is_of_all(error: &subject::Error) -> bool {
+    use registry::Error::{Denied, Throttled, Unauthorized, Unreachable};
+    let subject::Error::Registry(error) = error else { return false };
+    matches!(error, Unreachable { .. } | Throttled { .. } | Unauthorized { .. } | Denied { .. })
+}
+
+/// What the tags of these events name, the first of which has been seen with the image.
+async fn tags(registry: &Registry, events: &[&PushEvent], first: &TagState, clock: &Clock) -> Vec<Result<Seen, Error>> {
     // Of pushes of one tag the last is the one that may still be on its way.
     let mut last: HashMap<&Tag, &PushEvent> = HashMap::new();
-    for event in others {
+    for event in events {
         if let Some(tag) = &event.tag {
             let known = last.entry(tag).or_insert(event);
             if event.received_at > known.received_at {
@@ -81,48 +121,29 @@ pub async fn locate(registry: &Registry, events: &[&PushEvent], clock: &Clock) -
             }
         }
     }
-    // The image's own tag was asked for with it.
-    let own = seen.last().and_then(|event| event.tag.as_ref()).zip(looked.found.last());
-    if let Some((tag, Ok(Found::Image(TagState::Current(_))))) = own {
-        last.remove(tag);
-    }
-    let looks =
-        last.into_iter().map(|(tag, event)| async move { (tag, of_tag(registry, event, tag, clock).await.map_err(Arc::new)) });
-    let looks: Vec<_> = looks.collect();
+    let looks: Vec<_> = last
+        .into_iter()
+        .map(|(tag, event)| async move {
+            let is_first = matches!(first, TagState::Current(seen) | TagState::Moved(seen) if seen == tag);
+            let state = if is_first && (matches!(first, TagState::Current(_)) || is_believed(event, clock)) {
+                Ok(first.clone())
+            } else {
+                look(registry, event, tag, clock).await
+            };
+            (tag, state.map_err(Arc::new))
+        })
+        .collect();
     let states: HashMap<_, _> = stream::iter(looks).buffer_unordered(TAGS_AT_ONCE).collect().await;
-    for event in others {
-        looked.found.push(match &event.tag {
-            None => Ok(Found::Image(TagState::None)),
-            Some(tag) => match states.get(tag) {
-                None => Ok(Found::Image(TagState::Current(tag.clone()))),
-                Some(Ok(state)) => Ok(Found::Image(state.clone())),
-                Some(Err(error)) => Err(Error::Shared(error.clone())),
-            },
-        });
-    }
-    looked
-}
-
-/// The image that an event names, and when its tag was resolved.
-async fn first(registry: &Registry, event: &PushEvent, clock: &Clock) -> Result<(Instant, Located), Error> {
-    for wait in LOOKS_AFTER {
-        tokio::time::sleep(wait).await;
-        let asked = Instant::now();
-        let located = subject::locate(registry, &event.repository, event.tag.as_ref(), &event.digest, Children::Signed).await?;
-        let is_settled = match &located {
-            Located::Image(image) => !matches!(image.tag, TagState::Moved(_)),
-            Located::Attachment => true,
-            Located::Missing => false,
-        };
-        if is_settled || is_believed(event, clock) {
-            return Ok((asked, located));
-        }
-    }
-    Err(Error::Unsettled)
+    let of = |event: &PushEvent| match event.tag.as_ref().map(|tag| &states[tag]) {
+        None => Ok(Seen::Image(TagState::None)),
+        Some(Ok(state)) => Ok(Seen::Image(state.clone())),
+        Some(Err(error)) => Err(Error::Shared(error.clone())),
+    };
+    events.iter().map(|event| of(event)).collect()
 }
 
 /// Whether the tag names the digest of this event, which is there.
-async fn of_tag(registry: &Registry, event: &PushEvent, tag: &Tag, clock: &Clock) -> Result<TagState, Error> {
+async fn look(registry: &Registry, event: &PushEvent, tag: &Tag, clock: &Clock) -> Result<TagState, Error> {
     for wait in LOOKS_AFTER {
         tokio::time::sleep(wait).await;
         if registry.resolve(&event.repository, tag).await?.as_ref() == Some(&event.digest) {

@@ -1,7 +1,7 @@
 //! From the rules that match the pushes of an image to the signatures that are wanted: each once, whichever pushes and rules ask
 //! for it.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 
@@ -52,37 +52,41 @@ pub struct Wanted {
     pub prepared: Prepared,
     pub witness: Arc<Witness>,
     pub algorithm: Algorithm,
-    /// The message of the first push that asks for it.
-    pub message_id: String,
-    /// The pushes that ask for it, in order, with the rules by which they do.
-    pub asked_by: Vec<(usize, Vec<Arc<Rule>>)>,
+    /// The first push that asks for it, and the others.
+    pub first: Asker,
+    pub others: Vec<Asker>,
 }
 
-impl Wanted {
-    /// The first of the rules that ask for it.
-    pub fn rule(&self) -> &str {
-        self.asked_by.first().and_then(|(_, rules)| rules.first()).map_or("", |rule| &rule.name)
-    }
+/// A push that asks for a signature.
+#[derive(Debug, Clone)]
+pub struct Asker {
+    /// Its place among the requests.
+    pub push: usize,
+    pub message_id: String,
+    /// The rule by which it does, and others by which it does, too.
+    pub rule: Arc<Rule>,
+    pub more: Vec<Arc<Rule>>,
 }
 
 impl Target {
     /// Adds a signature, or the push and its rule to those that want it already.
-    fn want(&mut self, prepared: Prepared, push: (usize, &str), rule: &Arc<Rule>, witness: &Arc<Witness>) {
+    fn want(&mut self, prepared: Prepared, push: usize, message_id: &str, rule: &Arc<Rule>, witness: &Arc<Witness>) {
         let same = |wanted: &&mut Wanted| {
             wanted.witness.name() == witness.name() && wanted.algorithm == rule.algorithm && wanted.prepared == prepared
         };
-        let (place, message_id) = push;
+        let asker = || Asker { push, message_id: message_id.to_owned(), rule: rule.clone(), more: vec![] };
         match self.wanted.iter_mut().find(same) {
-            Some(wanted) => match wanted.asked_by.last_mut().filter(|(last, _)| *last == place) {
-                Some((_, rules)) => rules.push(rule.clone()),
-                None => wanted.asked_by.push((place, vec![rule.clone()])),
+            // The rules of a push come one after the other.
+            Some(Wanted { first, others, .. }) => match others.last_mut().unwrap_or(first) {
+                last if last.push == push => last.more.push(rule.clone()),
+                _ => others.push(asker()),
             },
             None => self.wanted.push(Wanted {
                 prepared,
                 witness: witness.clone(),
                 algorithm: rule.algorithm,
-                message_id: message_id.to_owned(),
-                asked_by: vec![(place, vec![rule.clone()])],
+                first: asker(),
+                others: vec![],
             }),
         }
     }
@@ -113,8 +117,19 @@ pub fn plan(image: &Image, requests: &[Request<'_>], witnesses: &HashMap<String,
             }
         }
     }
-    // What names the digest alone is one signature for all pushes, as old as the first.
-    let pushed_at = requests.iter().map(|request| request.pushed_at).min().unwrap_or(now);
+    // A bundle is one for all pushes, as old as the first that wants one.
+    let bundled = signing.iter().filter(|(_, rule, _)| rule.formats.contains(&Format::Bundle));
+    let pushed_at = bundled.map(|(push, ..)| requests[*push].pushed_at).min().unwrap_or(now);
+    // Of the rules by which the first push wants a signature, the strictest says for how long.
+    let mut lifetimes: HashMap<_, (usize, Option<Duration>)> = HashMap::new();
+    for (push, rule, witness) in &signing {
+        for format in &rule.formats {
+            let (first, lifetime) = lifetimes.entry((witness.name(), rule.algorithm, *format)).or_insert((*push, rule.expiry));
+            if *first == *push {
+                *lifetime = lifetime.iter().chain(&rule.expiry).min().copied();
+            }
+        }
+    }
     // A child of another algorithm than its index is left out: no verifier finds signatures of it.
     let subjects = image.children.iter().chain([&image.root]).filter(|subject| subject.digest().algorithm() == "sha256");
     for subject in subjects {
@@ -134,10 +149,7 @@ pub fn plan(image: &Image, requests: &[Request<'_>], witnesses: &HashMap<String,
                 if !is_read {
                     continue;
                 }
-                // Of rules that want the same signature, the strictest says for how long.
-                let same =
-                    signing.iter().filter(|(_, other, signer)| signer.name() == witness.name() && other.formats.contains(format));
-                let lifetime = same.filter_map(|(_, other, _)| other.expiry).min();
+                let (_, lifetime) = lifetimes[&(witness.name(), rule.algorithm, *format)];
                 let prepared = match (format.envelope(), witness.certificates().first()) {
                     (Some(envelope), Some(chain)) => {
                         Prepared::Notation(notation::Prepared::new(envelope, subject, chain, now, lifetime))
@@ -147,7 +159,7 @@ pub fn plan(image: &Image, requests: &[Request<'_>], witnesses: &HashMap<String,
                     (None, _) if *format == Format::Cosign => Prepared::Cosign(cosign::Prepared::new(subject, &reference)),
                     (None, _) => Prepared::Bundle(bundle::Prepared::new(subject, pushed_at)),
                 };
-                target.want(prepared, (*push, message_id), rule, witness);
+                target.want(prepared, *push, message_id, rule, witness);
             }
         }
         if !target.wanted.is_empty() {

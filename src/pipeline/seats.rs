@@ -1,6 +1,6 @@
 //! Which events may be in hand for which witness, so that one whose KMS is slow or away does not keep the others waiting.
 //!
-//! An event takes a seat at each of its witnesses before anything is looked up for it. A witness has its share of the pipeline's
+//! An event, or several that are handled together, takes a seat at each of its witnesses before anything is looked up for it. A witness has its share of the pipeline's
 //! slots, and more while a quarter of all is free; who finds no seat goes back to the queue and is told when one should be free.
 
 use std::{
@@ -43,38 +43,37 @@ struct Row {
     booked: Instant,
 }
 
-/// One event in its slot, and its seats, until it is dropped.
+/// One event (or several that are handled together) in its slot, and its seats, until it is dropped.
 #[derive(Debug)]
 pub struct Seated<'a> {
     seats: &'a Seats,
     witnesses: Vec<String>,
 }
 
-/// The event's seats, the rules that can be carried out, and the others.
-pub type Assigned<'a> = (Seated<'a>, Vec<Arc<Rule>>, Vec<(Arc<Rule>, Error)>);
+/// The seats, and the rules that cannot be carried out now.
+pub type Assigned<'a> = (Seated<'a>, Vec<(Arc<Rule>, Arc<Error>)>);
 
 impl Seats {
     pub fn new(slots: usize) -> Self {
         Self { slots, state: Mutex::default() }
     }
 
-    /// Finds a seat at each rule's witness. Returns the rules whose witness can be asked, or is not known here, and the others with the
-    /// reason.
-    pub fn assign(&self, setup: &Setup, rules: Vec<Arc<Rule>>) -> Assigned<'_> {
+    /// Finds one seat for these events together at each rule's witness. Returns the rules whose witness is known here and cannot be
+    /// asked, with the reason.
+    pub fn assign(&self, setup: &Setup, rules: &[Arc<Rule>], events: usize) -> Assigned<'_> {
         let mut seated = self.enter();
-        let mut answers: HashMap<String, Option<Arc<Error>>> = HashMap::new();
-        let (mut asked, mut turned_away) = (vec![], vec![]);
+        let mut answers: HashMap<&str, Option<Arc<Error>>> = HashMap::new();
+        let mut turned_away = vec![];
         for rule in rules {
-            let answer = answers.entry(rule.witness.clone()).or_insert_with(|| {
+            let answer = answers.entry(&rule.witness).or_insert_with(|| {
                 let witness = setup.witnesses.get(&rule.witness)?;
-                seated.take(witness, setup.witnesses.len()).err().map(Arc::new)
+                seated.take(witness, setup.witnesses.len(), events).err().map(Arc::new)
             });
-            match answer {
-                None => asked.push(rule),
-                Some(error) => turned_away.push((rule, Error::Shared(error.clone()))),
+            if let Some(error) = answer {
+                turned_away.push((rule.clone(), error.clone()));
             }
         }
-        (seated, asked, turned_away)
+        (seated, turned_away)
     }
 
     /// An event that is handled in one of the slots, with no seat yet.
@@ -90,7 +89,7 @@ impl Seats {
 
 impl Seated<'_> {
     /// Takes a seat at one of `witnesses` many, or says why not and when to come back.
-    fn take(&mut self, witness: &Witness, witnesses: usize) -> Result<(), Error> {
+    fn take(&mut self, witness: &Witness, witnesses: usize, events: usize) -> Result<(), Error> {
         let slots = self.seats.slots;
         let mut state = self.seats.state();
         // Less this event's own.
@@ -99,7 +98,7 @@ impl Seated<'_> {
         match witness.look() {
             Ok(()) => {}
             Err(kms::Error::Away { key, since, next, after }) => {
-                return Err(kms::Error::Away { key, since, next, after: row.book(after, RETURNING) }.into());
+                return Err(kms::Error::Away { key, since, next, after: row.book(after, RETURNING, events) }.into());
             }
             Err(error) => return Err(error.into()),
         }
@@ -108,7 +107,7 @@ impl Seated<'_> {
             self.witnesses.push(witness.name().to_owned());
             return Ok(());
         }
-        let after = row.book(Duration::ZERO, witness.expected_rate() * SPARE);
+        let after = row.book(Duration::ZERO, witness.expected_rate() * SPARE, events);
         Err(Error::Crowded { witness: witness.name().to_owned(), after })
     }
 }
@@ -123,12 +122,13 @@ impl State {
 }
 
 impl Row {
-    /// They are called back one after the other, as fast as they can be served.
-    fn book(&mut self, earliest: Duration, per_second: f64) -> Duration {
+    /// They are called back one after the other, as fast as they can be served. Those that came together come back so.
+    fn book(&mut self, earliest: Duration, per_second: f64, events: usize) -> Duration {
         let now = Instant::now();
         let farthest = now + FARTHEST.max(earliest);
         let at = self.booked.max(now + earliest);
-        self.booked = (at + Duration::from_secs_f64(1.0 / per_second.max(0.1))).min(farthest);
+        self.booked =
+            (at + Duration::from_secs_f64(1.0 / per_second.max(0.1)) * u32::try_from(events).unwrap_or(u32::MAX)).min(farthest);
         let after = at - now;
         if at < farthest { after } else { after.mul_f64(1.0 - fastrand::f64() / 4.0) }
     }
@@ -171,7 +171,7 @@ mod tests {
 
     fn take<'a>(seats: &'a Seats, witness: &Witness) -> Result<Seated<'a>, Duration> {
         let mut seated = seats.enter();
-        match seated.take(witness, 2) {
+        match seated.take(witness, 2, 1) {
             Ok(()) => Ok(seated),
             Err(Error::Crowded { after, .. }) => Err(after),
             Err(error) => panic!("{error}"),

@@ -216,7 +216,7 @@ async fn a_deadline_that_is_spent_in_line_for_the_key_uses_up_no_patience() {
         ledger: &house.ledger,
         turns: &pipeline.turns,
         clock: &pipeline.clock,
-        located: Instant::now(),
+        tags: &write::FreshTags::new(Instant::now()),
         deadline: Instant::now() + Duration::from_millis(300),
     };
     let answers = desk.see_to(&plan.targets[0]).await;

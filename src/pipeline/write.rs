@@ -14,11 +14,14 @@ pub(crate) mod tag;
 use std::{
     collections::{HashMap, HashSet},
     pin::pin,
-    sync::{Arc, Mutex, OnceLock, Weak},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, Weak},
 };
 
-use futures::{StreamExt as _, TryStreamExt as _, future::join_all, stream};
-use tokio::time::{Duration, Instant, timeout_at};
+use futures::{
+    StreamExt as _, future,
+    stream::{self, FuturesUnordered},
+};
+use tokio::time::{Duration, Instant, timeout, timeout_at};
 
 use crate::{
     clock::Clock,
@@ -39,6 +42,9 @@ use signature_tag::SignatureTag;
 /// What was looked up longer ago than this is looked up again before it is relied on: what a tag names, and which referrers there are.
 const LOOK_IS_FRESH: Duration = Duration::from_secs(2);
 
+/// What is signed within this time of the first is written with it.
+const NEXT_WRITE: Duration = Duration::from_secs(2);
+
 /// A place in a registry where signatures of one digest are kept.
 trait Store {
     /// Whether signatures of this format are kept here.
@@ -53,6 +59,20 @@ trait Store {
     /// Adds these, until a look afterwards finds them there. Returns which were added: an equal one may have come from elsewhere
     /// meanwhile.
     async fn write(&mut self, ready: &[Ready<'_>]) -> Result<HashSet<usize>, Error>;
+}
+
+/// Waits for the next signature, and takes with it those that come soon after.
+async fn gather<T>(signing: &mut FuturesUnordered<impl Future<Output = T>>, signed: &mut Vec<T>) {
+    if signed.is_empty() {
+        signed.extend(signing.next().await);
+    }
+    let all = async {
+        while let Some(one) = signing.next().await {
+            signed.push(one);
+        }
+    };
+    // A key that is slow keeps what another has signed, or itself before, waiting no longer.
+    drop(timeout(NEXT_WRITE, all).await);
 }
 
 /// A wanted signature, and its place in the target's list.
@@ -98,6 +118,32 @@ impl Turns {
     }
 }
 
+/// When each tag was last seen to name what is signed.
+#[derive(Debug)]
+pub struct FreshTags {
+    /// All of them, once.
+    all: Instant,
+    since: Mutex<HashMap<Tag, Instant>>,
+}
+
+impl FreshTags {
+    pub fn new(all: Instant) -> Self {
+        Self { all, since: Mutex::default() }
+    }
+
+    fn is_fresh(&self, tag: &Tag) -> bool {
+        self.since().get(tag).unwrap_or(&self.all).elapsed() <= LOOK_IS_FRESH
+    }
+
+    fn confirm(&self, tag: &Tag, asked: Instant) {
+        self.since().insert(tag.clone(), asked);
+    }
+
+    fn since(&self) -> MutexGuard<'_, HashMap<Tag, Instant>> {
+        self.since.lock().expect("nothing panics while it holds the map")
+    }
+}
+
 /// What writing needs besides the target.
 #[derive(Clone, Copy)]
 pub struct Desk<'a> {
@@ -105,8 +151,7 @@ pub struct Desk<'a> {
     pub ledger: &'a Ledger,
     pub turns: &'a Turns,
     pub clock: &'a Clock,
-    /// When the first of the tags was resolved.
-    pub located: Instant,
+    pub tags: &'a FreshTags,
     /// What is not done by then has failed.
     pub deadline: Instant,
 }
@@ -125,9 +170,11 @@ impl Desk<'_> {
                 tokio::join!(self.see_to_store(tag, target, &answers), self.see_to_store(referrers, target, &answers));
             });
             if timeout_at(self.deadline, work.as_mut()).await.is_err() {
-                // Asked while this work itself still stands in the line, if there is one.
-                let throttled = target.wanted.iter().any(|one| one.witness.is_waited_for());
-                fail_open(&answers, Error::Deadline { throttled });
+                for (answer, wanted) in answers.iter().zip(&target.wanted) {
+                    // Asked while this work itself still stands in the line, if there is one.
+                    let throttled = wanted.witness.is_waited_for();
+                    drop(answer.set(Written::Failed(Error::Deadline { throttled })));
+                }
             }
         }
         let answer =
@@ -164,54 +211,78 @@ impl Desk<'_> {
             return Ok(());
         }
 
-        let sign = async {
-            self.ledger.intend(missing.iter().map(|(_, wanted)| intent(target, wanted)).collect()).await?;
-            Ok::<_, Error>(join_all(missing.iter().map(|(_, wanted)| self.sign(target, wanted))).await)
-        };
-        let (signed, ()) = tokio::join!(sign, async {
-            // Failing here is found out below, where the blobs are needed.
-            drop(store.prepare(&missing).await);
-        });
-        let mut ready = vec![];
-        for ((index, wanted), result) in missing.into_iter().zip(signed?) {
-            match result {
-                Ok(fresh) => ready.push(Ready { index, wanted, fresh }),
-                Err(error) => answer(index, Written::Failed(error)),
+        let signing = missing.iter().map(|(index, wanted)| async move { (*index, *wanted, self.sign(target, wanted).await) });
+        let mut signing: FuturesUnordered<_> = signing.collect();
+        let mut signed = vec![];
+        let (intended, ()) = tokio::join!(
+            async {
+                self.ledger.intend(missing.iter().map(|(_, wanted)| intent(target, wanted)).collect()).await?;
+                gather(&mut signing, &mut signed).await;
+                Ok::<_, Error>(())
+            },
+            async {
+                // Failing here is found out below, where the blobs are needed.
+                drop(store.prepare(&missing).await);
             }
-        }
-
-        for tag in self.moved_tags(target, &ready).await? {
-            ready.retain(|one| {
-                let names_it = tag_of(one.wanted) == Some(&tag);
-                if names_it {
-                    answer(one.index, Written::Failed(Error::TagMoved { tag: tag.clone() }));
+        );
+        intended?;
+        while !signed.is_empty() {
+            signed.sort_unstable_by_key(|(index, ..)| *index);
+            let mut ready = vec![];
+            for (index, wanted, result) in signed.drain(..) {
+                match result {
+                    Ok(fresh) => ready.push(Ready { index, wanted, fresh }),
+                    Err(error) => answer(index, Written::Failed(error)),
                 }
-                !names_it
-            });
-        }
-        if ready.is_empty() {
-            return Ok(());
-        }
-        let ours = store.write(&ready).await?;
-        for Ready { index, .. } in &ready {
-            answer(*index, if ours.contains(index) { Written::New } else { Written::Found });
+            }
+            let write = async {
+                let moved = self.moved_tags(target, &ready).await;
+                ready.retain(|one| match tag_of(one.wanted).and_then(|tag| moved.get(tag)) {
+                    Some(error) => {
+                        answer(one.index, Written::Failed(Error::Shared(error.clone())));
+                        false
+                    }
+                    None => true,
+                });
+                if ready.is_empty() {
+                    return Ok(());
+                }
+                let ours = store.write(&ready).await?;
+                for Ready { index, .. } in &ready {
+                    answer(*index, if ours.contains(index) { Written::New } else { Written::Found });
+                }
+                Ok::<_, Error>(())
+            };
+            // The others go on meanwhile: what has its turn with a key is not to hold it.
+            let mut write = pin!(write);
+            loop {
+                tokio::select! {
+                    written = &mut write => break written?,
+                    Some(one) = signing.next() => signed.push(one),
+                }
+            }
+            gather(&mut signing, &mut signed).await;
         }
         Ok(())
     }
 
-    /// The tags that these name and that have moved on since they were resolved a while ago.
-    async fn moved_tags(&self, target: &Target, ready: &[Ready<'_>]) -> Result<Vec<Tag>, Error> {
-        if self.located.elapsed() <= LOOK_IS_FRESH {
-            return Ok(vec![]);
-        }
+    /// The tags that these name and that have moved on since they were resolved a while ago, or cannot be resolved any more.
+    async fn moved_tags(&self, target: &Target, ready: &[Ready<'_>]) -> HashMap<Tag, Arc<Error>> {
         let tags: HashSet<&Tag> = ready.iter().filter_map(|one| tag_of(one.wanted)).collect();
-        let looks = tags.into_iter().map(|tag| async move {
-            let now = self.registry.resolve(target.subject.repository(), tag).await?;
-            Ok::<_, Error>((now.as_ref() != Some(&target.root)).then(|| tag.clone()))
+        let looks = tags.into_iter().filter(|tag| !self.tags.is_fresh(tag)).map(|tag| async move {
+            let asked = Instant::now();
+            let error = match self.registry.resolve(target.subject.repository(), tag).await {
+                Ok(Some(now)) if now == target.root => {
+                    self.tags.confirm(tag, asked);
+                    return None;
+                }
+                Ok(_) => Error::TagMoved { tag: tag.clone() },
+                Err(error) => error.into(),
+            };
+            Some((tag.clone(), Arc::new(error)))
         });
         let looks: Vec<_> = looks.collect();
-        let moved: Vec<Option<Tag>> = stream::iter(looks).buffer_unordered(TAGS_AT_ONCE).try_collect().await?;
-        Ok(moved.into_iter().flatten().collect())
+        stream::iter(looks).buffer_unordered(TAGS_AT_ONCE).filter_map(future::ready).collect().await
     }
 
     async fn sign(&self, target: &Target, wanted: &Wanted) -> Result<Fresh, Error> {
@@ -227,8 +298,8 @@ impl Desk<'_> {
 fn intent(target: &Target, wanted: &Wanted) -> Intent {
     let subject = &target.subject;
     Intent {
-        message_id: wanted.message_id.clone(),
-        rule: wanted.rule().to_owned(),
+        message_id: wanted.first.message_id.clone(),
+        rule: wanted.first.rule.name.clone(),
         witness: wanted.witness.name().to_owned(),
         key: wanted.witness.resolved_key().to_owned(),
         algorithm: wanted.algorithm,

@@ -23,7 +23,7 @@ fn of_images(manifest: &Value) -> bool {
 
 impl House {
     /// One whose witness `release` has a certificate.
-    async fn with_certificate() -> Self {
+    pub(super) async fn with_certificate() -> Self {
         let mut house = Self::new().await;
         let witness = Arc::into_inner(house.witnesses.remove("release").unwrap()).unwrap();
         let chain = make(&witness, &SubjectName::unnamed(), Clock::system().now()).await.unwrap();

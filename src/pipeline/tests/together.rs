@@ -134,6 +134,138 @@ async fn of_tags_that_are_signed_together_one_may_move_meanwhile() {
 }
 
 #[tokio::test]
+async fn a_tag_that_cannot_be_read_any_more_keeps_the_others_neither_from_being_found_nor_from_being_written() {
+    let refused = |asked: &str| asked.ends_with("GET team/app/manifests/bad") || asked.ends_with("HEAD team/app/manifests/bad");
+    for at_first in [true, false] {
+        let house = House::new().await;
+        let digest = house.tagged_image("several", &["bad", "1.0", "1.1"]);
+        house.push_together(&digest, &["bad", "1.0", "1.1"].map(|tag| (tag, LONG_AGO))).await;
+        let slow = if at_first { Duration::ZERO } else { Duration::from_millis(2100) };
+        *house.key.slow.lock().unwrap() = slow;
+        let since = std::time::Instant::now();
+        house.registry.on_request(
+            move |asked, _| {
+                if refused(asked) && since.elapsed() >= slow / 2 { Act::Refuse(400) } else { Act::Serve }
+            },
+        );
+        house.handle_next(&house.pipeline(release())).await;
+        assert_eq!(house.signed(&digest), [tagged("1.0"), tagged("1.1")], "{at_first}");
+        assert_eq!(
+            [house.outcome_of("1.0").await, house.outcome_of("bad").await],
+            [Outcome::Signed, Outcome::Dead],
+            "{at_first}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_hangs_keeps_what_another_has_signed_from_being_written_for_a_moment_only() {
+    let house = House::new().await;
+    let digest = house.tagged_image("two keys", &["1.0", "dev"]);
+    *house.key.slow.lock().unwrap() = Duration::from_secs(3600);
+    house.push_together(&digest, &[("1.0", LONG_AGO), ("dev", LONG_AGO)]).await;
+    let for_tags = |witness: &str, tags: &str| Rule { tags: Some(TagFilter::parse(&[tags]).unwrap()), ..rule(tags, witness) };
+    let pipeline = house.pipeline(vec![for_tags("release", "1.*"), for_tags("other", "dev")]);
+    let written = async {
+        while house.registry.signatures(&app(), &digest).is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = house.handle_next(&pipeline) => panic!("a key that hangs has signed"),
+        written = tokio::time::timeout(Duration::from_secs(30), written) => written.expect("it is written"),
+    }
+    assert!(house.signed(&digest).is_empty());
+    *house.key.slow.lock().unwrap() = Duration::ZERO;
+    house.settle(&pipeline).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+    assert_eq!(house.registry.signatures(&app(), &digest).unwrap()["layers"].as_array().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn a_witness_that_cannot_be_asked_turns_away_those_alone_that_want_it() {
+    let house = House::new().await;
+    let digest = house.tagged_image("turned away", &["1.0", "dev"]);
+    house.key.away.store(true, SeqCst);
+    let witness = &house.witnesses["release"];
+    while witness.look().is_ok() {
+        witness.sign(Algorithm::EcdsaSha256, &[0; 32]).await.unwrap_err();
+    }
+    house.push_together(&digest, &[("1.0", LONG_AGO), ("dev", LONG_AGO)]).await;
+    let for_tags = |witness: &str, tags: &str| Rule { tags: Some(TagFilter::parse(&[tags]).unwrap()), ..rule(tags, witness) };
+    let pipeline = house.pipeline(vec![for_tags("release", "1.*"), for_tags("other", "dev")]);
+    house.handle_next(&pipeline).await;
+    assert_eq!([house.outcome_of("1.0").await, house.outcome_of("dev").await], [Outcome::Retrying, Outcome::Signed]);
+    assert_eq!(house.asked("GET team/app/manifests/1.0"), 0);
+    house.key.away.store(false, SeqCst);
+    house.settle(&pipeline).await;
+    assert_eq!(house.signed(&digest), [tagged("1.0")]);
+}
+
+#[tokio::test]
+async fn a_signature_that_failed_for_all_of_them_is_on_record_as_failed_for_none_when_it_is_made() {
+    let house = House::new().await;
+    let pipeline = house.pipeline(vec![Rule { formats: vec![Format::Bundle], ..rule("team", "release") }]);
+    // Which of them comes first again differs.
+    for round in 0..8 {
+        let digest = house.tagged_image(&format!("failed {round}"), &["1.0", "latest"]);
+        let passing = kms::Error::Transient { key: key_uri(), what: "having a moment".into() };
+        house.key.script.lock().unwrap().push_back(Err(passing));
+        house.push_together(&digest, &[("1.0", LONG_AGO), ("latest", LONG_AGO)]).await;
+        house.settle(&pipeline).await;
+        assert_eq!(house.registry.fallback(&app(), &digest).len(), 1);
+    }
+    let ledger = rusqlite::Connection::open(ledger_path(&house.folder)).unwrap();
+    let states = "SELECT count(*), count(*) FILTER (WHERE state = 'written') FROM signature WHERE state <> 'found'";
+    let states: (u32, u32) = ledger.query_row(states, [], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+    assert_eq!(states, (8, 8));
+}
+
+#[tokio::test]
+async fn of_pushes_of_one_tag_the_last_is_the_one_that_is_waited_for() {
+    let house = House::new().await;
+    let digest = house.tagged_image("again", &["1.0"]);
+    house.tagged_image("before", &["latest"]);
+    house.push_together(&digest, &[("1.0", LONG_AGO), ("latest", LONG_AGO), ("latest", Duration::ZERO)]).await;
+    let pipeline = house.pipeline(release());
+    let coming = async {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        house.tagged_image("again", &["latest"]);
+    };
+    tokio::join!(house.handle_next(&pipeline), coming);
+    assert_eq!(house.signed(&digest), [tagged("1.0"), tagged("latest")]);
+}
+
+#[tokio::test]
+async fn what_one_push_wants_of_a_signature_another_does_not_change() {
+    let house = House::with_certificate().await;
+    let digest = house.tagged_image("planned", &["1.0"]);
+    let setup = house.pipeline(release()).setup();
+    let (registry, tag) = (&setup.registries[&NAME.parse().unwrap()], "1.0".parse().unwrap());
+    let located = subject::locate(registry, &app(), Some(&tag), &digest, subject::Children::Signed).await;
+    let Ok(Located::Image(image)) = located else { panic!("{located:?}") };
+    let all = vec![Format::Bundle, Format::Notation];
+    let expiring = |days: u64| Some(Duration::from_secs(days * 24 * 3600));
+    let one = [Arc::new(Rule { formats: all.clone(), ..rule("one", "release") })];
+    let other = [
+        Arc::new(Rule { formats: all.clone(), expiry: expiring(90), ..rule("other", "release") }),
+        Arc::new(Rule { formats: all, expiry: expiring(7), ..rule("another", "release") }),
+    ];
+    let (second, hour) = (Timestamp::from_second(1).unwrap(), Timestamp::from_second(3600).unwrap());
+    let request = |rules, pushed_at| plan::Request { message_id: "1", pushed_at, tag: &image.tag, rules };
+    let planned = |requests: &[plan::Request<'_>]| {
+        let mut plan = plan::plan(&image, requests, &house.witnesses, hour);
+        assert_eq!(plan.targets.len(), 1);
+        plan.targets.remove(0).wanted.into_iter().map(|wanted| wanted.prepared).collect::<Vec<_>>()
+    };
+    // The first of them decides for how long, as if they had come one after the other; and each is as old as the older.
+    let (alone, second_alone) = (planned(&[request(&one, second)]), planned(&[request(&other, second)]));
+    assert_ne!(alone, second_alone);
+    assert_eq!(planned(&[request(&one, hour), request(&other, second)]), alone);
+    assert_eq!(planned(&[request(&other, hour), request(&one, second)]), second_alone);
+}
+
+#[tokio::test]
 async fn a_registry_that_is_away_is_not_asked_for_each_of_them() {
     let house = House::new().await;
     let tags: Vec<String> = (0..20).map(|n| format!("1.{n}")).collect();
@@ -141,7 +273,7 @@ async fn a_registry_that_is_away_is_not_asked_for_each_of_them() {
     let digest = house.tagged_image("unreachable", &tags);
     house.push_together(&digest, &tags.iter().map(|tag| (*tag, LONG_AGO)).collect::<Vec<_>>()).await;
     let pipeline = house.pipeline(release());
-    house.registry.on_request(|_, _| Act::Refuse(503));
+    house.registry.on_request(|_, _| Act::Refuse(429));
     house.handle_next(&pipeline).await;
     let tries = house.registry.store().asked.len();
     assert!(tries < 8, "{tries} requests");
@@ -171,18 +303,21 @@ async fn events_that_were_given_one_key_and_name_several_digests_are_signed_each
 async fn cut_short_at_any_await_each_tag_is_signed_once() {
     let house = House::new().await;
     let tags = [("1.0", LONG_AGO), ("1.1", LONG_AGO), ("latest", LONG_AGO)];
+    let rules = vec![Rule { formats: vec![Format::Cosign, Format::Bundle], ..rule("team", "release") }];
     let (mut polls, mut survived) = (0, 0);
     while survived < 2 {
         polls += 1;
         assert!(polls < 5000, "no event ever got through");
         let digest = house.tagged_image(&format!("crash {polls}"), &tags.map(|(tag, _)| tag));
         house.push_together(&digest, &tags).await;
-        let first = house.pipeline(release());
+        let first = house.pipeline(rules.clone());
         let deliveries = house.queue.pull_together().await.unwrap();
         assert_eq!(deliveries.len(), 3);
-        survived += u32::from(dropped_after(polls, first.handle(deliveries)).await.is_some());
-        house.settle(&house.pipeline(release())).await;
+        let whole = async { first.settle(first.handle(deliveries).await.unwrap()).await };
+        survived += u32::from(dropped_after(polls, whole).await.is_some());
+        house.settle(&house.pipeline(rules.clone())).await;
         assert_eq!(house.signed(&digest), tags.map(|(tag, _)| tagged(tag)), "dropped after {polls} polls");
+        assert_eq!(house.registry.fallback(&app(), &digest).len(), 1, "dropped after {polls} polls");
     }
     assert!(polls > 12, "only {polls} polls: the drops did not reach every stage");
     assert!(house.dead().await.is_empty());

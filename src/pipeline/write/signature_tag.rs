@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use bytes::Bytes;
-use futures::future::try_join_all;
+use futures::{StreamExt as _, TryStreamExt as _, future, stream};
 
 use super::{
     Numbered, Ready, Store,
@@ -21,6 +21,9 @@ use crate::{
         cosign::{self, Layer, SignatureManifest, extend_config},
     },
 };
+
+/// Blobs that are uploaded at once.
+const UPLOADS_AT_ONCE: usize = 8;
 
 /// The signatures under the `.sig` tag of one digest.
 pub(crate) struct SignatureTag<'a> {
@@ -55,7 +58,8 @@ impl<'a> SignatureTag<'a> {
     /// Makes sure that the repository has these and the constant config.
     pub(crate) async fn upload(&self, payloads: impl Iterator<Item = Bytes>) -> Result<(), registry::Error> {
         let blobs = payloads.chain([EMPTY_CONFIG.into()]);
-        try_join_all(blobs.map(|blob| self.registry.ensure_blob(self.repository, blob))).await.map(drop)
+        let uploads: Vec<_> = blobs.map(|blob| self.registry.ensure_blob(self.repository, blob)).collect();
+        stream::iter(uploads).buffer_unordered(UPLOADS_AT_ONCE).try_for_each(|_| future::ready(Ok(()))).await
     }
 
     /// The config that lists these layers too, uploaded. None if it is none that lists layers, and so stays as it is.
