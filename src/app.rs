@@ -204,9 +204,10 @@ async fn open_queue(config: &Config, clock: &Clock, tracker: &TaskTracker, consu
                 consume,
                 // Commands do not wait for a broker to come back.
                 unanswered: consume.then(|| amqp.path.join("unanswered.db")),
-                window: u16::try_from(config.queue.in_flight).unwrap_or(u16::MAX).max(128),
                 ..amqp::Options::new(move || access(&brokers.url, &brokers.tls), replica_name(), now)
             };
+            let in_flight = u16::try_from(config.queue.in_flight).unwrap_or(u16::MAX);
+            let options = amqp::Options { window: options.window.max(in_flight), ..options };
             Ok(Arc::new(Amqp::open(options, tracker).await?))
         }
     }

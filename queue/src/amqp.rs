@@ -86,7 +86,7 @@ pub struct Options {
     pub partitions: u16,
     /// Whether messages are taken. If not, [`Queue::pull`] waits for ever; all else is as with the others.
     pub consume: bool,
-    /// Messages of one partition that may be unsettled here.
+    /// Messages of one partition that may be unsettled here: some times [`crate::MOST_TOGETHER`], which one hand may have.
     pub window: u16,
     /// How long what was pushed is shown as history; zero shows none. The broker forgets the oldest by size: see `topology.rs`.
     pub history: Duration,
@@ -112,7 +112,7 @@ impl Options {
             prefix: "countersign".to_owned(),
             partitions: 8,
             consume: true,
-            window: 128,
+            window: 256,
             history: Duration::from_secs(7 * 24 * 3600),
             replica: replica.into(),
             unanswered: None,

@@ -285,6 +285,57 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn read_ahead_is_bounded_with_one_key_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let queue = open(folder.path(), 16);
+        queue.push((0..200).map(|n| Message { key: PartitionKey("key".into()), ..message(n, 10) }).collect()).await.unwrap();
+        let mut left = 200;
+        while left > 0 {
+            queue.stats().await.unwrap();
+            assert!(queue.shelf.messages() <= 16);
+            let together = queue.pull_together().await.unwrap();
+            assert!(!together.is_empty() && together.len() <= 16);
+            for delivery in together {
+                delivery.ack().await.unwrap();
+                left -= 1;
+                assert_eq!(queue.stats().await.unwrap().queued(), left);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_buried_and_replayed_while_others_of_its_turn_are_settled_comes_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let queue = open(folder.path(), 16);
+        for round in 0..20 {
+            let messages = (0..3).map(|n| Message { key: PartitionKey("key".into()), ..message(3 * round + n, 10) });
+            queue.push(messages.collect()).await.unwrap();
+            let mut together = queue.pull_together().await.unwrap().into_iter();
+            let (first, second, third) = (together.next().unwrap(), together.next().unwrap(), together.next().unwrap());
+            let id = second.message().id.clone();
+            let burial = Burial { kind: "denied".into(), reason: "not now".into() };
+            // While the thread is busy with the first, the others come to be done in one transaction.
+            let (pushed, buried, replayed, ..) = tokio::join!(
+                queue.push(vec![message(1000 + round, 4_000_000)]),
+                second.bury(burial),
+                queue.replay(&id),
+                first.ack(),
+                third.ack()
+            );
+            pushed.and(buried).unwrap();
+            assert!(replayed.unwrap() || queue.replay(&id).await.unwrap());
+            let mut came = Vec::new();
+            while came.len() < 2 {
+                let delivery = tokio::time::timeout(Duration::from_secs(30), queue.pull()).await.expect("it comes again");
+                let delivery = delivery.unwrap().unwrap();
+                came.push(delivery.message().id.clone());
+                delivery.ack().await.unwrap();
+            }
+            assert!(came.contains(&id), "{came:?}");
+        }
+    }
+
+    #[tokio::test]
     async fn pushes_wait_outside_when_the_disk_is_slow() {
         let folder = tempfile::tempdir().unwrap();
         let queue = open(folder.path(), 16);

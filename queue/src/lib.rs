@@ -199,8 +199,12 @@ pub trait Queue: Send + Sync + fmt::Debug {
 
     /// Waits for the next delivery; cancel-safe. `None` after [`Queue::close`].
     async fn pull(&self) -> Result<Option<Delivery>, Error> {
-        // What waits behind the first goes back.
-        Ok(self.pull_together().await?.into_iter().next())
+        let mut together = self.pull_together().await?;
+        // What waits behind the first goes back, and the last of it first, so that it keeps its order.
+        while together.len() > 1 {
+            together.pop();
+        }
+        Ok(together.pop())
     }
 
     /// As [`Queue::pull`], and with the next delivery those that wait behind it because they have its key: at most

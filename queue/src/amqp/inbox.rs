@@ -61,7 +61,6 @@ struct Inner {
     /// Unsettled messages by source, in hand or not.
     unsettled: HashMap<usize, usize>,
     in_hand: usize,
-    waiting: usize,
     /// Messages that ever were in hand.
     handed: u64,
     /// Sources of which nothing is handed out.
@@ -113,13 +112,13 @@ impl Inbox {
         }
         let (key, source) = (held.key().clone(), held.source);
         *inner.unsettled.entry(source).or_default() += 1;
-        inner.waiting += 1;
         let is_full = inner.unsettled[&source] >= self.window;
         let line = inner.lines.entry(key.clone()).or_default();
         let takes_turn = line.in_hand.is_empty() && line.waiting.is_empty();
         line.waiting.push_back(held);
-        let moved: Vec<Held> = if is_full && line.waiting.len() > self.window * 3 / 4 {
-            line.waiting.split_off(self.window / 4).into()
+        let (most, kept) = (self.window / 2, self.window / 4);
+        let moved: Vec<Held> = if is_full && line.in_hand.len() + line.waiting.len() > most && line.waiting.len() > kept {
+            line.waiting.split_off(kept).into()
         } else {
             vec![]
         };
@@ -127,7 +126,6 @@ impl Inbox {
             inner.turns.push_back(key);
             self.arrivals.add_permits(1);
         }
-        inner.waiting -= moved.len();
         for held in &moved {
             inner.forget(held.source);
         }
@@ -148,19 +146,18 @@ impl Inbox {
             let Some(line) = inner.lines.get_mut(&key).filter(|line| line.in_hand.is_empty()) else { continue };
             // What is lost stays until all of its connection is taken away.
             let is_due = |held: &Held| !inner.frozen.contains(&held.source) && !held.lost.is_cancelled();
-            // Those of one connection are lost together.
-            let Some(session) = line.waiting.front().map(|held| held.session) else { continue };
-            let due = line.waiting.iter().take_while(|held| is_due(held) && held.session == session).count();
+            // So they are all of the connection there is, and lost together.
+            let due = line.waiting.iter().take_while(|held| is_due(held)).count();
             if due == 0 {
                 continue;
             }
-            let mut taken: Vec<Held> = line.waiting.drain(..due.min(MOST_TOGETHER)).collect();
+            let most = MOST_TOGETHER.min(self.window / 4).max(1);
+            let mut taken: Vec<Held> = line.waiting.drain(..due.min(most)).collect();
             for held in &mut taken {
                 inner.handed += 1;
                 held.number = inner.handed;
                 line.in_hand.push(InHand { number: held.number, pushed_at: held.envelope.pushed_at, source: held.source });
             }
-            inner.waiting -= taken.len();
             inner.in_hand += taken.len();
             return taken;
         }
@@ -187,7 +184,6 @@ impl Inbox {
             }
             returned = Some(held);
         } else {
-            inner.waiting += 1;
             inner.lines.entry(key.clone()).or_default().waiting.push_front(held);
         }
         self.next_turn(&mut inner, &key);
@@ -242,7 +238,6 @@ impl Inbox {
             taken.extend(Vec::from(ours));
         }
         inner.lines.retain(|_, line| !line.in_hand.is_empty() || !line.waiting.is_empty());
-        inner.waiting -= taken.len();
         inner.unsettled.remove(&source);
         inner.frozen.remove(&source);
         self.line_up(inner);
@@ -264,7 +259,6 @@ impl Inbox {
     pub fn take_all(&self) -> Vec<Held> {
         let mut inner = self.lock();
         inner.turns.clear();
-        inner.waiting = 0;
         let waiting: Vec<Held> = inner.lines.values_mut().flat_map(|line| mem::take(&mut line.waiting)).collect();
         inner.lines.retain(|_, line| !line.in_hand.is_empty());
         for held in &waiting {
@@ -421,6 +415,22 @@ mod tests {
         assert!(inbox.give_back(after.into_iter().nth(1).unwrap(), Some(2)).is_none());
         assert!(inbox.let_go_of(1).now_or_never().is_some());
         assert_eq!(ids(&take(&inbox)), ["d"]);
+    }
+
+    #[test]
+    fn a_key_that_has_much_in_hand_leaves_its_partition_room_for_others() {
+        for in_hand in [1, 32] {
+            let (inbox, lost) = (Inbox::new(128), CancellationToken::new());
+            let arrive = |n: usize| inbox.arrive(held(&n.to_string(), "busy", 1, &lost)).len();
+            assert_eq!((0..in_hand).map(arrive).sum::<usize>(), 0);
+            let taken = take(&inbox);
+            assert_eq!(taken.len(), in_hand);
+            assert_eq!((in_hand..128).map(arrive).sum::<usize>(), 128 - in_hand - 32);
+        }
+        // Of a small window no more than a quarter is one hand.
+        let (inbox, lost) = (Inbox::new(8), CancellationToken::new());
+        (0..6).for_each(|n| drop(inbox.arrive(held(&n.to_string(), "busy", 1, &lost))));
+        assert_eq!(take(&inbox).len(), 2);
     }
 
     #[test]

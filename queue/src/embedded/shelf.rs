@@ -107,9 +107,9 @@ impl Shelf {
         }
     }
 
-    /// So many messages that were in flight are settled, or given back.
-    pub fn landed(&self, messages: usize) {
-        self.lock().in_flight -= messages;
+    /// A message that was in flight is settled, or given back.
+    pub fn landed(&self) {
+        self.lock().in_flight -= 1;
     }
 
     pub fn level(&self) -> Level {

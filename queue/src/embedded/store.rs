@@ -9,7 +9,6 @@ mod past;
 mod writing;
 
 use std::{
-    collections::HashSet,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -100,7 +99,7 @@ const LOG_BYTES: i64 = 32 * 1024 * 1024;
 const LISTED_BYTES: usize = 8 * 1024 * 1024;
 const LISTED: usize = 1000;
 
-/// A ready message as it is on disk.
+/// A message in line as it is on disk.
 pub(super) struct Stored {
     pub seq: i64,
     pub turn: i64,
@@ -114,7 +113,7 @@ pub(super) struct Stored {
 pub(super) struct Turn(pub Vec<Stored>);
 
 impl Turn {
-    /// Its first message: no other turn has the same while that is in it.
+    /// Its first message: no other turn has the same while this one is out.
     pub fn number(&self) -> i64 {
         self.0[0].seq
     }
@@ -157,8 +156,6 @@ pub(super) struct Store {
     connection: Connection,
     path: PathBuf,
     books: Books,
-    /// Messages that are out behind the ready one of their key.
-    joined: HashSet<i64>,
     past: Past,
     /// Greater than every `seq` and every place in line.
     next: i64,
@@ -209,33 +206,11 @@ impl Store {
             .map_err(trouble)?;
         connection.set_prepared_statement_cache_capacity(64);
         let path = path.to_path_buf();
-        Ok(Self {
-            connection,
-            path,
-            books,
-            joined: HashSet::new(),
-            past,
-            next,
-            tidy_at: CHECKPOINT_PAGES,
-            synced: true,
-            suspect: false,
-        })
+        Ok(Self { connection, path, books, past, next, tidy_at: CHECKPOINT_PAGES, synced: true, suspect: false })
     }
 
     pub fn books(&self) -> &Books {
         &self.books
-    }
-
-    /// These are handed out behind the ready one of their key.
-    pub fn join(&mut self, messages: impl IntoIterator<Item = i64>) {
-        self.joined.extend(messages);
-    }
-
-    /// These no longer are.
-    pub fn part(&mut self, messages: &[i64]) {
-        for seq in messages {
-            self.joined.remove(seq);
-        }
     }
 
     /// Does the work in one transaction. When it returns it survives a kill of this process, and with `synced` a power loss.
@@ -275,7 +250,7 @@ impl Store {
             self.synced = synced;
         }
         self.connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
-        let mut writing = Writing::new(&self.connection, self.books, &self.joined, self.past, &mut self.next);
+        let mut writing = Writing::new(&self.connection, self.books, self.past, &mut self.next);
         let done = work(&mut writing)?;
         let books = writing.finish(&self.books)?;
         self.connection.prepare_cached("COMMIT")?.execute([])?;
@@ -299,7 +274,7 @@ impl Store {
         tidy().map_err(|error| Failure::new(&self.path, error))
     }
 
-    /// Ready messages in line behind this turn, for as long as `more` says so.
+    /// Ready messages in line behind this turn, for as long as `take` says so.
     pub fn ready_after(&self, turn: i64, mut take: impl FnMut(Stored) -> bool) -> Result<(), Failure> {
         let mut read = || {
             let mut select = self.connection.prepare_cached(
@@ -317,7 +292,7 @@ impl Store {
         read().map_err(|error| Failure::new(&self.path, error))
     }
 
-    /// Those that wait behind the ready message of this key, for as long as `more` says so.
+    /// Those that wait behind the ready message of this key, for as long as `take` says so.
     pub fn behind(&self, key: &PartitionKey, mut take: impl FnMut(Stored) -> bool) -> Result<(), Failure> {
         if self.books.blocked == 0 {
             return Ok(());

@@ -1,7 +1,7 @@
 //! The one thread that reads and writes the database.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     error::Error as StdError,
     mem,
     sync::{
@@ -75,6 +75,7 @@ impl StorageThread {
             inbox,
             cursor: 0,
             out: HashMap::new(),
+            left: HashSet::new(),
             returned: VecDeque::new(),
             unwritten: Vec::new(),
             pause: None,
@@ -133,13 +134,12 @@ impl Asked {
     }
 }
 
-/// What became of the messages of a turn.
+/// A turn that is out.
 struct Out {
-    /// In their order in line.
-    messages: Vec<i64>,
-    /// Neither settled nor given back.
+    /// Its messages that are not settled, in their order in line.
+    left: Vec<i64>,
+    /// So many of them have not been given back.
     in_hand: usize,
-    given_back: Vec<i64>,
 }
 
 /// What is read ahead at once.
@@ -156,7 +156,7 @@ impl Found {
     }
 
     /// Takes a ready message, even if those behind it cannot be read.
-    fn take(&mut self, ready: Stored, store: &Store) -> Result<(), Failure> {
+    fn take(&mut self, ready: Stored, store: &Store, out: &mut HashSet<i64>) -> Result<(), Failure> {
         self.count(&ready);
         let key = ready.message.key.clone();
         let mut turn = vec![ready];
@@ -168,6 +168,7 @@ impl Found {
                 turn.len() < MOST_TOGETHER && !self.is_full()
             });
         }
+        out.extend(turn.iter().map(|stored| stored.seq));
         self.turns.push(Turn(turn));
         read
     }
@@ -189,6 +190,8 @@ struct Worker {
     cursor: i64,
     /// The turns that are on the shelf or in somebody's hands, by number. Of each, one message is ready on disk.
     out: HashMap<i64, Out>,
+    /// What is left of all of them: in line on disk, and not to be read.
+    left: HashSet<i64>,
     /// Ready messages that were given back, and are to go on the shelf again.
     returned: VecDeque<i64>,
     /// Settlements that the disk did not take. Their messages count as in flight.
@@ -252,7 +255,7 @@ impl Worker {
                 Command::Change(Change::Push { .. }, reply) if reply.is_closed() => {}
                 Command::Change(change, reply) => changes.push(Asked { change, reply: Some(reply) }),
                 Command::Release(place) => {
-                    self.shelf.landed(1);
+                    self.shelf.landed();
                     self.let_go(place, true);
                 }
                 Command::Refill => {}
@@ -262,8 +265,6 @@ impl Worker {
         let paused = self.pause.is_some_and(|end| Instant::now() < end);
         if !paused || !changes.is_empty() {
             changes.append(&mut self.unwritten);
-            // What is buried and replayed in one go stands behind those that it was handed out with.
-            changes.sort_by_key(|asked| !asked.is_settlement());
             self.write(changes);
         }
         self.fill();
@@ -324,7 +325,7 @@ impl Worker {
         }
         for (asked, outcome) in changes.into_iter().zip(outcomes) {
             if let Change::Settle { place, .. } = asked.change {
-                self.shelf.landed(1);
+                self.shelf.landed();
                 self.let_go(place, false);
             }
             asked.answer(match outcome {
@@ -365,20 +366,21 @@ impl Worker {
 
     /// A message is out of hand. With the last one its turn is over: what was given back of it may come again.
     fn let_go(&mut self, Place { turn, seq }: Place, given_back: bool) {
-        let Some(out) = self.out.get_mut(&turn) else { return };
+        let out = self.out.get_mut(&turn).expect("a turn is out until all of it is out of hand");
         out.in_hand -= 1;
-        if given_back {
-            out.given_back.push(seq);
-        } else {
-            // It may be in line again, for a turn of its own.
-            self.store.part(&[seq]);
+        if !given_back {
+            out.left.retain(|left| *left != seq);
+            self.left.remove(&seq);
         }
-        if out.in_hand == 0
-            && let Some(Out { messages, given_back, .. }) = self.out.remove(&turn)
-        {
-            self.store.part(&messages);
+        if out.in_hand > 0 {
+            return;
+        }
+        if let Some(Out { left, .. }) = self.out.remove(&turn) {
+            for seq in &left {
+                self.left.remove(seq);
+            }
             // The first of them is the one that is ready.
-            self.returned.extend(messages.iter().find(|seq| given_back.contains(seq)));
+            self.returned.extend(left.first());
         }
     }
 
@@ -399,9 +401,8 @@ impl Worker {
             on_disk -= found.turns.len();
         }
         for turn in &found.turns {
-            let messages: Vec<i64> = turn.0.iter().map(|stored| stored.seq).collect();
-            self.store.join(messages.iter().skip(1).copied());
-            self.out.insert(turn.number(), Out { in_hand: messages.len(), messages, given_back: vec![] });
+            let left: Vec<i64> = turn.0.iter().map(|stored| stored.seq).collect();
+            self.out.insert(turn.number(), Out { in_hand: left.len(), left });
         }
         self.shelf.add(found.turns, on_disk > 0);
     }
@@ -411,7 +412,7 @@ impl Worker {
             && let Some(seq) = self.returned.pop_front()
         {
             match self.store.ready(seq) {
-                Ok(Some(stored)) => found.take(stored, &self.store)?,
+                Ok(Some(stored)) => found.take(stored, &self.store, &mut self.left)?,
                 Ok(None) => {}
                 Err(failure) => {
                     self.returned.push_front(seq);
@@ -421,10 +422,13 @@ impl Worker {
         }
         let mut done = Ok(());
         if in_line > 0 && !found.is_full() {
-            let (store, cursor) = (&self.store, &mut self.cursor);
+            let (store, cursor, left) = (&self.store, &mut self.cursor, &mut self.left);
             store.ready_after(*cursor, |stored| {
                 *cursor = stored.turn;
-                done = found.take(stored, store);
+                // What was handed out behind another of its key becomes ready when that has left the line.
+                if !left.contains(&stored.seq) {
+                    done = found.take(stored, store, left);
+                }
                 done.is_ok() && !found.is_full()
             })?;
         }

@@ -73,21 +73,22 @@ async fn load(queue: Embedded) {
         let queue = Arc::clone(&queue);
         tasks.spawn(async move {
             loop {
-                let delivery = queue.pull().await.unwrap().unwrap();
-                let id = delivery.message().id.clone();
-                assert_eq!(delivery.message().body, message(&id, 0).body);
-                match random(10) {
-                    0 => drop(delivery),
-                    1 => delivery.retry(retry(Duration::from_micros(random(3000)))).await.unwrap(),
-                    2 => {
-                        say(&format!("burying {id}"));
-                        delivery.bury(Burial { kind: "denied".into(), reason: "r".into() }).await.unwrap();
-                        say(&format!("buried {id}"));
-                    }
-                    _ => {
-                        say(&format!("acking {id}"));
-                        delivery.ack().await.unwrap();
-                        say(&format!("acked {id}"));
+                for delivery in queue.pull_together().await.unwrap() {
+                    let id = delivery.message().id.clone();
+                    assert_eq!(delivery.message().body, message(&id, 0).body);
+                    match random(10) {
+                        0 => drop(delivery),
+                        1 => delivery.retry(retry(Duration::from_micros(random(3000)))).await.unwrap(),
+                        2 => {
+                            say(&format!("burying {id}"));
+                            delivery.bury(Burial { kind: "denied".into(), reason: "r".into() }).await.unwrap();
+                            say(&format!("buried {id}"));
+                        }
+                        _ => {
+                            say(&format!("acking {id}"));
+                            delivery.ack().await.unwrap();
+                            say(&format!("acked {id}"));
+                        }
                     }
                 }
             }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
@@ -67,21 +67,19 @@ impl Change {
 struct InLine {
     key: String,
     state: i64,
-    turn: i64,
 }
 
 /// A transaction under way.
 pub(crate) struct Writing<'a> {
     pub(super) connection: &'a Connection,
     pub(super) books: Books,
-    joined: &'a HashSet<i64>,
     pub(super) past: Past,
     next: &'a mut i64,
 }
 
 impl<'a> Writing<'a> {
-    pub(super) fn new(connection: &'a Connection, books: Books, joined: &'a HashSet<i64>, past: Past, next: &'a mut i64) -> Self {
-        Self { connection, books, joined, past, next }
+    pub(super) fn new(connection: &'a Connection, books: Books, past: Past, next: &'a mut i64) -> Self {
+        Self { connection, books, past, next }
     }
 
     /// `now`: nanoseconds since 1970.
@@ -280,14 +278,13 @@ impl<'a> Writing<'a> {
         if self.books.blocked == 0 {
             return Ok(None);
         }
-        let mut select = self.connection.prepare_cached("SELECT key, state, turn FROM message WHERE seq = ?1")?;
-        let line = |row: &Row<'_>| Ok(InLine { key: row.get(0)?, state: row.get(1)?, turn: row.get(2)? });
-        select.query_row([seq], line).optional()
+        let mut select = self.connection.prepare_cached("SELECT key, state FROM message WHERE seq = ?1")?;
+        select.query_row([seq], |row| Ok(InLine { key: row.get(0)?, state: row.get(1)? })).optional()
     }
 
     /// A message that was out has left the line. If it was the ready one, the next of its key is.
     fn step_down(&mut self, line: Option<InLine>) -> rusqlite::Result<()> {
-        let Some(InLine { key, state, turn }) = line else {
+        let Some(InLine { key, state }) = line else {
             self.books.ready -= 1;
             return Ok(());
         };
@@ -296,13 +293,12 @@ impl<'a> Writing<'a> {
             return Ok(());
         }
         self.books.ready -= 1;
-        let mut select =
-            self.connection.prepare_cached("SELECT seq FROM message WHERE key = ?1 AND state = 1 ORDER BY turn LIMIT 1")?;
-        if let Some(next) = select.query_row([&key], |row| row.get::<_, i64>(0)).optional()? {
-            // Whoever reads on finds what is not out, and passes over what is.
-            let turn = if self.joined.contains(&next) { turn } else { self.take_number() };
-            let mut promote = self.connection.prepare_cached("UPDATE message SET state = 0, turn = ?2 WHERE seq = ?1")?;
-            promote.execute([next, turn])?;
+        let turn = self.take_number();
+        let mut promote = self.connection.prepare_cached(
+            "UPDATE message SET state = 0, turn = ?2
+             WHERE seq = (SELECT seq FROM message WHERE key = ?1 AND state = 1 ORDER BY turn LIMIT 1)",
+        )?;
+        if promote.execute(params![key, turn])? > 0 {
             self.books.blocked -= 1;
             self.books.ready += 1;
         }

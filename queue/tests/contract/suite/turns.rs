@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use countersign_queue::{Delivery, Queue, Retry};
+use countersign_queue::{Delivery, MOST_TOGETHER, Queue, Retry};
 use tokio::{task::JoinSet, time::timeout};
 
 use super::{Backend, assert_empty, assert_no_more, burial, fast_random, ids, keyed, message, next, retry, soon};
@@ -28,7 +28,7 @@ pub async fn messages_of_one_key_are_in_one_hand_at_a_time(backend: impl Backend
                     queue.pull_together().await.unwrap()
                 };
                 let Some(key) = together.first().map(|delivery| delivery.message().key.clone()) else { return };
-                assert!(together.iter().all(|delivery| delivery.message().key == key));
+                assert!(together.len() <= MOST_TOGETHER && together.iter().all(|delivery| delivery.message().key == key));
                 assert!(in_hand.lock().unwrap().insert(key.clone()), "two of {key:?} at once");
                 let last = together.len() - 1;
                 for (place, delivery) in together.into_iter().enumerate() {
