@@ -52,7 +52,9 @@ pub struct Wanted {
     pub prepared: Prepared,
     pub witness: Arc<Witness>,
     pub algorithm: Algorithm,
-    /// The first push that asks for it, and the others.
+    /// Of the first push that asks for it.
+    pub message_id: String,
+    /// That push, and the others.
     pub first: Asker,
     pub others: Vec<Asker>,
 }
@@ -62,7 +64,6 @@ pub struct Wanted {
 pub struct Asker {
     /// Its place among the requests.
     pub push: usize,
-    pub message_id: String,
     /// The rule by which it does, and others by which it does, too.
     pub rule: Arc<Rule>,
     pub more: Vec<Arc<Rule>>,
@@ -74,7 +75,7 @@ impl Target {
         let same = |wanted: &&mut Wanted| {
             wanted.witness.name() == witness.name() && wanted.algorithm == rule.algorithm && wanted.prepared == prepared
         };
-        let asker = || Asker { push, message_id: message_id.to_owned(), rule: rule.clone(), more: vec![] };
+        let asker = || Asker { push, rule: rule.clone(), more: vec![] };
         match self.wanted.iter_mut().find(same) {
             // The rules of a push come one after the other.
             Some(Wanted { first, others, .. }) => match others.last_mut().unwrap_or(first) {
@@ -85,6 +86,7 @@ impl Target {
                 prepared,
                 witness: witness.clone(),
                 algorithm: rule.algorithm,
+                message_id: message_id.to_owned(),
                 first: asker(),
                 others: vec![],
             }),

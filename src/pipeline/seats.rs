@@ -1,7 +1,8 @@
 //! Which events may be in hand for which witness, so that one whose KMS is slow or away does not keep the others waiting.
 //!
-//! An event, or several that are handled together, takes a seat at each of its witnesses before anything is looked up for it. A witness has its share of the pipeline's
-//! slots, and more while a quarter of all is free; who finds no seat goes back to the queue and is told when one should be free.
+//! An event, or several that are handled together, takes a seat at each of its witnesses before anything is looked up for it. A
+//! witness has its share of the pipeline's slots, and more while a quarter of all is free; who finds no seat goes back to the queue
+//! and is told when one should be free.
 
 use std::{
     collections::HashMap,
@@ -127,8 +128,8 @@ impl Row {
         let now = Instant::now();
         let farthest = now + FARTHEST.max(earliest);
         let at = self.booked.max(now + earliest);
-        self.booked =
-            (at + Duration::from_secs_f64(1.0 / per_second.max(0.1)) * u32::try_from(events).unwrap_or(u32::MAX)).min(farthest);
+        let served = Duration::from_secs_f64(1.0 / per_second.max(0.1)) * u32::try_from(events).unwrap_or(u32::MAX);
+        self.booked = (at + served).min(farthest);
         let after = at - now;
         if at < farthest { after } else { after.mul_f64(1.0 - fastrand::f64() / 4.0) }
     }

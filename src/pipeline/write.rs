@@ -298,7 +298,7 @@ impl Desk<'_> {
 fn intent(target: &Target, wanted: &Wanted) -> Intent {
     let subject = &target.subject;
     Intent {
-        message_id: wanted.first.message_id.clone(),
+        message_id: wanted.message_id.clone(),
         rule: wanted.first.rule.name.clone(),
         witness: wanted.witness.name().to_owned(),
         key: wanted.witness.resolved_key().to_owned(),

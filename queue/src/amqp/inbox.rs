@@ -102,8 +102,8 @@ impl Inbox {
         Self { inner: Mutex::default(), arrivals: Semaphore::new(0), let_go: Notify::new(), window }
     }
 
-    /// Puts a message in line. What is returned is to be moved behind others on the broker: one busy key has filled most of
-    /// what its partition may have unsettled, and keeps the others from coming.
+    /// Puts a message in line. What is returned is to be moved behind others on the broker: one busy key has more than half
+    /// of what its partition may have unsettled, and keeps the others from coming.
     pub fn arrive(&self, held: Held) -> Vec<Held> {
         let mut inner = self.lock();
         if held.lost.is_cancelled() {

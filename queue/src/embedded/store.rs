@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, Row, ffi};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, Row, ToSql, ffi};
 
 pub(super) use self::{
     past::Past,
@@ -275,52 +275,40 @@ impl Store {
     }
 
     /// Ready messages in line behind this turn, for as long as `take` says so.
-    pub fn ready_after(&self, turn: i64, mut take: impl FnMut(Stored) -> bool) -> Result<(), Failure> {
-        let mut read = || {
-            let mut select = self.connection.prepare_cached(
-                "SELECT seq, turn, id, content_type, key, body, replay_of, pushed_at, attempts, waited
-                 FROM message WHERE state = 0 AND turn > ?1 ORDER BY turn",
-            )?;
-            let mut rows = select.query([turn])?;
-            while let Some(row) = rows.next()? {
-                if !take(stored(row)?) {
-                    break;
-                }
-            }
-            Ok(())
-        };
-        read().map_err(|error| Failure::new(&self.path, error))
+    pub fn ready_after(&self, turn: i64, take: impl FnMut(Stored) -> bool) -> Result<(), Failure> {
+        self.each("state = 0 AND turn > ?1 ORDER BY turn", turn, take)
     }
 
     /// Those that wait behind the ready message of this key, for as long as `take` says so.
-    pub fn behind(&self, key: &PartitionKey, mut take: impl FnMut(Stored) -> bool) -> Result<(), Failure> {
+    pub fn behind(&self, key: &PartitionKey, take: impl FnMut(Stored) -> bool) -> Result<(), Failure> {
         if self.books.blocked == 0 {
             return Ok(());
         }
-        let mut read = || {
-            let mut select = self.connection.prepare_cached(
-                "SELECT seq, turn, id, content_type, key, body, replay_of, pushed_at, attempts, waited
-                 FROM message WHERE key = ?1 AND state = 1 ORDER BY turn",
-            )?;
-            let mut rows = select.query([&key.0])?;
-            while let Some(row) = rows.next()? {
-                if !take(stored(row)?) {
-                    break;
-                }
-            }
-            Ok(())
-        };
-        read().map_err(|error| Failure::new(&self.path, error))
+        self.each("state = 1 AND key = ?1 ORDER BY turn", &key.0, take)
     }
 
     /// The message itself, if it is ready.
     pub fn ready(&self, seq: i64) -> Result<Option<Stored>, Failure> {
-        let read = || {
-            let mut select = self.connection.prepare_cached(
-                "SELECT seq, turn, id, content_type, key, body, replay_of, pushed_at, attempts, waited
-                 FROM message WHERE seq = ?1 AND state = 0",
-            )?;
-            select.query_row([seq], stored).optional()
+        let mut found = None;
+        self.each("state = 0 AND seq = ?1", seq, |stored| {
+            found = Some(stored);
+            false
+        })?;
+        Ok(found)
+    }
+
+    fn each(&self, which: &str, parameter: impl ToSql, mut take: impl FnMut(Stored) -> bool) -> Result<(), Failure> {
+        let mut read = || {
+            let mut select = self.connection.prepare_cached(&format!(
+                "SELECT seq, turn, id, content_type, key, body, replay_of, pushed_at, attempts, waited FROM message WHERE {which}"
+            ))?;
+            let mut rows = select.query([&parameter])?;
+            while let Some(row) = rows.next()? {
+                if !take(stored(row)?) {
+                    break;
+                }
+            }
+            Ok(())
         };
         read().map_err(|error| Failure::new(&self.path, error))
     }
